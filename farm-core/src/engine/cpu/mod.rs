@@ -1,0 +1,1 @@
+//! The CPU engine: candle-core tensors in f32, with own kernels where candle has none.

@@ -1,0 +1,215 @@
+//! The engine: the few dozen fused operations that Mochi needs, and the tensor type they work on.
+//!
+//! Model code (`crate::model`) is written once, generic over [`Engine`]. An engine is one device: it owns its threads
+//! or its stream, its memory and its tensors. [`cpu::CpuEngine`] is the reference; an engine for another device
+//! implements the same operations with the same rounding rules and changes nothing above.
+//!
+//! Conventions
+//! - One sample. A sequence is `[rows, channels]`, a volume is `[T, H, W, C]` (channels last, so that a 1×1×1
+//!   convolution is [`Engine::linear`] over `T·H·W` rows). Row-major.
+//! - Weights keep the checkpoint's orientation: `[out, in]`, convolutions `[out, in, 3, 3, 3]`. An engine may repack
+//!   them once, in [`Engine::weight`] or [`Engine::conv_weight`].
+//! - Statistics (means, variances, softmax, log-sum-exp) are accumulated in f32 or better on every engine.
+//!   On the CPU engine every value is f32; each operation documents its order of roundings, and its result has the
+//!   same bits for any number of threads.
+
+#[cfg(feature = "model")]
+pub mod cpu;
+
+use std::fmt;
+
+/// What an engine cannot do. Carries the operation and the shapes, so that the caller can name the tensor.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    #[error("{op}: expected shape {expected}, got {got}")]
+    Shape { op: &'static str, expected: String, got: String },
+    #[error("{op}: out of memory, wanted {wanted} bytes")]
+    OutOfMemory { op: &'static str, wanted: usize },
+    #[error("{op}: {message}")]
+    Backend { op: &'static str, message: String },
+}
+
+pub type Result<T> = std::result::Result<T, EngineError>;
+
+/// A weight's values as a checkpoint stores them: borrowed bytes of a memory-mapped file, little endian.
+#[derive(Clone, Copy)]
+pub struct RawTensor<'a> {
+    pub dtype: RawDtype,
+    pub shape: &'a [usize],
+    pub bytes: &'a [u8],
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RawDtype {
+    F32,
+    F16,
+    Bf16,
+}
+
+impl fmt::Debug for RawTensor<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}{:?}", self.dtype, self.shape)
+    }
+}
+
+/// Rotary tables of one request, `[tokens, heads, head_dim / 2]` each, made by [`Engine::rope_table`].
+pub struct RopeTable<T> {
+    pub cos: T,
+    pub sin: T,
+}
+
+/// Queries, keys and values of one stream: `[rows, heads, head_dim]` each.
+#[derive(Clone)]
+pub struct Qkv<T> {
+    pub q: T,
+    pub k: T,
+    pub v: T,
+}
+
+/// Attention output `[rows, heads · head_dim]` and its natural log-sum-exp `[rows, heads]`, with which partial results
+/// over disjoint keys are merged.
+pub struct AttentionOut<T> {
+    pub out: T,
+    pub lse: T,
+}
+
+/// The last two input frames of a causal convolution, `[2, H, W, C]`: all that a later time chunk needs of earlier ones.
+pub struct ConvCache<T>(pub T);
+
+/// The operations of one device. See the module docs for conventions.
+///
+/// Every operation checks its shapes and returns [`EngineError::Shape`] rather than panicking.
+pub trait Engine: Send + Sync + 'static {
+    /// A device tensor. Cloning shares the storage.
+    type Tensor: Clone + Send + Sync + 'static;
+    /// A packed 3×3×3 convolution weight with its bias.
+    type ConvWeight: Send + Sync + 'static;
+
+    /// What the device is called in logs and results, for example `cpu:0 (1 thread)`.
+    fn name(&self) -> String;
+
+    // ---- moving data ----
+
+    /// Widens a stored weight to the engine's compute type (f32 on CPU). Exact: f16 and bf16 are subsets of f32.
+    fn weight(&self, raw: RawTensor<'_>) -> Result<Self::Tensor>;
+    /// Packs a `[out, in, 3, 3, 3]` weight and its `[out]` bias for [`Engine::causal_conv3d`].
+    fn conv_weight(&self, weight: RawTensor<'_>, bias: RawTensor<'_>) -> Result<Self::ConvWeight>;
+    /// Copies values in. Errors if `values.len()` is not the product of `shape`.
+    fn upload(&self, values: &[f32], shape: &[usize]) -> Result<Self::Tensor>;
+    /// Copies values out, row-major.
+    fn download(&self, x: &Self::Tensor) -> Result<Vec<f32>>;
+    fn shape(&self, x: &Self::Tensor) -> Vec<usize>;
+    /// A view with another shape and the same number of elements.
+    fn reshape(&self, x: &Self::Tensor, shape: &[usize]) -> Result<Self::Tensor>;
+    /// Elements `start .. start + len` of dimension `dim`.
+    fn narrow(&self, x: &Self::Tensor, dim: usize, start: usize, len: usize) -> Result<Self::Tensor>;
+    /// Concatenation along dimension 0.
+    fn concat_rows(&self, parts: &[&Self::Tensor]) -> Result<Self::Tensor>;
+
+    // ---- shared by the networks ----
+
+    /// `x · Wᵀ + b`: `[M, K] × [N, K] (+ [N]) → [M, N]`. Bias is added after the full sum, one rounding.
+    fn linear(&self, x: &Self::Tensor, weight: &Self::Tensor, bias: Option<&Self::Tensor>) -> Result<Self::Tensor>;
+    /// Element-wise `a + b` of equal shapes.
+    fn add(&self, a: &Self::Tensor, b: &Self::Tensor) -> Result<Self::Tensor>;
+    /// Element-wise `x · sigmoid(x)`.
+    fn silu(&self, x: &Self::Tensor) -> Result<Self::Tensor>;
+
+    // ---- T5 encoder (spec: T5 v1.1) ----
+
+    /// Rows of an embedding table: `[V, D]`, ids → `[ids, D]`. An id outside the table is a shape error.
+    fn embed_rows(&self, table: &Self::Tensor, ids: &[u32]) -> Result<Self::Tensor>;
+    /// `x / sqrt(mean(x²) + eps) · weight` over the last dimension.
+    fn rms_norm(&self, x: &Self::Tensor, weight: &Self::Tensor, eps: f32) -> Result<Self::Tensor>;
+    /// T5 self-attention without 1/√d: `softmax(q·kᵀ + bias)·v`; q, k, v `[L, heads·d]`, bias `[heads, L, L]` → `[L, heads·d]`.
+    fn t5_attention(
+        &self,
+        q: &Self::Tensor,
+        k: &Self::Tensor,
+        v: &Self::Tensor,
+        bias: &Self::Tensor,
+        heads: usize,
+    ) -> Result<Self::Tensor>;
+    /// `gelu_tanh(a) ⊙ b`, equal shapes.
+    fn gelu_gated(&self, a: &Self::Tensor, b: &Self::Tensor) -> Result<Self::Tensor>;
+
+    // ---- AsymmDiT ----
+
+    /// cos and sin of `t·P[0] + row·P[1] + col·P[2]` for every token of a `(t, rows, cols)` grid.
+    /// `frequencies` is `[3, heads, head_dim / 2]`; angles, cos and sin in f32.
+    fn rope_table(&self, frequencies: &Self::Tensor, grid: [usize; 3]) -> Result<RopeTable<Self::Tensor>>;
+    /// Latent `[C, T, h, w]` → patches `[T·h/2·w/2, C·4]`, inner order (c, di, dj).
+    fn patchify(&self, latent: &Self::Tensor) -> Result<Self::Tensor>;
+    /// Patches `[T·h/2·w/2, 4·C]`, inner order (p1, p2, c) → latent `[C, T, h, w]`. `grid` is `(T, h/2, w/2)`.
+    fn unpatchify(&self, patches: &Self::Tensor, grid: [usize; 3]) -> Result<Self::Tensor>;
+    /// `rms(x, 1e-6) · (1 + scale)`: x `[M, D]`, scale `[D]`.
+    fn modulated_rms_norm(&self, x: &Self::Tensor, scale: &Self::Tensor) -> Result<Self::Tensor>;
+    /// `x + rms(branch, 1e-6) · tanh(gate)`: x, branch `[M, D]`, gate `[D]`. The sandwich residual.
+    fn gated_residual(&self, x: &Self::Tensor, branch: &Self::Tensor, gate: &Self::Tensor) -> Result<Self::Tensor>;
+    /// Splits packed `[M, 3·heads·d]` (q, k, v; head-major inside each), normalises q and k with `rms(·, 1e-5)·weight[d]`
+    /// and, with a table, rotates interleaved pairs of q and k.
+    fn split_qkv(
+        &self,
+        packed: &Self::Tensor,
+        q_norm: &Self::Tensor,
+        k_norm: &Self::Tensor,
+        heads: usize,
+        rope: Option<&RopeTable<Self::Tensor>>,
+    ) -> Result<Qkv<Self::Tensor>>;
+    /// Softmax attention with scale 1/√d of q `[Q, heads, d]` over the concatenation of the `keys`/`values` segments
+    /// `[K_i, heads, d]`, blockwise with an online softmax: nothing of size Q·K is stored.
+    fn attention(
+        &self,
+        q: &Self::Tensor,
+        keys: &[&Self::Tensor],
+        values: &[&Self::Tensor],
+    ) -> Result<AttentionOut<Self::Tensor>>;
+    /// `silu(first half) ⊙ second half`: `[M, 2F] → [M, F]`.
+    fn swiglu(&self, x: &Self::Tensor) -> Result<Self::Tensor>;
+    /// `layer_norm(x, 1e-6) · (1 + scale) + shift`, no affine: x `[M, D]`; scale, shift `[D]`.
+    fn modulated_layer_norm(
+        &self,
+        x: &Self::Tensor,
+        shift: &Self::Tensor,
+        scale: &Self::Tensor,
+    ) -> Result<Self::Tensor>;
+
+    // ---- sampler ----
+
+    /// One guided Euler step in f32: `v = uncond + g·(cond − uncond)`, `z + dσ·v`; every product and sum is one rounding,
+    /// no fused multiply-add. Without `uncond`, `v = cond`.
+    fn euler_step(
+        &self,
+        z: &Self::Tensor,
+        cond: &Self::Tensor,
+        uncond: Option<&Self::Tensor>,
+        guidance: f32,
+        dsigma: f32,
+    ) -> Result<Self::Tensor>;
+
+    // ---- VAE decoder ----
+
+    /// DiT-normalised latent `[C, T, h, w]` → `z·std[c] + mean[c]` as a volume `[T, h, w, C]`.
+    fn denormalize_latent(&self, latent: &Self::Tensor, mean: &[f32], std: &[f32]) -> Result<Self::Tensor>;
+    /// Causal 3×3×3 convolution, stride 1: x `[T, H, W, Cin]` → `[T, H, W, Cout]`. Space is padded by replication.
+    /// Time is preceded by `cache`, or by two copies of the first frame if there is none; the returned cache serves the next chunk.
+    fn causal_conv3d(
+        &self,
+        x: &Self::Tensor,
+        weight: &Self::ConvWeight,
+        cache: Option<&ConvCache<Self::Tensor>>,
+    ) -> Result<(Self::Tensor, ConvCache<Self::Tensor>)>;
+    /// `silu(group_norm(x)·weight + bias)` with statistics per frame over (C/groups, H, W), eps 1e-5, biased variance.
+    fn group_norm_silu(
+        &self,
+        x: &Self::Tensor,
+        weight: &Self::Tensor,
+        bias: &Self::Tensor,
+        groups: usize,
+    ) -> Result<Self::Tensor>;
+    /// Depth to space and time: `[T, H, W, C·st·s·s]`, channel order (c, st, s, s) with c slowest → `[st·T − drop, s·H, s·W, C]`,
+    /// without the first `drop` frames.
+    fn depth_to_space_time(&self, x: &Self::Tensor, st: usize, s: usize, drop: usize) -> Result<Self::Tensor>;
+    /// Frames `[T, H, W, 3]` in [-1, 1] → RGB24 bytes: `trunc(255 · clamp((x + 1)/2, 0, 1))`; NaN becomes 0.
+    fn to_rgb8(&self, x: &Self::Tensor) -> Result<Vec<u8>>;
+}

@@ -1,0 +1,1 @@
+//! Mochi 1 over an [`Engine`](crate::engine::Engine): text encoder, AsymmDiT, sampler, VAE decoder, checkpoints.

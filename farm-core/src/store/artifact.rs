@@ -1,0 +1,1 @@
+//! Put, get and create-once over `object_store`.

@@ -1,0 +1,1 @@
+//! Carries wire messages between processes over ractor_cluster.

@@ -1,0 +1,34 @@
+//! Scheduler → node.
+
+use serde::{Deserialize, Serialize};
+
+use crate::id::{AttemptKey, DeviceIndex};
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum ToNode {
+    /// Answer to `Register`: the node is known and may be given work. The envelope's epoch is the reign that holds now.
+    Welcome { heartbeat_ms: u64 },
+    /// Answer to a `Register` that cannot be accepted. The node shows `reason` and dials again later.
+    Refused { reason: String },
+    /// The scheduler does not know this session (it restarted): register again.
+    Reregister,
+    /// Render a clip on the leased devices. Repeated until a heartbeat lists the attempt; a repeat is a no-op.
+    Start(Box<StartAttempt>),
+    /// Stop the attempt and report nothing for it.
+    Abort { key: AttemptKey, reason: String },
+    /// The report with this number is committed; drop it from the outbox.
+    Acknowledged { report: u64 },
+}
+
+/// A lease and what to do with it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StartAttempt {
+    pub key: AttemptKey,
+    /// The gang: devices of this node that are leased together. All or none.
+    pub devices: Vec<DeviceIndex>,
+    pub model: String,
+    /// Content hash of the checkpoint the spec was resolved for; a node that has another refuses.
+    pub model_hash: String,
+    /// The [`crate::job::spec::RenderSpec`] as JSON: it carries its own check, and bincode is positional.
+    pub spec_json: String,
+}
