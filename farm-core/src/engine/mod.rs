@@ -90,8 +90,9 @@ pub trait Engine: Send + Sync + 'static {
 
     // ---- moving data ----
 
-    /// Widens a stored weight to the engine's compute type (f32 on CPU). Exact: f16 and bf16 are subsets of f32.
-    fn weight(&self, raw: RawTensor<'_>) -> Result<Self::Tensor>;
+    /// Takes a stored weight, given as pieces that are concatenated along dimension 0 (one piece if the file stores it
+    /// whole), and widens it to the engine's compute type (f32 on CPU). Exact: f16 and bf16 are subsets of f32.
+    fn weight(&self, pieces: &[RawTensor<'_>]) -> Result<Self::Tensor>;
     /// Packs a `[out, in, 3, 3, 3]` weight and its `[out]` bias for [`Engine::causal_conv3d`].
     fn conv_weight(&self, weight: RawTensor<'_>, bias: RawTensor<'_>) -> Result<Self::ConvWeight>;
     /// Copies values in. Errors if `values.len()` is not the product of `shape`.

@@ -1,1 +1,22 @@
 //! Mochi 1 over an [`Engine`](crate::engine::Engine): text encoder, AsymmDiT, sampler, VAE decoder, checkpoints.
+//!
+//! Structs here hold weights only; every call takes the engine it runs on, so that the devices of one process share
+//! one copy of the weights.
+
+pub mod config;
+pub mod weights;
+
+/// What can go wrong between a checkpoint and a clip.
+#[derive(Debug, thiserror::Error)]
+pub enum ModelError {
+    #[error(transparent)]
+    Engine(#[from] crate::engine::EngineError),
+    #[error(transparent)]
+    Weights(#[from] weights::WeightError),
+    /// The request cannot be rendered with this checkpoint, on any machine.
+    #[error("{0}")]
+    Input(String),
+    /// The caller asked to stop.
+    #[error("stopped")]
+    Stopped,
+}

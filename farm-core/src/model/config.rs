@@ -1,0 +1,53 @@
+//! Sizes of the networks. All of them are read from the checkpoint; nothing here is a constant of the published model.
+
+/// T5 v1.1 encoder sizes (`text_encoder/config.json`).
+#[derive(Clone, Debug, PartialEq)]
+pub struct T5Config {
+    pub vocab_size: usize,
+    pub d_model: usize,
+    pub num_heads: usize,
+    pub d_kv: usize,
+    pub d_ff: usize,
+    pub num_layers: usize,
+    /// Buckets of the relative position table (32); the distance table of the bucket function belongs to 32 and 128.
+    pub relative_attention_num_buckets: usize,
+    pub layer_norm_epsilon: f64,
+}
+
+/// AsymmDiT sizes. Everything but the number of heads follows from tensor shapes.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DitConfig {
+    pub num_layers: usize,
+    pub num_heads: usize,
+    pub head_dim: usize,
+    /// Visual width, heads · head_dim.
+    pub hidden_x: usize,
+    /// Text width.
+    pub hidden_y: usize,
+    /// SwiGLU widths of each stream (the published rule differs between layouts, so the tensors decide).
+    pub ffn_x: usize,
+    pub ffn_y: usize,
+    pub in_channels: usize,
+    /// Width of the T5 features.
+    pub text_dim: usize,
+    /// Width of the sinusoidal timestep embedding.
+    pub time_dim: usize,
+    /// Heads of the caption pooling, 8 in every published layout.
+    pub pool_heads: usize,
+}
+
+/// VAE decoder sizes, in decoding order (from latent to pixels).
+#[derive(Clone, Debug, PartialEq)]
+pub struct VaeConfig {
+    pub latent_channels: usize,
+    /// Channels of the stages, first the widest: 768, 512, 256, 128.
+    pub channels: Vec<usize>,
+    /// ResBlocks: before the first up stage, in each up stage, after the last: 3, 6, 4, 3, 3.
+    pub layers: Vec<usize>,
+    /// Time and space factors of the up stages: 3, 2, 1 and 2, 2, 2.
+    pub temporal_expansions: Vec<usize>,
+    pub spatial_expansions: Vec<usize>,
+    /// Per latent channel, for `z·std + mean`.
+    pub latents_mean: Vec<f64>,
+    pub latents_std: Vec<f64>,
+}

@@ -1,0 +1,57 @@
+//! Checkpoints: two layouts, one vocabulary. The model asks for tensors by their names in the original layout (T5: its
+//! only layout); a [`WeightSource`] finds them in whatever the folder holds.
+
+use crate::engine::{Engine, RawTensor};
+use crate::model::ModelError;
+
+/// A tensor as the checkpoint stores it: pieces to be concatenated along dimension 0. A layout that splits q, k, v or
+/// swaps halves is put right here by the order of pieces, without a copy.
+#[derive(Clone, Debug)]
+pub struct StoredTensor<'a> {
+    /// Shape of the whole.
+    pub shape: Vec<usize>,
+    pub pieces: Vec<RawTensor<'a>>,
+}
+
+/// Finds a tensor by its original-layout name, for example `blocks.0.attn.qkv_x.weight`.
+pub trait WeightSource: Send + Sync {
+    fn get(&self, name: &str) -> Result<StoredTensor<'_>, WeightError>;
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum WeightError {
+    #[error("tensor {name} is missing from the checkpoint")]
+    Missing { name: String },
+    #[error("tensor {name} has shape {got:?}, expected {expected:?}")]
+    Shape { name: String, expected: Vec<usize>, got: Vec<usize> },
+}
+
+/// Loads tensors onto an engine, with their shapes checked.
+pub struct Loader<'a, E> {
+    pub engine: &'a E,
+    pub source: &'a dyn WeightSource,
+}
+
+impl<E: Engine> Loader<'_, E> {
+    /// The tensor `name`, which has to have `shape`.
+    pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<E::Tensor, ModelError> {
+        let stored = self.checked(name, shape)?;
+        Ok(self.engine.weight(&stored.pieces)?)
+    }
+
+    /// `{prefix}.weight` `[out, in, 3, 3, 3]` and `{prefix}.bias` `[out]`, packed.
+    pub fn conv3d(&self, prefix: &str, out: usize, input: usize) -> Result<E::ConvWeight, ModelError> {
+        let weight = self.checked(&format!("{prefix}.weight"), &[out, input, 3, 3, 3])?;
+        let bias = self.checked(&format!("{prefix}.bias"), &[out])?;
+        // No layout splits a convolution.
+        Ok(self.engine.conv_weight(weight.pieces[0], bias.pieces[0])?)
+    }
+
+    fn checked(&self, name: &str, shape: &[usize]) -> Result<StoredTensor<'_>, WeightError> {
+        let stored = self.source.get(name)?;
+        if stored.shape != shape {
+            return Err(WeightError::Shape { name: name.into(), expected: shape.to_vec(), got: stored.shape });
+        }
+        Ok(stored)
+    }
+}
