@@ -44,7 +44,7 @@ class Trainer:
         with torch.no_grad():
             for parameter, average in zip(self.parameters, self.average):
                 parameter.copy_(average)
-        if sums and (not reports or len(sums["loss"]) >= report_every // 2):
+        if not reports:
             reports.append(self._report(step, time.monotonic() - start, sums))
         print(f"loss {reports[0]['loss']:.4f} -> {reports[-1]['loss']:.4f} in {step} steps", flush=True)
 
