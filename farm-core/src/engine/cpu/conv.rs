@@ -14,8 +14,8 @@ use candle_core::Tensor;
 use gemm::Parallelism;
 use rayon::prelude::*;
 
-use super::volume::{Values, dims4, tensor};
-use crate::engine::{EngineError, RawDtype, RawTensor, Result};
+use super::data::{dims, expect, from_vec, shape_error, slice, widen};
+use crate::engine::{RawTensor, Result};
 
 const OP: &str = "causal_conv3d";
 
@@ -37,13 +37,14 @@ pub struct PackedConv {
 
 /// Rearranges a stored `[out, in, 3, 3, 3]` weight and its `[out]` bias.
 pub fn pack_conv(weight: RawTensor<'_>, bias: RawTensor<'_>) -> Result<PackedConv> {
-    let &[output, input, 3, 3, 3] = weight.shape else {
-        return Err(shape("pack_conv", "[out, in, 3, 3, 3]", weight.shape));
+    let &[output @ 1.., input @ 1.., 3, 3, 3] = weight.shape else {
+        return Err(shape_error("pack_conv", "[out, in, 3, 3, 3]", weight.shape));
     };
     if bias.shape != [output] {
-        return Err(shape("pack_conv", format!("[{output}]"), bias.shape));
+        return Err(shape_error("pack_conv", format!("[{output}]"), bias.shape));
     }
-    let stored = widen(weight)?;
+    let mut stored = Vec::new();
+    widen("pack_conv", &weight, &mut stored)?;
     let mut taps = vec![0f32; stored.len()];
     for (out, of_output) in stored.chunks_exact(input * 27).enumerate() {
         for (channel, of_input) in of_output.chunks_exact(27).enumerate() {
@@ -52,40 +53,24 @@ pub fn pack_conv(weight: RawTensor<'_>, bias: RawTensor<'_>) -> Result<PackedCon
             }
         }
     }
-    Ok(PackedConv { input, output, taps, bias: widen(bias)? })
-}
-
-/// The values of a stored tensor as f32, exactly.
-fn widen(raw: RawTensor<'_>) -> Result<Vec<f32>> {
-    let elements: usize = raw.shape.iter().product();
-    let width = if raw.dtype == RawDtype::F32 { 4 } else { 2 };
-    if elements.checked_mul(width) != Some(raw.bytes.len()) {
-        let message = format!("{} bytes do not hold {raw:?}", raw.bytes.len());
-        return Err(EngineError::Backend { op: "pack_conv", message });
-    }
-    Ok(match raw.dtype {
-        RawDtype::F32 => raw.bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect(),
-        RawDtype::F16 => raw.bytes.as_chunks().0.iter().map(|&b| half::f16::from_le_bytes(b).to_f32()).collect(),
-        RawDtype::Bf16 => raw.bytes.as_chunks().0.iter().map(|&b| half::bf16::from_le_bytes(b).to_f32()).collect(),
-    })
+    let mut packed = PackedConv { input, output, taps, bias: Vec::new() };
+    widen("pack_conv", &bias, &mut packed.bias)?;
+    Ok(packed)
 }
 
 /// Causal convolution of `x` `[T, H, W, Cin]` → `[T, H, W, Cout]`, and the cache for the next chunk: the last two
 /// frames `[2, H, W, Cin]` of the input as it was seen, cache included. Without a cache the first frame stands in twice.
 /// Space is padded by replication. Bias is added after the full sum.
 pub fn causal_conv3d(x: &Tensor, weight: &PackedConv, cache: Option<&Tensor>) -> Result<(Tensor, Tensor)> {
-    let [frames, height, width, channels] = dims4(OP, x)?;
+    let [frames, height, width, channels] = dims(OP, "[T, H, W, C]", x)?;
     if channels != weight.input || x.elem_count() == 0 {
-        return Err(shape(OP, format!("[T, H, W, {}], none empty", weight.input), x.dims()));
+        return Err(shape_error(OP, format!("[T, H, W, {}], none empty", weight.input), x.dims()));
     }
-    if let Some(cache) = cache
-        && cache.dims() != [2, height, width, channels]
-    {
-        return Err(shape(OP, format!("cache [2, {height}, {width}, {channels}]"), cache.dims()));
+    if let Some(cache) = cache {
+        expect(OP, "cache", cache, &[2, height, width, channels])?;
     }
-    let x = Values::of(OP, x)?;
-    let cache = cache.map(|cache| Values::of(OP, cache)).transpose()?;
-    let (x, cache) = (x.read()?, cache.as_ref().map(Values::read).transpose()?);
+    let x = slice(OP, x)?;
+    let cache = cache.map(|cache| slice(OP, cache)).transpose()?;
     let (x, cache): (&[f32], Option<&[f32]>) = (&x, cache.as_deref());
 
     let frame_len = height * width * channels;
@@ -113,7 +98,7 @@ pub fn causal_conv3d(x: &Tensor, weight: &PackedConv, cache: Option<&Tensor>) ->
         });
 
     let next = [frame(frames), frame(frames + 1)].concat();
-    Ok((tensor(OP, out, &[frames, height, width, weight.output])?, tensor(OP, next, &[2, height, width, channels])?))
+    Ok((from_vec(OP, out, &[frames, height, width, weight.output])?, from_vec(OP, next, &[2, height, width, channels])?))
 }
 
 /// Buffers of one thread, reused from block to block.
@@ -194,13 +179,10 @@ impl Scratch {
     }
 }
 
-fn shape(op: &'static str, expected: impl Into<String>, got: &[usize]) -> EngineError {
-    EngineError::Shape { op, expected: expected.into(), got: format!("{got:?}") }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::RawDtype;
     use crate::engine::cpu::volume::tests::{in_pool, noise, values};
 
     fn random_conv(output: usize, input: usize) -> (Vec<f32>, Vec<f32>, PackedConv) {
@@ -254,7 +236,7 @@ mod tests {
                 let (weight, bias, packed) = random_conv(output, input);
                 let x = noise(dims.iter().product(), 3);
                 let expected = scalar_conv(&x, dims, &weight, &bias);
-                let (got, _) = causal_conv3d(&tensor(OP, x, &dims).unwrap(), &packed, None).unwrap();
+                let (got, _) = causal_conv3d(&from_vec(OP, x, &dims).unwrap(), &packed, None).unwrap();
                 assert_eq!(got.dims(), [frames, height, width, output]);
                 let worst = values(&got).iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
                 assert!(worst < 2e-5, "{dims:?} → {output}: off by {worst}");
@@ -266,7 +248,7 @@ mod tests {
     fn chunks_with_caches_give_the_bits_of_the_whole() {
         let dims = [7, 6, 5, 4];
         let (_, _, packed) = random_conv(6, 4);
-        let x = tensor(OP, noise(dims.iter().product(), 5), &dims).unwrap();
+        let x = from_vec(OP, noise(dims.iter().product(), 5), &dims).unwrap();
         let (whole, last) = causal_conv3d(&x, &packed, None).unwrap();
         for chunk in [1, 2, 3, 7] {
             let (mut parts, mut cache) = (Vec::new(), None);
@@ -285,7 +267,7 @@ mod tests {
     fn the_number_of_threads_does_not_change_a_bit() {
         let dims = [3, 21, 19, 16];
         let (_, _, packed) = random_conv(24, 16);
-        let x = tensor(OP, noise(dims.iter().product(), 7), &dims).unwrap();
+        let x = from_vec(OP, noise(dims.iter().product(), 7), &dims).unwrap();
         let run = |threads| in_pool(threads, || values(&causal_conv3d(&x, &packed, None).unwrap().0));
         let one = run(1);
         assert_eq!(one, run(2));
@@ -293,29 +275,12 @@ mod tests {
     }
 
     #[test]
-    fn bf16_and_f16_weights_are_widened_exactly() {
-        let values = noise(2 * 27, 9);
-        let narrow = |dtype| -> (Vec<u8>, Vec<f32>) {
-            let pairs = values.iter().map(|&v| match dtype {
-                RawDtype::Bf16 => (half::bf16::from_f32(v).to_le_bytes(), half::bf16::from_f32(v).to_f32()),
-                _ => (half::f16::from_f32(v).to_le_bytes(), half::f16::from_f32(v).to_f32()),
-            });
-            let (bytes, wide): (Vec<_>, Vec<_>) = pairs.unzip();
-            (bytes.concat(), wide)
-        };
-        for dtype in [RawDtype::Bf16, RawDtype::F16] {
-            let (bytes, wide) = narrow(dtype);
-            assert_eq!(widen(RawTensor { dtype, shape: &[2, 27], bytes: &bytes }).unwrap(), wide);
-        }
-    }
-
-    #[test]
     fn wrong_shapes_are_errors_that_name_them() {
         let (_, _, packed) = random_conv(2, 3);
-        let x = tensor(OP, noise(2 * 4 * 4 * 2, 1), &[2, 4, 4, 2]).unwrap();
+        let x = from_vec(OP, noise(2 * 4 * 4 * 2, 1), &[2, 4, 4, 2]).unwrap();
         let error = causal_conv3d(&x, &packed, None).err().unwrap().to_string();
         assert!(error.contains("[T, H, W, 3]") && error.contains("[2, 4, 4, 2]"), "{error}");
-        let x = tensor(OP, noise(2 * 4 * 4 * 3, 1), &[2, 4, 4, 3]).unwrap();
+        let x = from_vec(OP, noise(2 * 4 * 4 * 3, 1), &[2, 4, 4, 3]).unwrap();
         let error = causal_conv3d(&x, &packed, Some(&x.narrow(0, 0, 1).unwrap())).err().unwrap().to_string();
         assert!(error.contains("cache [2, 4, 4, 3]"), "{error}");
         let empty = x.narrow(0, 0, 0).unwrap();

@@ -1,88 +1,31 @@
 //! Operations on volumes `[T, H, W, C]`: group norm with SiLU, depth to space and time, the ends of the decoder.
 
-use std::ops::{Deref, Range};
-
-use candle_core::{CpuStorage, Device, Storage, Tensor};
+use candle_core::Tensor;
 use rayon::prelude::*;
 
-use crate::engine::{EngineError, Result};
+use super::data::{dims, from_vec, shape_error, slice};
+use crate::engine::Result;
 
 /// Pixels whose statistics are summed by one task. Fixed, so that sums do not depend on the number of threads.
 const NORM_BLOCK_PIXELS: usize = 1024;
 const GROUP_NORM_EPS: f64 = 1e-5;
-
-fn backend(op: &'static str) -> impl Fn(candle_core::Error) -> EngineError {
-    move |error| EngineError::Backend { op, message: error.to_string() }
-}
-
-fn shape(op: &'static str, expected: impl Into<String>, got: &[usize]) -> EngineError {
-    EngineError::Shape { op, expected: expected.into(), got: format!("{got:?}") }
-}
-
-/// A tensor of `values`; their number has been computed from `dims` by the caller.
-pub(super) fn tensor(op: &'static str, values: Vec<f32>, dims: &[usize]) -> Result<Tensor> {
-    Tensor::from_vec(values, dims, &Device::Cpu).map_err(backend(op))
-}
-
-pub(super) fn dims4(op: &'static str, x: &Tensor) -> Result<[usize; 4]> {
-    x.dims().try_into().map_err(|_| shape(op, "four dimensions", x.dims()))
-}
-
-/// A contiguous tensor whose values can be read in place.
-pub(super) struct Values {
-    op: &'static str,
-    tensor: Tensor,
-}
-
-impl Values {
-    pub fn of(op: &'static str, x: &Tensor) -> Result<Self> {
-        Ok(Self { op, tensor: x.contiguous().map_err(backend(op))? })
-    }
-
-    pub fn read(&self) -> Result<impl Deref<Target = [f32]>> {
-        let (storage, layout) = self.tensor.storage_and_layout();
-        match (&*storage, layout.contiguous_offsets()) {
-            (Storage::Cpu(CpuStorage::F32(_)), Some((start, end))) => Ok(Guard { storage, range: start..end }),
-            _ => Err(EngineError::Backend { op: self.op, message: "not an f32 tensor of this device".into() }),
-        }
-    }
-}
-
-/// Read access to the values of a tensor, row-major.
-struct Guard<S> {
-    storage: S,
-    range: Range<usize>,
-}
-
-impl<S: Deref<Target = Storage>> Deref for Guard<S> {
-    type Target = [f32];
-
-    fn deref(&self) -> &[f32] {
-        match &*self.storage {
-            Storage::Cpu(CpuStorage::F32(values)) => &values[self.range.clone()],
-            // `Values::read` hands out no other kind.
-            _ => &[],
-        }
-    }
-}
 
 /// `silu(group_norm(x) · weight + bias)` of `[T, H, W, C]` with statistics per frame over (C/groups, H, W), biased
 /// variance, eps 1e-5; weight and bias `[C]`. Sums are in f64; the result is `(x − mean) · a + bias` in f32 with
 /// `a = weight / sqrt(variance + eps)` rounded once, then SiLU.
 pub fn group_norm_silu(x: &Tensor, weight: &Tensor, bias: &Tensor, groups: usize) -> Result<Tensor> {
     const OP: &str = "group_norm_silu";
-    let dims @ [_, height, width, channels] = dims4(OP, x)?;
+    let shape @ [_, height, width, channels] = dims(OP, "[T, H, W, C]", x)?;
     if groups == 0 || !channels.is_multiple_of(groups) || x.elem_count() == 0 {
-        return Err(shape(OP, format!("channels that {groups} groups divide, none empty"), x.dims()));
+        return Err(shape_error(OP, format!("channels that {groups} groups divide, none empty"), x.dims()));
     }
     for affine in [weight, bias] {
         if affine.dims() != [channels] {
-            return Err(shape(OP, format!("[{channels}]"), affine.dims()));
+            return Err(shape_error(OP, format!("[{channels}]"), affine.dims()));
         }
     }
-    let (x, weight, bias) = (Values::of(OP, x)?, Values::of(OP, weight)?, Values::of(OP, bias)?);
-    let (x, weight, bias) = (x.read()?, weight.read()?, bias.read()?);
-    let (x, weight, bias) = (&*x, &*weight, &*bias);
+    let (x, weight, bias) = (slice(OP, x)?, slice(OP, weight)?, slice(OP, bias)?);
+    let (x, weight, bias): (&[f32], &[f32], &[f32]) = (&x, &weight, &bias);
 
     let frame_len = height * width * channels;
     let block_len = NORM_BLOCK_PIXELS * channels;
@@ -102,7 +45,7 @@ pub fn group_norm_silu(x: &Tensor, weight: &Tensor, bias: &Tensor, groups: usize
             }
         });
     });
-    tensor(OP, out, &dims)
+    from_vec(OP, out, &shape)
 }
 
 /// Sum and sum of squares of each channel. In f64, where the squares of f32 values are exact and the variance loses nothing to cancellation.
@@ -182,19 +125,18 @@ fn exp(x: f32) -> f32 {
 /// `[T, H, W, C·st·s·s]`, channel order (c, st, s, s) with c slowest → `[st·T − drop, s·H, s·W, C]` without the first `drop` frames.
 pub fn depth_to_space_time(x: &Tensor, st: usize, s: usize, drop: usize) -> Result<Tensor> {
     const OP: &str = "depth_to_space_time";
-    let [frames, height, width, packed] = dims4(OP, x)?;
+    let [frames, height, width, packed] = dims(OP, "[T, H, W, C]", x)?;
     let factor = st * s * s;
     if factor == 0 || !packed.is_multiple_of(factor) || drop >= st * frames || x.elem_count() == 0 {
-        return Err(shape(OP, format!("channels that {st}·{s}·{s} divides and more than {drop} frames"), x.dims()));
+        return Err(shape_error(OP, format!("channels that {st}·{s}·{s} divides and more than {drop} frames"), x.dims()));
     }
-    let x = Values::of(OP, x)?;
-    let guard = x.read()?;
-    let x = &*guard;
+    let x = slice(OP, x)?;
+    let x: &[f32] = &x;
     let channels = packed / factor;
-    let dims = [st * frames - drop, s * height, s * width, channels];
-    let mut out = vec![0f32; dims.iter().product()];
+    let shape = [st * frames - drop, s * height, s * width, channels];
+    let mut out = vec![0f32; shape.iter().product()];
     out.par_chunks_mut(s * width * channels).enumerate().for_each(|(row, out)| {
-        let (frame, row) = (row / dims[1] + drop, row % dims[1]);
+        let (frame, row) = (row / shape[1] + drop, row % shape[1]);
         let input = &x[(frame / st * height + row / s) * width * packed..][..width * packed];
         let first = (frame % st * s + row % s) * s;
         for (input, out) in input.chunks_exact(packed).zip(out.chunks_exact_mut(s * channels)) {
@@ -205,15 +147,15 @@ pub fn depth_to_space_time(x: &Tensor, st: usize, s: usize, drop: usize) -> Resu
             }
         }
     });
-    tensor(OP, out, &dims)
+    from_vec(OP, out, &shape)
 }
 
 /// Latent `[C, T, h, w]` → `z·std[c] + mean[c]` (two roundings) as a volume `[T, h, w, C]`.
 pub fn denormalize_latent(latent: &Tensor, mean: &[f32], std: &[f32]) -> Result<Tensor> {
     const OP: &str = "denormalize_latent";
-    let [channels, frames, height, width] = dims4(OP, latent)?;
+    let [channels, frames, height, width] = dims(OP, "[C, T, h, w]", latent)?;
     if channels != mean.len() || channels != std.len() {
-        return Err(shape(OP, format!("[{}, T, h, w] with {} deviations", mean.len(), std.len()), latent.dims()));
+        return Err(shape_error(OP, format!("[{}, T, h, w] with {} deviations", mean.len(), std.len()), latent.dims()));
     }
     let latent = Values::of(OP, latent)?;
     let latent = latent.read()?;
@@ -223,18 +165,17 @@ pub fn denormalize_latent(latent: &Tensor, mean: &[f32], std: &[f32]) -> Result<
             pixel[c] = z * std[c] + mean[c];
         }
     }
-    tensor(OP, out, &[frames, height, width, channels])
+    from_vec(OP, out, &[frames, height, width, channels])
 }
 
 /// Frames `[T, H, W, 3]` in [-1, 1] → RGB24 bytes: `trunc(255 · clamp((x + 1)/2, 0, 1))`; NaN becomes 0.
 pub fn to_rgb8(x: &Tensor) -> Result<Vec<u8>> {
     const OP: &str = "to_rgb8";
-    if dims4(OP, x)?[3] != 3 {
-        return Err(shape(OP, "[T, H, W, 3]", x.dims()));
+    if x.dims().len() != 4 || x.dims()[3] != 3 {
+        return Err(shape_error(OP, "[T, H, W, 3]", x.dims()));
     }
-    let x = Values::of(OP, x)?;
-    let guard = x.read()?;
-    let x = &*guard;
+    let x = slice(OP, x)?;
+    let x: &[f32] = &x;
     // A conversion to an integer type truncates, and turns NaN into 0.
     Ok(x.par_iter().with_min_len(1 << 14).map(|x| (255.0 * ((x + 1.0) / 2.0).clamp(0.0, 1.0)) as u8).collect())
 }
@@ -264,12 +205,12 @@ pub(super) mod tests {
     }
 
     fn volume(dims: [usize; 4], values: Vec<f32>) -> Tensor {
-        tensor("test", values, &dims).unwrap()
+        from_vec("test", values, &dims).unwrap()
     }
 
     fn vector(values: Vec<f32>) -> Tensor {
         let len = values.len();
-        tensor("test", values, &[len]).unwrap()
+        from_vec("test", values, &[len]).unwrap()
     }
 
     #[test]
@@ -375,6 +316,6 @@ pub(super) mod tests {
         assert!(depth_to_space_time(&x, 3, 1, 3).is_err());
         assert!(depth_to_space_time(&x, 0, 1, 0).is_err());
         assert!(to_rgb8(&x).is_err());
-        assert!(dims4("test", &six).is_err());
+        assert!(depth_to_space_time(&six, 1, 1, 0).is_err());
     }
 }
