@@ -37,7 +37,7 @@ pub struct PackedConv {
 
 /// Rearranges a stored `[out, in, 3, 3, 3]` weight and its `[out]` bias.
 pub fn pack_conv(weight: RawTensor<'_>, bias: RawTensor<'_>) -> Result<PackedConv> {
-    let &[output @ 1.., input @ 1.., 3, 3, 3] = weight.shape else {
+    let &[output @ 1..=usize::MAX, input @ 1..=usize::MAX, 3, 3, 3] = weight.shape else {
         return Err(shape_error("pack_conv", "[out, in, 3, 3, 3]", weight.shape));
     };
     if bias.shape != [output] {
@@ -98,7 +98,10 @@ pub fn causal_conv3d(x: &Tensor, weight: &PackedConv, cache: Option<&Tensor>) ->
         });
 
     let next = [frame(frames), frame(frames + 1)].concat();
-    Ok((from_vec(OP, out, &[frames, height, width, weight.output])?, from_vec(OP, next, &[2, height, width, channels])?))
+    Ok((
+        from_vec(OP, out, &[frames, height, width, weight.output])?,
+        from_vec(OP, next, &[2, height, width, channels])?,
+    ))
 }
 
 /// Buffers of one thread, reused from block to block.

@@ -4,6 +4,7 @@ use candle_core::Tensor;
 use rayon::prelude::*;
 
 use super::data::{dims, from_vec, shape_error, slice};
+use super::wide::{silu, wide};
 use crate::engine::Result;
 
 /// Pixels whose statistics are summed by one task. Fixed, so that sums do not depend on the number of threads.
@@ -32,7 +33,7 @@ pub fn group_norm_silu(x: &Tensor, weight: &Tensor, bias: &Tensor, groups: usize
     let blocks_per_frame = frame_len.div_ceil(block_len);
     let sums: Vec<Vec<[f64; 2]>> = x
         .par_chunks(frame_len)
-        .flat_map(|frame| frame.par_chunks(block_len).map(|block| channel_sums(block, channels)))
+        .flat_map(|frame| frame.par_chunks(block_len).map(|block| wide(|| channel_sums(block, channels))))
         .collect();
     let frames: Vec<Affine> =
         sums.chunks(blocks_per_frame).map(|blocks| Affine::of_frame(blocks, height * width, groups, weight)).collect();
@@ -40,15 +41,14 @@ pub fn group_norm_silu(x: &Tensor, weight: &Tensor, bias: &Tensor, groups: usize
     let mut out = vec![0f32; x.len()];
     out.par_chunks_mut(frame_len).zip(x.par_chunks(frame_len)).zip(&frames).for_each(|((out, x), affine)| {
         out.par_chunks_mut(block_len).zip(x.par_chunks(block_len)).for_each(|(out, x)| {
-            for (out, x) in out.chunks_exact_mut(channels).zip(x.chunks_exact(channels)) {
-                affine.apply(x, bias, out);
-            }
+            wide(|| affine.apply(x, bias, out));
         });
     });
     from_vec(OP, out, &shape)
 }
 
 /// Sum and sum of squares of each channel. In f64, where the squares of f32 values are exact and the variance loses nothing to cancellation.
+#[inline(always)]
 fn channel_sums(block: &[f32], channels: usize) -> Vec<[f64; 2]> {
     let (mut sums, mut squares) = (vec![0f64; channels], vec![0f64; channels]);
     for pixel in block.chunks_exact(channels) {
@@ -85,41 +85,17 @@ impl Affine {
         affine
     }
 
-    /// One pixel.
+    /// Norm, bias and SiLU of some pixels.
+    #[inline(always)]
     fn apply(&self, x: &[f32], bias: &[f32], out: &mut [f32]) {
-        let parameters = self.mean.iter().zip(&self.scale).zip(bias);
-        for ((out, &x), ((mean, scale), bias)) in out.iter_mut().zip(x).zip(parameters) {
-            *out = silu((x - mean) * scale + bias);
+        let channels = bias.len();
+        for (out, x) in out.chunks_exact_mut(channels).zip(x.chunks_exact(channels)) {
+            let parameters = self.mean.iter().zip(&self.scale).zip(bias);
+            for ((out, &x), ((mean, scale), bias)) in out.iter_mut().zip(x).zip(parameters) {
+                *out = silu((x - mean) * scale + bias);
+            }
         }
     }
-}
-
-/// `x · sigmoid(x)`, without a call in it, so that loops over it become vector code. Within 3 ulp of the true value
-/// where that is a normal number.
-#[inline(always)]
-pub(super) fn silu(x: f32) -> f32 {
-    x / (1.0 + exp(-x))
-}
-
-/// e to the x for x clamped to [-87, 88], within 2 ulp.
-#[inline(always)]
-fn exp(x: f32) -> f32 {
-    // x = n·ln 2 + r with |r| ≤ ln 2 / 2. Adding 1.5·2²³ rounds to an integer, which then sits in the low bits.
-    const ROUND: f32 = 12_582_912.0;
-    // ln 2 in two parts: the first has few enough bits for n·LN2_HIGH to be exact.
-    const LN2_HIGH: f32 = 0.693_359_4;
-    const LN2_LOW: f32 = -2.121_944_4e-4;
-    let x = x.clamp(-87.0, 88.0);
-    let shifted = x * std::f32::consts::LOG2_E + ROUND;
-    let n = shifted - ROUND;
-    let r = (x - n * LN2_HIGH) - n * LN2_LOW;
-    // Taylor to r⁷; what is left out is below 6e-9 of the value.
-    let mut p = 1.0 / 5040.0;
-    for coefficient in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
-        p = p * r + coefficient;
-    }
-    // Times 2ⁿ: n goes onto the exponent.
-    f32::from_bits(p.to_bits().wrapping_add(shifted.to_bits() << 23))
 }
 
 /// `[T, H, W, C·st·s·s]`, channel order (c, st, s, s) with c slowest → `[st·T − drop, s·H, s·W, C]` without the first `drop` frames.
@@ -128,7 +104,11 @@ pub fn depth_to_space_time(x: &Tensor, st: usize, s: usize, drop: usize) -> Resu
     let [frames, height, width, packed] = dims(OP, "[T, H, W, C]", x)?;
     let factor = st * s * s;
     if factor == 0 || !packed.is_multiple_of(factor) || drop >= st * frames || x.elem_count() == 0 {
-        return Err(shape_error(OP, format!("channels that {st}·{s}·{s} divides and more than {drop} frames"), x.dims()));
+        return Err(shape_error(
+            OP,
+            format!("channels that {st}·{s}·{s} divides and more than {drop} frames"),
+            x.dims(),
+        ));
     }
     let x = slice(OP, x)?;
     let x: &[f32] = &x;
@@ -157,8 +137,7 @@ pub fn denormalize_latent(latent: &Tensor, mean: &[f32], std: &[f32]) -> Result<
     if channels != mean.len() || channels != std.len() {
         return Err(shape_error(OP, format!("[{}, T, h, w] with {} deviations", mean.len(), std.len()), latent.dims()));
     }
-    let latent = Values::of(OP, latent)?;
-    let latent = latent.read()?;
+    let latent = slice(OP, latent)?;
     let mut out = vec![0f32; latent.len()];
     for (c, plane) in latent.chunks_exact((frames * height * width).max(1)).enumerate() {
         for (pixel, z) in out.chunks_exact_mut(channels).zip(plane) {
@@ -244,18 +223,6 @@ pub(super) mod tests {
             let tolerance = if frame == 0 { 2e-6 } else { 2e-4 }; // 30 ± 0.01 in f32 has 2e-6 / 0.01 left
             assert!((f64::from(got) - expected).abs() < tolerance, "at {index}: {got}, expected {expected}");
         }
-    }
-
-    #[test]
-    fn silu_equals_f64_over_its_whole_range() {
-        for i in -400_000..=400_000 {
-            let x = i as f32 * 3e-4;
-            let expected = f64::from(x) / (1.0 + (-f64::from(x)).exp());
-            let error = (f64::from(silu(x)) - expected).abs();
-            assert!(error <= 4e-7 * expected.abs() + 1e-35, "silu({x}) = {}, expected {expected}", silu(x));
-        }
-        assert!(silu(f32::NAN).is_nan());
-        assert_eq!(silu(f32::INFINITY), f32::INFINITY);
     }
 
     #[test]
