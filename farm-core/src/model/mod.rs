@@ -3,7 +3,15 @@
 //! Structs here hold weights only; every call takes the engine it runs on, so that the devices of one process share
 //! one copy of the weights.
 
+mod block;
 pub mod config;
+pub mod dit;
+mod embed;
+mod layers;
+pub mod noise;
+pub mod sampler;
+pub mod schedule;
+pub mod t5;
 pub mod weights;
 
 /// What can go wrong between a checkpoint and a clip.
