@@ -4,6 +4,7 @@
 //! one copy of the weights.
 
 pub mod config;
+pub mod tokenizer;
 pub mod weights;
 
 /// What can go wrong between a checkpoint and a clip.
