@@ -134,6 +134,8 @@ impl<E: Engine> Block<E> {
             let attended = update.proj.apply(engine, &engine.attention(&text.qkv.q, &keys, &values)?.out)?;
             let updated = engine.gated_residual(y, &attended, gate_msa)?;
             *y = residual_mlp(engine, &updated, update.mlp, scale_mlp, gate_mlp)?;
+        }
+        if let Some(y) = &streams.y {
             observe(&format!("{name}.y"), y);
         }
         Ok(())

@@ -7,11 +7,14 @@ mod block;
 pub mod config;
 pub mod dit;
 mod embed;
+pub mod latent;
 mod layers;
 pub mod noise;
 pub mod sampler;
 pub mod schedule;
 pub mod t5;
+pub mod tokenizer;
+pub mod vae;
 pub mod weights;
 
 /// What can go wrong between a checkpoint and a clip.

@@ -4,6 +4,7 @@
 //! candle's own operations are used only where they move data; it would run arithmetic on a process-wide pool.
 
 mod attention;
+mod conv;
 mod data;
 mod elementwise;
 mod linear;
@@ -39,7 +40,7 @@ impl CpuEngine {
 
 impl Engine for CpuEngine {
     type Tensor = Tensor;
-    type ConvWeight = volume::PackedConv;
+    type ConvWeight = conv::PackedConv;
 
     fn name(&self) -> String {
         match self.pool.threads() {
@@ -55,8 +56,8 @@ impl Engine for CpuEngine {
         from_vec("weight", values, &shape)
     }
 
-    fn conv_weight(&self, weight: RawTensor<'_>, bias: RawTensor<'_>) -> Result<volume::PackedConv> {
-        self.pool.install(|| volume::pack_conv(weight, bias))
+    fn conv_weight(&self, weight: RawTensor<'_>, bias: RawTensor<'_>) -> Result<conv::PackedConv> {
+        self.pool.install(|| conv::pack_conv(weight, bias))
     }
 
     fn upload(&self, values: &[f32], shape: &[usize]) -> Result<Tensor> {
@@ -189,10 +190,10 @@ impl Engine for CpuEngine {
     fn causal_conv3d(
         &self,
         x: &Tensor,
-        weight: &volume::PackedConv,
+        weight: &conv::PackedConv,
         cache: Option<&ConvCache<Tensor>>,
     ) -> Result<(Tensor, ConvCache<Tensor>)> {
-        let (out, cache) = self.pool.install(|| volume::causal_conv3d(x, weight, cache.map(|c| &c.0)))?;
+        let (out, cache) = self.pool.install(|| conv::causal_conv3d(x, weight, cache.map(|c| &c.0)))?;
         Ok((out, ConvCache(cache)))
     }
 
