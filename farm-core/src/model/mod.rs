@@ -5,6 +5,7 @@
 
 pub mod config;
 pub mod latent;
+pub mod tokenizer;
 pub mod vae;
 pub mod weights;
 
