@@ -4,6 +4,9 @@
 //! one copy of the weights.
 
 pub mod config;
+pub mod latent;
+pub mod tokenizer;
+pub mod vae;
 pub mod weights;
 
 /// What can go wrong between a checkpoint and a clip.

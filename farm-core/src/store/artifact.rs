@@ -194,9 +194,11 @@ impl ArtifactStore {
     }
 
     /// Runs `attempt` until it succeeds, fails for a reason that stays, or the waits are used up.
-    async fn retried<T, F>(&self, operation: &'static str, key: &str, mut attempt: F) -> Result<T, StoreError>
+    async fn retried<T, F, R>(&self, operation: &'static str, key: &str, mut attempt: F) -> Result<T, StoreError>
     where
-        F: AsyncFnMut() -> Result<T, DriverError>,
+        F: FnMut() -> R,
+        // Spelled out, because an async closure could not promise `Send`.
+        R: Future<Output = Result<T, DriverError>> + Send,
     {
         let mut waits = self.waits.iter();
         loop {
@@ -214,13 +216,13 @@ impl ArtifactStore {
     /// Stores a small object, replacing what is there.
     pub async fn put(&self, key: &str, bytes: Bytes) -> Result<(), StoreError> {
         let path = self.path(key)?;
-        self.retried("write", key, async || self.driver.put(&path, bytes.clone().into()).await.map(drop)).await
+        self.retried("write", key, || async { self.driver.put(&path, bytes.clone().into()).await.map(drop) }).await
     }
 
     /// Stores a file, replacing what is there; the object appears whole or not at all. Holds two parts of 8 MiB at most.
     pub async fn put_file(&self, key: &str, file: &FilePath) -> Result<(), StoreError> {
         let path = self.path(key)?;
-        self.retried("write", key, async || self.put_file_once(&path, file).await).await
+        self.retried("write", key, || async { self.put_file_once(&path, file).await }).await
     }
 
     async fn put_file_once(&self, path: &Path, file: &FilePath) -> Result<(), DriverError> {
@@ -255,7 +257,7 @@ impl ArtifactStore {
     /// one key exactly one gets [`Create::Created`].
     pub async fn create(&self, key: &str, bytes: Bytes) -> Result<Create, StoreError> {
         let path = self.path(key)?;
-        self.retried("create", key, async || {
+        self.retried("create", key, || async {
             match self.driver.put_opts(&path, bytes.clone().into(), PutMode::Create.into()).await {
                 Ok(_) => Ok(Create::Created),
                 // S3 also answers so while another create is under way, which may yet fail: only what can be read exists.
@@ -275,7 +277,7 @@ impl ArtifactStore {
         let path = self.path(key)?;
         let limit = max_bytes as u64;
         let read: Result<Bytes, u64> = self
-            .retried("read", key, async || {
+            .retried("read", key, || async {
                 let found = self.driver.get(&path).await?;
                 // Checked before a byte is read: the object may be anything.
                 let bytes = found.meta.size;
@@ -291,7 +293,7 @@ impl ArtifactStore {
         key: &str,
     ) -> Result<(u64, BoxStream<'static, Result<Bytes, StoreError>>), StoreError> {
         let path = self.path(key)?;
-        let found: GetResult = self.retried("read", key, async || self.driver.get(&path).await).await?;
+        let found: GetResult = self.retried("read", key, || self.driver.get(&path)).await?;
         let (store, key) = (self.clone(), key.to_owned());
         let length = found.meta.size;
         let bytes = found.into_stream().map(move |chunk| chunk.map_err(|e| store.failed("read", &key, e)));
@@ -301,20 +303,24 @@ impl ArtifactStore {
     /// The object's length in bytes, or `None` if there is no such object.
     pub async fn head(&self, key: &str) -> Result<Option<u64>, StoreError> {
         let path = self.path(key)?;
-        self.retried("look up", key, async || match self.driver.head(&path).await {
-            Ok(meta) => Ok(Some(meta.size)),
-            Err(DriverError::NotFound { .. }) => Ok(None),
-            Err(error) => Err(error),
+        self.retried("look up", key, || async {
+            match self.driver.head(&path).await {
+                Ok(meta) => Ok(Some(meta.size)),
+                Err(DriverError::NotFound { .. }) => Ok(None),
+                Err(error) => Err(error),
+            }
         })
         .await
     }
 
     pub async fn delete(&self, key: &str) -> Result<(), StoreError> {
         let path = self.path(key)?;
-        self.retried("delete", key, async || match self.driver.delete(&path).await {
-            // A local file's absence is an error, a bucket's is not; deleted is deleted.
-            Err(DriverError::NotFound { .. }) => Ok(()),
-            done => done,
+        self.retried("delete", key, || async {
+            match self.driver.delete(&path).await {
+                // A local file's absence is an error, a bucket's is not; deleted is deleted.
+                Err(DriverError::NotFound { .. }) => Ok(()),
+                done => done,
+            }
         })
         .await
     }

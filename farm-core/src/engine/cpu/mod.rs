@@ -1,1 +1,209 @@
-//! The CPU engine: candle-core tensors in f32, with own kernels where candle has none.
+//! The CPU engine: candle-core tensors in f32, with own kernels where candle has none or a slow one.
+//!
+//! Every operation is cut into tasks by shape alone, so results have the same bits for any number of threads.
+//! candle's own operations are used only where they move data; it would run arithmetic on a process-wide pool.
+
+mod attention;
+mod conv;
+mod data;
+mod elementwise;
+mod linear;
+mod norm;
+mod pool;
+mod rope;
+mod volume;
+mod wide;
+
+use candle_core::Tensor;
+
+use self::data::{candle, from_vec, shape_error, slice, widen_pieces};
+use self::pool::Pool;
+use crate::engine::{AttentionOut, ConvCache, Engine, EngineError, Qkv, RawTensor, Result, RopeTable};
+
+/// One CPU device: a number of threads of its own.
+pub struct CpuEngine {
+    pool: Pool,
+}
+
+impl CpuEngine {
+    /// An engine with `threads` threads. Errors if `threads` is 0 or the threads cannot be started.
+    pub fn new(threads: usize) -> Result<CpuEngine> {
+        if threads == 0 {
+            let message = "a device needs at least 1 thread".into();
+            return Err(EngineError::Backend { op: "start threads", message });
+        }
+        Ok(CpuEngine { pool: Pool::new(threads)? })
+    }
+}
+
+impl Engine for CpuEngine {
+    type Tensor = Tensor;
+    type ConvWeight = conv::PackedConv;
+
+    fn name(&self) -> String {
+        match self.pool.threads() {
+            1 => "cpu (1 thread)".into(),
+            n => format!("cpu ({n} threads)"),
+        }
+    }
+
+    // ---- moving data ----
+
+    fn weight(&self, pieces: &[RawTensor<'_>]) -> Result<Tensor> {
+        let (values, shape) = widen_pieces("weight", pieces)?;
+        from_vec("weight", values, &shape)
+    }
+
+    fn conv_weight(&self, weight: RawTensor<'_>, bias: RawTensor<'_>) -> Result<conv::PackedConv> {
+        self.pool.install(|| conv::pack_conv(weight, bias))
+    }
+
+    fn upload(&self, values: &[f32], shape: &[usize]) -> Result<Tensor> {
+        from_vec("upload", values.to_vec(), shape)
+    }
+
+    fn download(&self, x: &Tensor) -> Result<Vec<f32>> {
+        Ok(slice("download", x)?.to_vec())
+    }
+
+    fn shape(&self, x: &Tensor) -> Vec<usize> {
+        x.dims().to_vec()
+    }
+
+    fn reshape(&self, x: &Tensor, shape: &[usize]) -> Result<Tensor> {
+        if shape.iter().product::<usize>() != x.elem_count() {
+            return Err(shape_error("reshape", format!("as many elements as {shape:?}"), x.dims()));
+        }
+        x.reshape(shape).map_err(|error| candle("reshape", error))
+    }
+
+    fn narrow(&self, x: &Tensor, dim: usize, start: usize, len: usize) -> Result<Tensor> {
+        if dim >= x.dims().len() || start.checked_add(len).is_none_or(|end| end > x.dims()[dim]) {
+            return Err(shape_error("narrow", format!("elements {start}..{start}+{len} of dimension {dim}"), x.dims()));
+        }
+        // A view along dimension 0; along others a copy, because every kernel here wants contiguous values.
+        x.narrow(dim, start, len).and_then(|x| x.contiguous()).map_err(|error| candle("narrow", error))
+    }
+
+    fn concat_rows(&self, parts: &[&Tensor]) -> Result<Tensor> {
+        elementwise::concat_rows(parts)
+    }
+
+    // ---- shared by the networks ----
+
+    fn linear(&self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+        linear::linear(&self.pool, x, weight, bias)
+    }
+
+    fn add(&self, a: &Tensor, b: &Tensor) -> Result<Tensor> {
+        elementwise::add(&self.pool, a, b)
+    }
+
+    fn silu(&self, x: &Tensor) -> Result<Tensor> {
+        elementwise::silu(&self.pool, x)
+    }
+
+    // ---- T5 encoder ----
+
+    fn embed_rows(&self, table: &Tensor, ids: &[u32]) -> Result<Tensor> {
+        elementwise::embed_rows(table, ids)
+    }
+
+    fn rms_norm(&self, x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
+        norm::rms_norm(&self.pool, x, weight, eps)
+    }
+
+    fn t5_attention(&self, q: &Tensor, k: &Tensor, v: &Tensor, bias: &Tensor, heads: usize) -> Result<Tensor> {
+        attention::t5_attention(&self.pool, [q, k, v], bias, heads)
+    }
+
+    fn gelu_gated(&self, a: &Tensor, b: &Tensor) -> Result<Tensor> {
+        elementwise::gelu_gated(&self.pool, a, b)
+    }
+
+    // ---- AsymmDiT ----
+
+    fn rope_table(&self, frequencies: &Tensor, grid: [usize; 3]) -> Result<RopeTable<Tensor>> {
+        rope::rope_table(&self.pool, frequencies, grid)
+    }
+
+    fn patchify(&self, latent: &Tensor) -> Result<Tensor> {
+        elementwise::patchify(latent)
+    }
+
+    fn unpatchify(&self, patches: &Tensor, grid: [usize; 3]) -> Result<Tensor> {
+        elementwise::unpatchify(patches, grid)
+    }
+
+    fn modulated_rms_norm(&self, x: &Tensor, scale: &Tensor) -> Result<Tensor> {
+        norm::modulated_rms_norm(&self.pool, x, scale)
+    }
+
+    fn gated_residual(&self, x: &Tensor, branch: &Tensor, gate: &Tensor) -> Result<Tensor> {
+        norm::gated_residual(&self.pool, x, branch, gate)
+    }
+
+    fn split_qkv(
+        &self,
+        packed: &Tensor,
+        q_norm: &Tensor,
+        k_norm: &Tensor,
+        heads: usize,
+        rope: Option<&RopeTable<Tensor>>,
+    ) -> Result<Qkv<Tensor>> {
+        rope::split_qkv(&self.pool, packed, [q_norm, k_norm], heads, rope)
+    }
+
+    fn attention(&self, q: &Tensor, keys: &[&Tensor], values: &[&Tensor]) -> Result<AttentionOut<Tensor>> {
+        attention::attention(&self.pool, q, keys, values)
+    }
+
+    fn swiglu(&self, x: &Tensor) -> Result<Tensor> {
+        elementwise::swiglu(&self.pool, x)
+    }
+
+    fn modulated_layer_norm(&self, x: &Tensor, shift: &Tensor, scale: &Tensor) -> Result<Tensor> {
+        norm::modulated_layer_norm(&self.pool, x, shift, scale)
+    }
+
+    // ---- sampler ----
+
+    fn euler_step(
+        &self,
+        z: &Tensor,
+        cond: &Tensor,
+        uncond: Option<&Tensor>,
+        guidance: f32,
+        dsigma: f32,
+    ) -> Result<Tensor> {
+        elementwise::euler_step(&self.pool, z, cond, uncond, guidance, dsigma)
+    }
+
+    // ---- VAE decoder ----
+
+    fn denormalize_latent(&self, latent: &Tensor, mean: &[f32], std: &[f32]) -> Result<Tensor> {
+        self.pool.install(|| volume::denormalize_latent(latent, mean, std))
+    }
+
+    fn causal_conv3d(
+        &self,
+        x: &Tensor,
+        weight: &conv::PackedConv,
+        cache: Option<&ConvCache<Tensor>>,
+    ) -> Result<(Tensor, ConvCache<Tensor>)> {
+        let (out, cache) = self.pool.install(|| conv::causal_conv3d(x, weight, cache.map(|c| &c.0)))?;
+        Ok((out, ConvCache(cache)))
+    }
+
+    fn group_norm_silu(&self, x: &Tensor, weight: &Tensor, bias: &Tensor, groups: usize) -> Result<Tensor> {
+        self.pool.install(|| volume::group_norm_silu(x, weight, bias, groups))
+    }
+
+    fn depth_to_space_time(&self, x: &Tensor, st: usize, s: usize, drop: usize) -> Result<Tensor> {
+        self.pool.install(|| volume::depth_to_space_time(x, st, s, drop))
+    }
+
+    fn to_rgb8(&self, x: &Tensor) -> Result<Vec<u8>> {
+        self.pool.install(|| volume::to_rgb8(x))
+    }
+}

@@ -1,6 +1,13 @@
 //! Checkpoints: two layouts, one vocabulary. The model asks for tensors by their names in the original layout (T5: its
 //! only layout); a [`WeightSource`] finds them in whatever the folder holds.
 
+pub mod checkpoint;
+pub mod file;
+mod folder;
+mod names;
+mod sizes;
+pub mod spiece;
+
 use crate::engine::{Engine, RawTensor};
 use crate::model::ModelError;
 

@@ -1,0 +1,109 @@
+//! Values in and out of candle tensors. Every tensor of this engine is f32 and contiguous (it may start inside a larger
+//! storage), so a kernel sees a plain slice.
+
+use std::ops::{Deref, Range};
+
+use candle_core::{CpuStorage, DType, Device, Storage, StorageRef, Tensor};
+
+use crate::engine::{EngineError, RawDtype, RawTensor, Result};
+
+/// The values of a tensor, row-major. Holds a read lock on the storage, which nothing here ever writes.
+pub(super) struct Slice<'a> {
+    storage: StorageRef<'a>,
+    range: Range<usize>,
+}
+
+impl Deref for Slice<'_> {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        match &*self.storage {
+            Storage::Cpu(CpuStorage::F32(values)) => &values[self.range.clone()],
+            // `slice` has checked it, and a storage never changes its type.
+            _ => &[],
+        }
+    }
+}
+
+/// The values of `x`, without a copy. Errors if `x` is not a contiguous f32 CPU tensor.
+pub(super) fn slice<'a>(op: &'static str, x: &'a Tensor) -> Result<Slice<'a>> {
+    let backend = |message: String| EngineError::Backend { op, message };
+    if x.dtype() != DType::F32 {
+        return Err(backend(format!("expected an f32 tensor, got {:?}", x.dtype())));
+    }
+    let (storage, layout) = x.storage_and_layout();
+    let Some((start, end)) = layout.contiguous_offsets() else {
+        return Err(backend(format!("expected a contiguous tensor, got strides {:?}", layout.stride())));
+    };
+    if !matches!(&*storage, Storage::Cpu(CpuStorage::F32(_))) {
+        return Err(backend("expected a CPU tensor".into()));
+    }
+    Ok(Slice { storage, range: start..end })
+}
+
+/// A tensor that owns `values`, without a copy.
+pub(super) fn from_vec(op: &'static str, values: Vec<f32>, shape: &[usize]) -> Result<Tensor> {
+    if shape.iter().product::<usize>() != values.len() {
+        return Err(shape_error(op, format!("{} values", shape.iter().product::<usize>()), &[values.len()]));
+    }
+    Tensor::from_vec(values, shape, &Device::Cpu).map_err(|error| candle(op, error))
+}
+
+/// An error of candle itself, with the operation named.
+pub(super) fn candle(op: &'static str, error: candle_core::Error) -> EngineError {
+    EngineError::Backend { op, message: error.to_string() }
+}
+
+pub(super) fn shape_error(op: &'static str, expected: impl Into<String>, got: &[usize]) -> EngineError {
+    EngineError::Shape { op, expected: expected.into(), got: format!("{got:?}") }
+}
+
+/// The sizes of an `N`-dimensional tensor; `expected` names them, for example `[rows, channels]`.
+pub(super) fn dims<const N: usize>(op: &'static str, expected: &str, x: &Tensor) -> Result<[usize; N]> {
+    x.dims().try_into().map_err(|_| shape_error(op, expected, x.dims()))
+}
+
+/// `x` has exactly this shape.
+pub(super) fn expect(op: &'static str, what: &str, x: &Tensor, shape: &[usize]) -> Result<()> {
+    if x.dims() != shape {
+        return Err(shape_error(op, format!("{what} {shape:?}"), x.dims()));
+    }
+    Ok(())
+}
+
+/// Widens stored values to f32, appending them to `out`. Exact.
+pub(super) fn widen(op: &'static str, raw: &RawTensor<'_>, out: &mut Vec<f32>) -> Result<()> {
+    let (count, size) = (raw.shape.iter().product::<usize>(), if raw.dtype == RawDtype::F32 { 4 } else { 2 });
+    if count.checked_mul(size) != Some(raw.bytes.len()) {
+        return Err(shape_error(op, format!("{raw:?} in {} bytes", count.saturating_mul(size)), &[raw.bytes.len()]));
+    }
+    match raw.dtype {
+        RawDtype::F32 => out.extend(raw.bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b))),
+        RawDtype::F16 => {
+            out.extend(raw.bytes.as_chunks::<2>().0.iter().map(|b| half::f16::from_le_bytes(*b).to_f32()));
+        }
+        RawDtype::Bf16 => {
+            out.extend(raw.bytes.as_chunks::<2>().0.iter().map(|b| half::bf16::from_le_bytes(*b).to_f32()));
+        }
+    }
+    Ok(())
+}
+
+/// Widens pieces and concatenates them along dimension 0: the values and the shape of the whole.
+pub(super) fn widen_pieces(op: &'static str, pieces: &[RawTensor<'_>]) -> Result<(Vec<f32>, Vec<usize>)> {
+    let Some(first) = pieces.first() else {
+        return Err(shape_error(op, "at least one piece", &[0]));
+    };
+    let mut values = Vec::with_capacity(pieces.iter().map(|p| p.shape.iter().product::<usize>()).sum());
+    let mut shape = first.shape.to_vec();
+    for (i, piece) in pieces.iter().enumerate() {
+        if i > 0 {
+            if shape.is_empty() || piece.shape.len() != shape.len() || piece.shape[1..] != shape[1..] {
+                return Err(shape_error(op, format!("a piece that follows {shape:?} along dimension 0"), piece.shape));
+            }
+            shape[0] += piece.shape[0];
+        }
+        widen(op, piece, &mut values)?;
+    }
+    Ok((values, shape))
+}

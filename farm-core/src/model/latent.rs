@@ -1,0 +1,84 @@
+//! Latents: the two spaces they live in, and their files.
+//!
+//! The transformer works on normalised values, the decoder on `z·std + mean`. Two types, because both are twelve
+//! channels of plausible numbers and a mix-up decodes to a plausible, wrong clip.
+
+use std::collections::HashMap;
+
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+
+use crate::model::ModelError;
+
+/// A latent as the transformer knows it: `[C, T, h, w]`, normalised.
+#[derive(Clone)]
+pub struct DitLatent<T>(pub T);
+
+/// A latent as the decoder wants it: `[T, h, w, C]`, `z·std + mean`.
+#[derive(Clone)]
+pub struct VaeLatent<T>(pub T);
+
+/// Key of a finished latent in its file.
+pub const LATENT_KEY: &str = "latent";
+/// Key of noise to start from.
+pub const NOISE_KEY: &str = "noise";
+
+/// A safetensors file with one tensor, `key`: f32 `[1, C, T, h, w]`. `values` are those of `[C, T, h, w]`.
+pub fn to_safetensors(key: &str, values: &[f32], shape: [usize; 4]) -> Result<Vec<u8>, ModelError> {
+    let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+    let failed = |error| ModelError::Input(format!("latent of shape {shape:?} cannot be stored: {error}"));
+    let view = TensorView::new(Dtype::F32, [&[1], &shape[..]].concat(), &bytes).map_err(failed)?;
+    safetensors::serialize(HashMap::from([(key, view)]), None).map_err(failed)
+}
+
+/// The values of tensor `key`, which has to be f32 `[1, C, T, h, w]` with `[C, T, h, w] = shape` and finite throughout.
+pub fn from_safetensors(bytes: &[u8], key: &str, shape: [usize; 4]) -> Result<Vec<f32>, ModelError> {
+    let file = SafeTensors::deserialize(bytes)
+        .map_err(|error| ModelError::Input(format!("not a safetensors file ({error})")))?;
+    let tensor = file.tensor(key).map_err(|_| {
+        let names = file.names().into_iter().take(8).collect::<Vec<_>>().join(", ");
+        ModelError::Input(format!("no tensor {key:?} in the file; it has: {names}"))
+    })?;
+    let expected = [&[1], &shape[..]].concat();
+    if tensor.dtype() != Dtype::F32 || tensor.shape() != expected {
+        let (dtype, got) = (tensor.dtype(), tensor.shape());
+        return Err(ModelError::Input(format!(
+            "tensor {key:?} is {dtype:?} {got:?}, this clip needs F32 {expected:?}"
+        )));
+    }
+    let values: Vec<f32> = tensor.data().as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect();
+    match values.iter().position(|v| !v.is_finite()) {
+        Some(index) => Err(ModelError::Input(format!("tensor {key:?} holds {} at element {index}", values[index]))),
+        None => Ok(values),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SHAPE: [usize; 4] = [12, 2, 2, 4];
+
+    fn values() -> Vec<f32> {
+        (0..SHAPE.iter().product::<usize>()).map(|i| i as f32 * 0.25 - 3.0).collect()
+    }
+
+    #[test]
+    fn a_stored_latent_is_read_back() {
+        let bytes = to_safetensors(LATENT_KEY, &values(), SHAPE).unwrap();
+        assert_eq!(from_safetensors(&bytes, LATENT_KEY, SHAPE).unwrap(), values());
+    }
+
+    #[test]
+    fn a_file_that_does_not_fit_the_clip_says_what_it_holds() {
+        let bytes = to_safetensors("z", &values(), SHAPE).unwrap();
+        let error = |bytes: &[u8], key, shape| from_safetensors(bytes, key, shape).unwrap_err().to_string();
+        assert!(error(&bytes, NOISE_KEY, SHAPE).contains("it has: z"));
+        let wrong = error(&bytes, "z", [12, 2, 4, 2]);
+        assert!(wrong.contains("[1, 12, 2, 2, 4]") && wrong.contains("[1, 12, 2, 4, 2]"), "{wrong}");
+        assert!(error(&bytes[..40], "z", SHAPE).contains("not a safetensors file"));
+        let mut with_nan = values();
+        with_nan[7] = f32::NAN;
+        let bytes = to_safetensors("z", &with_nan, SHAPE).unwrap();
+        assert!(error(&bytes, "z", SHAPE).contains("NaN at element 7"));
+    }
+}

@@ -1,0 +1,4 @@
+//! The subcommands of `farm-node`, one file each.
+
+pub mod bench;
+pub mod render;
