@@ -43,6 +43,12 @@ impl Farm {
         self.loaded.clear();
     }
 
+    /// Nothing that waits could start.
+    #[cfg(test)]
+    pub(super) fn is_settled(&self) -> bool {
+        self.plan().is_empty()
+    }
+
     fn plan(&self) -> Vec<Assignment> {
         let mut plan = Vec::new();
         if self.queues.is_empty() {
@@ -67,7 +73,7 @@ impl Farm {
         {
             let (head, model, rest) = &mut queues[first];
             let Some((node, device)) = self.take_free(&mut free, model) else {
-                queues.swap_remove(first);
+                drop(queues.swap_remove(first));
                 continue;
             };
             plan.push(Assignment { job: head.2, node, device, model: model.clone() });
@@ -152,13 +158,12 @@ impl Farm {
         if let Some(job) = self.jobs.get_mut(&id) {
             job.attempt = attempt;
             // From now on the job is this model's, even if others join.
-            job.model = Some(model.clone());
+            job.model = Some(model);
             job.phase = Phase::Running(Box::new(Lease {
                 key,
                 node: node_id.clone(),
                 boot,
                 devices: devices.clone(),
-                model,
                 confirmation: Confirmation::Awaited { since: now, start: start.clone() },
                 progress: None,
             }));
