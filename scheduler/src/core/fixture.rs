@@ -146,11 +146,8 @@ impl World {
             if load.is_empty() {
                 break;
             }
-            let loaded = load.iter().map(|job| LoadedRequest {
-                job: *job,
-                request: self.rows[job].request.clone(),
-                seed: 1,
-            });
+            let loaded =
+                load.iter().map(|job| LoadedRequest { job: *job, request: self.rows[job].request.clone(), seed: 1 });
             effects = self.farm.step(Event::Loaded(loaded.collect()), self.now);
         }
         self.check();

@@ -1,7 +1,7 @@
 //! Which queued job gets which free device: first come, first served, higher priority first. One clip takes one
 //! device, but a lease names a list, and it is taken and given back as a whole.
 
-use std::collections::{BTreeMap, btree_set};
+use std::collections::{BTreeMap, BTreeSet, btree_set};
 use std::sync::Arc;
 
 use farm_core::id::{AttemptKey, AttemptNo, DeviceIndex, JobId, NodeId};
@@ -100,11 +100,7 @@ impl Farm {
     }
 
     /// Takes a device of the node with the model that has most free ones; of equals, the first by name.
-    fn take_free(
-        &self,
-        free: &mut BTreeMap<NodeId, Vec<DeviceIndex>>,
-        model: &str,
-    ) -> Option<(NodeId, DeviceIndex)> {
+    fn take_free(&self, free: &mut BTreeMap<NodeId, Vec<DeviceIndex>>, model: &str) -> Option<(NodeId, DeviceIndex)> {
         let has_model = |id: &NodeId| self.nodes.get(id).is_some_and(|node| node.models.contains_key(model));
         let (id, devices) = free
             .iter_mut()
@@ -196,7 +192,8 @@ impl Farm {
     }
 
     fn model_wait_reason(&self, named: Option<&str>) -> WaitReason {
-        let registered = self.models().names();
+        let names: BTreeSet<&Arc<str>> = self.nodes.values().flat_map(|node| node.models.keys()).collect();
+        let registered: Vec<String> = names.iter().map(|name| name.to_string()).collect();
         let model = match (named, registered.as_slice()) {
             (_, []) if named.is_none() => return WaitReason::NoModel,
             (None, [only]) => only.clone(),

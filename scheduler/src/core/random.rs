@@ -13,19 +13,53 @@ use super::fixture::*;
 
 #[derive(Clone, Debug)]
 enum Step {
-    Submit { priority: i32, model: u8 },
-    Register { node: u8, boot: u8, devices: usize, models: u8, running: u32 },
-    Heartbeat { node: u8, boot: u8, listed: u32 },
+    Submit {
+        priority: i32,
+        model: u8,
+    },
+    Register {
+        node: u8,
+        boot: u8,
+        devices: usize,
+        models: u8,
+        running: u32,
+    },
+    Heartbeat {
+        node: u8,
+        boot: u8,
+        listed: u32,
+    },
     /// A report on the nth start ever sent, from any process, `times` over.
-    Report { node: u8, boot: u8, start: usize, outcome: u8, times: u8 },
+    Report {
+        node: u8,
+        boot: u8,
+        start: usize,
+        outcome: u8,
+        times: u8,
+    },
     /// What an honest node does: reports on an attempt that it was told to start.
-    HonestReport { start: usize, outcome: u8 },
-    HonestHeartbeat { start: usize },
-    Closed { boot: u8 },
-    Pass { millis: u64 },
-    Jump { millis: u64 },
-    Cancel { job: usize },
-    Retry { job: usize },
+    HonestReport {
+        start: usize,
+        outcome: u8,
+    },
+    HonestHeartbeat {
+        start: usize,
+    },
+    Closed {
+        boot: u8,
+    },
+    Pass {
+        millis: u64,
+    },
+    Jump {
+        millis: u64,
+    },
+    Cancel {
+        job: usize,
+    },
+    Retry {
+        job: usize,
+    },
     Restart,
 }
 

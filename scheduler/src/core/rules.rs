@@ -147,8 +147,7 @@ fn a_result_of_another_job_or_place_is_not_accepted() {
     let key = world.start().key;
     let AttemptOutcome::Completed { result_json, .. } = completed(key) else { unreachable!() };
     let elsewhere = result_json.replace("clip.mp4", "../../etc/passwd");
-    let outcome =
-        AttemptOutcome::Completed { accepted: key.attempt, result_json: elsewhere, warnings: Vec::new() };
+    let outcome = AttemptOutcome::Completed { accepted: key.attempt, result_json: elsewhere, warnings: Vec::new() };
     world.report("a", boot(1), key, outcome);
     assert_eq!(world.state(job), JobState::Queued);
     assert!(world.reason(job).contains("result is not usable"), "{}", world.reason(job));

@@ -195,7 +195,10 @@ async fn failed_and_cancelled_jobs_are_queued_again(opener: &dyn Opener) {
     let urgent = |n| NewJob { priority: 9, seed: 99, ..new_job(n) };
     let (_, again) = submit(&*store, epoch, vec![urgent(1), urgent(2), urgent(3), urgent(4)]).await;
     assert_eq!((again.reply.new, again.reply.requeued, again.reply.existing), (0, 2, 2));
-    assert_eq!(again.queued.iter().map(|job| (job.job, job.priority)).collect::<Vec<_>>(), [(jobs[0], 9), (jobs[1], 9)]);
+    assert_eq!(
+        again.queued.iter().map(|job| (job.job, job.priority)).collect::<Vec<_>>(),
+        [(jobs[0], 9), (jobs[1], 9)]
+    );
     let record = store.job(jobs[0]).await.unwrap().unwrap();
     assert_eq!((record.state, record.reason, record.finished, record.seed), (JobState::Queued, None, None, 1));
 }
@@ -294,11 +297,16 @@ async fn live_jobs_are_what_a_restart_needs(opener: &dyn Opener) {
     let live = store.live_jobs().await.unwrap();
     assert_eq!(live.iter().map(|job| (job.job, job.seq)).collect::<Vec<_>>(), [(jobs[1], 2), (jobs[2], 3)]);
     let attempt = live[0].running.clone().unwrap();
-    assert_eq!((attempt.key, attempt.devices, attempt.boot), (running, vec![DeviceIndex(1)], BootId(Uuid::from_u128(7))));
+    assert_eq!(
+        (attempt.key, attempt.devices, attempt.boot),
+        (running, vec![DeviceIndex(1)], BootId(Uuid::from_u128(7)))
+    );
     assert_eq!(live[1].running, None);
     let requests = store.requests(&[jobs[2], jobs[1]]).await.unwrap();
     assert_eq!(requests.len(), 2);
-    assert!(requests.iter().any(|loaded| loaded.job == jobs[2] && loaded.request.prompt == "prompt 3" && loaded.seed == 3));
+    assert!(
+        requests.iter().any(|loaded| loaded.job == jobs[2] && loaded.request.prompt == "prompt 3" && loaded.seed == 3)
+    );
     assert!(store.requests(&[JobId::new()]).await.is_err());
 }
 
@@ -421,6 +429,9 @@ async fn odd_text_and_extreme_numbers_survive(opener: &dyn Opener) {
     store.apply(epoch, &[Change::Log { job, attempt: None, line: line.to_owned() }], at(2)).await.unwrap();
     let store = opener.open().await;
     let record = store.job(job).await.unwrap().unwrap();
-    assert_eq!((record.request, record.seed, record.priority, record.model), (odd.request, u64::MAX, i32::MIN, odd.model));
+    assert_eq!(
+        (record.request, record.seed, record.priority, record.model),
+        (odd.request, u64::MAX, i32::MIN, odd.model)
+    );
     assert_eq!(store.log(job, 0, 1).await.unwrap().lines[0].line, line);
 }

@@ -103,7 +103,9 @@ impl SqliteQueue {
     pub(super) async fn read_jobs(&self, filter: JobFilter) -> Result<Vec<JobRecord>, QueueError> {
         let mut select = QueryBuilder::new(RECORD);
         if let Some(submission) = filter.submission {
-            select.push(" JOIN submission_jobs s ON s.job = j.seq AND s.submission = ").push_bind(submission.to_string());
+            select
+                .push(" JOIN submission_jobs s ON s.job = j.seq AND s.submission = ")
+                .push_bind(submission.to_string());
         }
         select.push(" WHERE 1 = 1");
         if let Some(state) = filter.state {
