@@ -1,1 +1,3 @@
+//! What several tests over real processes and servers need.
 
+pub mod s3;
