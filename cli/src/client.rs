@@ -234,7 +234,12 @@ fn causes(error: &reqwest::Error) -> String {
     while let Some(source) = innermost.source() {
         innermost = source;
     }
-    innermost.to_string().to_lowercase()
+    plain_words(&innermost.to_string())
+}
+
+/// `Connection refused (os error 111)` without the number, which says nothing to people.
+pub fn plain_words(error: &str) -> String {
+    error.split(" (os error ").next().unwrap_or_default().to_lowercase()
 }
 
 fn authorization(path: &Path) -> Result<HeaderValue, Error> {

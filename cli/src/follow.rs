@@ -37,8 +37,10 @@ impl Outcome {
     /// The last line for people, and the status that goes with it.
     pub fn report(&self, json: bool) -> Status {
         if self.lost.is_empty() {
-            if !json {
-                eprintln!("{} done", output::plural(self.done, "clip"));
+            match self.done {
+                _ if json => {}
+                0 => eprintln!("nothing is queued or running"),
+                done => eprintln!("{} done", output::plural(done, "clip")),
             }
             return Status::Ok;
         }

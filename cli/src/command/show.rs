@@ -40,12 +40,12 @@ fn facts(detail: &JobDetail) -> Vec<(&'static str, String)> {
     let spec = result.as_ref().map(|result| &result.spec);
     let number = |asked: Option<u32>, used: Option<u32>| match asked.or(used) {
         Some(number) => number.to_string(),
-        None => "the model's default".to_owned(),
+        None => "default".to_owned(),
     };
     let guidance = match request.guidance_scale.as_ref().or(spec.map(|spec| &spec.guidance_scale)) {
         Some(GuidanceScale::Constant(scale)) => scale.to_string(),
         Some(GuidanceScale::PerStep(scales)) => scales.iter().map(f64::to_string).collect::<Vec<_>>().join(", "),
-        None => "the model's default".to_owned(),
+        None => "default".to_owned(),
     };
     let size = format!(
         "{} × {}, {} frames",

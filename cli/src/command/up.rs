@@ -17,7 +17,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{sleep, timeout};
 
 use crate::args::Up;
-use crate::client::Client;
+use crate::client::{Client, plain_words};
 use crate::error::{Error, Status};
 use crate::output::{self, clean, plural};
 
@@ -307,7 +307,7 @@ fn find_program(name: &str) -> Result<PathBuf, Error> {
 /// The address to listen on, with a free port for port 0. Refuses one that is taken: otherwise another farm there
 /// would look like ours.
 fn free_address(address: &str) -> Result<SocketAddr, Error> {
-    let bad = |why: io::Error| Error::usage(format!("cannot listen on {address}: {}", why.to_string().to_lowercase()));
+    let bad = |why: io::Error| Error::usage(format!("cannot listen on {address}: {}", plain_words(&why.to_string())));
     let resolved = address.to_socket_addrs().map_err(bad)?.next();
     let resolved = resolved.ok_or_else(|| bad(io::Error::other("no such address")))?;
     TcpListener::bind(resolved).and_then(|listener| listener.local_addr()).map_err(bad)
