@@ -15,13 +15,17 @@ use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue};
 use reqwest::{Method, RequestBuilder, Response, StatusCode, Url};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use tokio::time::timeout;
 
 use crate::error::Error;
 use crate::output::clean;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// A scheduler that sends nothing for so long in mid-answer is not coming back. Committing a large file takes seconds.
-const READ_TIMEOUT: Duration = Duration::from_secs(60);
+const CALL_TIMEOUT: Duration = Duration::from_secs(60);
+/// Reading and queueing the largest file.
+const COMMIT_TIMEOUT: Duration = Duration::from_secs(600);
+/// A clip of any size; each piece of it has [`CALL_TIMEOUT`].
+const CLIP_TIMEOUT: Duration = Duration::from_secs(3600);
 /// Largest JSON answer: a page of jobs with the longest prompts is below it.
 const MAX_ANSWER_BYTES: usize = 256 << 20;
 const MAX_SECRET_BYTES: usize = 4096;
@@ -78,7 +82,6 @@ impl Client {
         }
         let http = reqwest::Client::builder()
             .connect_timeout(CONNECT_TIMEOUT)
-            .read_timeout(READ_TIMEOUT)
             .default_headers(headers)
             // A farm lives in a private network, and often on this machine.
             .no_proxy()
@@ -111,7 +114,9 @@ impl Client {
     }
 
     pub async fn commit(&self, submission: SubmissionId, body: &CommitSubmission) -> Result<SubmissionReply, Error> {
-        self.post(&["submissions", &submission.to_string(), "commit"], body).await
+        let path = ["submissions", &submission.to_string(), "commit"];
+        let request = self.request(Method::POST, &path, &[]).json(body).timeout(COMMIT_TIMEOUT);
+        self.answer(self.send(request).await?).await
     }
 
     pub async fn submission(&self, submission: SubmissionId) -> Result<SubmissionStatus, Error> {
@@ -147,7 +152,8 @@ impl Client {
     }
 
     pub async fn clip(&self, job: JobId) -> Result<Clip, Error> {
-        let response = self.send(self.request(Method::GET, &["jobs", &job.to_string(), "clip"], &[])).await?;
+        let request = self.request(Method::GET, &["jobs", &job.to_string(), "clip"], &[]);
+        let response = self.send(request.timeout(CLIP_TIMEOUT)).await?;
         let sha256 = response.headers().get("x-content-sha256").and_then(|value| value.to_str().ok());
         let Some(sha256) = sha256.filter(|text| text.len() == 64).map(str::to_ascii_lowercase) else {
             return Err(self.not_a_farm("the clip came without its sha-256"));
@@ -174,7 +180,7 @@ impl Client {
                 url.query_pairs_mut().append_pair(key, value);
             }
         }
-        self.http.request(method, url)
+        self.http.request(method, url).timeout(CALL_TIMEOUT)
     }
 
     async fn send(&self, request: RequestBuilder) -> Result<Response, Error> {
@@ -223,8 +229,12 @@ impl Client {
 
 impl Clip {
     pub async fn chunk(&mut self) -> Result<Option<Bytes>, Error> {
-        let chunk = self.response.chunk().await;
-        chunk.map_err(|error| Error::Unreachable { address: self.address.clone(), cause: causes(&error) })
+        let cause = match timeout(CALL_TIMEOUT, self.response.chunk()).await {
+            Ok(Ok(chunk)) => return Ok(chunk),
+            Ok(Err(error)) => causes(&error),
+            Err(_) => format!("nothing came for {} s", CALL_TIMEOUT.as_secs()),
+        };
+        Err(Error::Unreachable { address: self.address.clone(), cause })
     }
 }
 

@@ -3,7 +3,7 @@
 
 use std::future::{pending, poll_fn};
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, ToSocketAddrs};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::pin::pin;
 use std::process::{ExitStatus, Stdio};
@@ -17,11 +17,13 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{sleep, timeout};
 
 use crate::args::Up;
-use crate::client::{Client, plain_words};
+use crate::client::Client;
 use crate::error::{Error, Status};
 use crate::output::{self, clean, plural};
 
 const BUNDLED_MODEL: &str = "assets/mochi-tiny";
+/// How farm-scheduler's one line on standard output begins.
+const ANNOUNCEMENT: &str = "listening on http://";
 const POLL: Duration = Duration::from_millis(100);
 /// From SIGTERM to SIGKILL.
 const GRACE: Duration = Duration::from_secs(5);
@@ -41,9 +43,9 @@ struct Plan {
     scheduler: PathBuf,
     node: PathBuf,
     scheduler_args: Vec<String>,
-    /// Name and arguments of each node.
+    /// Name of each node, and its arguments without the scheduler's address, which is not known yet.
     nodes: Vec<(String, Vec<String>)>,
-    client: Client,
+    secret_file: Option<PathBuf>,
 }
 
 impl Plan {
@@ -65,20 +67,18 @@ impl Plan {
                 url.to_string()
             }
         };
-        let listen = free_address(&args.listen)?;
-        let reach = reachable(listen).to_string();
         let secret = match &secret_file {
             Some(path) => vec!["--secret-file".to_owned(), text(path)?],
             None => Vec::new(),
         };
 
-        let scheduler_args = ["--listen", &listen.to_string(), "--data", &text(&data)?, "--store", &store];
+        let scheduler_args = ["--listen", &args.listen, "--data", &text(&data)?, "--store", &store];
         let nodes = (1..=args.nodes.get()).map(|number| {
             let name = format!("node-{number}");
             let model = format!("{model_name}={}", text(&model)?);
             let node_data = text(&data.join(&name))?;
-            let own = ["join", "--name", &name, "--scheduler", &reach, "--devices", &args.devices, "--model", &model];
-            let own = own.into_iter().chain(["--store", &store, "--data", &node_data]).map(str::to_owned);
+            let own = ["join", "--name", &name, "--devices", &args.devices, "--model", &model, "--store", &store];
+            let own = own.into_iter().chain(["--data", &node_data]).map(str::to_owned);
             let node_args = own.chain(secret.clone()).collect();
             Ok((name, node_args))
         });
@@ -87,7 +87,7 @@ impl Plan {
             node: find_program("farm-node")?,
             scheduler_args: scheduler_args.into_iter().map(str::to_owned).chain(secret.clone()).collect(),
             nodes: nodes.collect::<Result<_, Error>>()?,
-            client: Client::new(&reach, secret_file.as_deref())?,
+            secret_file,
         })
     }
 }
@@ -105,17 +105,25 @@ struct Child {
 impl Farm {
     /// Starts everything and stays until a signal or the end of the scheduler.
     async fn live(&mut self, plan: &Plan, stop: &mut StopSignals) -> Result<(), Error> {
-        self.children.push(Child::start("scheduler", &plan.scheduler, &plan.scheduler_args)?);
-        tokio::select! {
-            ready = answers(&plan.client) => ready?,
+        let mut scheduler = Child::start("scheduler", &plan.scheduler, &plan.scheduler_args)?;
+        let announced = announced_address(scheduler.process.stdout.take());
+        self.children.push(scheduler);
+        let address = tokio::select! {
+            address = announced => address.to_string(),
             ended = self.first_end() => return Err(self.ended_early(ended)),
             () = stop.next() => return Ok(()),
-        }
+        };
+        let client = Client::new(&address, plan.secret_file.as_deref())?;
         for (name, args) in &plan.nodes {
-            self.children.push(Child::start(name, &plan.node, args)?);
+            let args: Vec<_> = args.iter().cloned().chain(["--scheduler".to_owned(), address.clone()]).collect();
+            let mut node = Child::start(name, &plan.node, &args)?;
+            if let Some(out) = node.process.stdout.take() {
+                tokio::spawn(prefix_lines(name.clone(), out));
+            }
+            self.children.push(node);
         }
         tokio::select! {
-            line = ready_line(plan) => output::line(&line?)?,
+            line = ready_line(&client, &plan.nodes) => output::line(&line?)?,
             ended = self.first_end() => return Err(self.ended_early(ended)),
             () = stop.next() => return Ok(()),
         }
@@ -184,9 +192,6 @@ impl Child {
         #[cfg(target_os = "linux")]
         die_with_parent(&mut command);
         let mut process = command.spawn().map_err(Error::file("start", program))?;
-        if let Some(out) = process.stdout.take() {
-            tokio::spawn(prefix_lines(name.to_owned(), out));
-        }
         if let Some(out) = process.stderr.take() {
             tokio::spawn(prefix_lines(name.to_owned(), out));
         }
@@ -249,28 +254,33 @@ async fn prefix_lines(name: String, out: impl AsyncRead + Unpin) {
     }
 }
 
-async fn answers(client: &Client) -> Result<(), Error> {
-    loop {
-        match client.farm().await {
-            Ok(_) => return Ok(()),
-            Err(Error::Unreachable { .. }) => sleep(POLL).await,
-            Err(error) => return Err(error),
+/// Where the scheduler says that it listens, as seen from this machine. Never ends if it does not say: then it ends
+/// itself, which is noticed.
+async fn announced_address(out: Option<impl AsyncRead + Unpin + Send + 'static>) -> SocketAddr {
+    if let Some(out) = out {
+        let mut lines = BufReader::new(out).lines();
+        while let Ok(Some(line)) = lines.next_line().await {
+            if let Some(address) = line.strip_prefix(ANNOUNCEMENT).and_then(|address| address.parse().ok()) {
+                tokio::spawn(prefix_lines("scheduler".to_owned(), lines.into_inner()));
+                return reachable(address);
+            }
         }
     }
+    pending().await
 }
 
 /// Waits until every node is registered. Loading and hashing a large model takes minutes, so there is no deadline: a
 /// node that gives up ends, and that is noticed.
-async fn ready_line(plan: &Plan) -> Result<String, Error> {
+async fn ready_line(client: &Client, nodes: &[(String, Vec<String>)]) -> Result<String, Error> {
     loop {
-        let list = plan.client.nodes().await?.nodes;
+        let list = client.nodes().await?.nodes;
         let joined = |name: &str| list.iter().any(|node| node.alive && node.node.0 == name);
-        if plan.nodes.iter().all(|(name, _)| joined(name)) {
-            let info = plan.client.farm().await?;
+        if nodes.iter().all(|(name, _)| joined(name)) {
+            let info = client.farm().await?;
             let models: Vec<_> = info.models.iter().map(|model| clean(&model.name)).collect();
             return Ok(format!(
                 "farm ready at http://{}: {}, {}, model {}, store {}",
-                plan.client.address(),
+                client.address(),
                 plural(info.nodes, "node"),
                 plural(info.devices, "device"),
                 models.join(" "),
@@ -302,15 +312,6 @@ fn find_program(name: &str) -> Result<PathBuf, Error> {
             "build all programs with `make build`",
         )
     })
-}
-
-/// The address to listen on, with a free port for port 0. Refuses one that is taken: otherwise another farm there
-/// would look like ours.
-fn free_address(address: &str) -> Result<SocketAddr, Error> {
-    let bad = |why: io::Error| Error::usage(format!("cannot listen on {address}: {}", plain_words(&why.to_string())));
-    let resolved = address.to_socket_addrs().map_err(bad)?.next();
-    let resolved = resolved.ok_or_else(|| bad(io::Error::other("no such address")))?;
-    TcpListener::bind(resolved).and_then(|listener| listener.local_addr()).map_err(bad)
 }
 
 /// Where the listener is reached from this machine.
@@ -362,15 +363,10 @@ impl StopSignals {
 mod tests {
     use super::*;
 
-    #[test]
-    fn port_zero_becomes_a_free_port_and_a_taken_one_is_refused() {
-        let free = free_address("127.0.0.1:0").unwrap();
-        assert_ne!(free.port(), 0);
-        let taken = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-        let holder = TcpListener::bind(taken).unwrap();
-        let error = free_address(&taken.to_string()).unwrap_err().to_string();
-        assert!(error.contains("in use"), "{error}");
-        drop(holder);
+    #[tokio::test]
+    async fn the_scheduler_says_where_it_listens() {
+        let out: &[u8] = b"some other line\nlistening on http://0.0.0.0:4567\n";
+        assert_eq!(announced_address(Some(out)).await.to_string(), "127.0.0.1:4567");
     }
 
     #[test]
