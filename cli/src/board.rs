@@ -172,8 +172,8 @@ fn style(template: &str) -> ProgressStyle {
 
 fn describe(job: &JobView) -> String {
     let node = job.node.as_ref().map(|node| format!("on {}", clean(&node.0)));
-    let progress = job.progress.as_ref().map(output::progress);
-    [progress, node].into_iter().flatten().collect::<Vec<_>>().join(", ")
+    let progress = job.progress.as_ref().map_or("starting".to_owned(), output::progress);
+    [Some(progress), node].into_iter().flatten().collect::<Vec<_>>().join(", ")
 }
 
 fn counts(jobs: &BTreeMap<JobState, u64>) -> String {

@@ -206,6 +206,8 @@ impl Walk {
         // `env` finds the program on the PATH that is set here.
         let mut command = Command::new("env");
         command.arg(name).current_dir(self.folder.path()).env("PATH", path);
+        // A bare machine has no certificates, and none are needed.
+        command.env("SSL_CERT_FILE", "/nonexistent").env("SSL_CERT_DIR", "/nonexistent");
         command.env("FARM_SCHEDULER", format!("127.0.0.1:{}", self.port.unwrap_or(9)));
         // SAFETY: only prctl is called between fork and exec. A test that is killed leaves nothing behind.
         unsafe {
