@@ -206,7 +206,10 @@ async fn prepare(args: Args) -> anyhow::Result<Prepared> {
     let name = args.name.map_or_else(host_name, Ok)?;
     let secret = args.secret_file.as_deref().map(read_secret).transpose()?;
     encode::check().context("this node cannot encode mp4")?;
-    ensure!(args.store != "memory:", "--store memory: is seen by one process only; give a folder or s3://bucket/prefix");
+    ensure!(
+        args.store != "memory:",
+        "--store memory: is seen by one process only; give a folder or s3://bucket/prefix"
+    );
     let store = ArtifactStore::open(&args.store)?;
     store.probe().await?;
 
@@ -238,7 +241,8 @@ fn read_secret(path: &Path) -> anyhow::Result<String> {
 }
 
 fn host_name() -> anyhow::Result<String> {
-    let raw = std::fs::read_to_string("/proc/sys/kernel/hostname").context("cannot read the host's name; give --name")?;
+    let raw =
+        std::fs::read_to_string("/proc/sys/kernel/hostname").context("cannot read the host's name; give --name")?;
     parse_name(raw.trim()).map_err(|e| anyhow::anyhow!("the host's name does not do: {e}; give --name"))
 }
 
