@@ -246,6 +246,7 @@ impl Farm {
         match registration {
             ToScheduler::Register(_) => {}
             ToScheduler::Heartbeat { running } => {
+                fx.send(&node, boot, ToNode::HeartbeatSeen);
                 if seq > known.heartbeat {
                     known.heartbeat = seq;
                     self.on_running(&node, running, fx);
@@ -254,7 +255,7 @@ impl Farm {
             ToScheduler::Report { number, report } => self.on_report(&node, boot, number, report, fx),
             ToScheduler::Log { key, line } => {
                 if self.lease(&key).is_some_and(|lease| lease.node == node) {
-                    fx.log(key.job, Some(key.attempt), line);
+                    fx.log(key.job, Some(key.attempt), shortened(line));
                 }
             }
         }
@@ -494,12 +495,18 @@ impl Farm {
         self.epoch
     }
 
-    pub fn counters(&self) -> Counters {
-        self.counters
+    /// The normalised URL of the store for results.
+    pub fn store(&self) -> &str {
+        &self.store
     }
 
-    pub fn heartbeat(&self) -> Duration {
-        self.limits.heartbeat
+    /// The farm's own time: that of its newest event.
+    pub fn now(&self) -> Time {
+        self.now
+    }
+
+    pub fn counters(&self) -> Counters {
+        self.counters
     }
 
     /// Queued or running.
@@ -559,6 +566,16 @@ impl Farm {
         let idle = devices().filter(|device| device.slot == Slot::Free).count();
         (self.nodes.len() as u64, devices().count() as u64, idle as u64)
     }
+}
+
+/// Text of nodes is kept, but not at any length.
+pub(super) fn shortened(mut text: String) -> String {
+    const MAX_TEXT: usize = 2000;
+    if text.len() > MAX_TEXT {
+        text.truncate(text.floor_char_boundary(MAX_TEXT));
+        text.push('…');
+    }
+    text
 }
 
 impl Device {

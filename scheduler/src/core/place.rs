@@ -53,18 +53,28 @@ impl Farm {
             return plan;
         }
         let only_model = self.only_model();
-        // One cursor for each queue whose model is known.
-        let mut cursors: Vec<(Arc<str>, std::iter::Peekable<btree_set::Iter<'_, Rank>>)> = self
+        // The queues whose model is known, each with its head.
+        let mut queues: Vec<(Rank, Arc<str>, btree_set::Iter<'_, Rank>)> = self
             .queues
             .iter()
-            .filter_map(|(named, queue)| Some((named.clone().or_else(|| only_model.clone())?, queue.iter().peekable())))
+            .filter_map(|(named, queue)| {
+                let mut rest = queue.iter();
+                Some((*rest.next()?, named.clone().or_else(|| only_model.clone())?, rest))
+            })
             .collect();
-        while plan.len() < MAX_STARTS {
-            cursors.retain_mut(|(model, queue)| queue.peek().is_some() && self.roomiest(&free, model).is_some());
-            let Some((model, queue)) = cursors.iter_mut().min_by_key(|(_, queue)| queue.peek().copied()) else { break };
-            let (Some(&(_, _, job)), Some(node)) = (queue.next(), self.roomiest(&free, model)) else { break };
-            let Some(device) = free.get_mut(&node).and_then(Vec::pop) else { break };
-            plan.push(Assignment { job, node, device, model: model.clone() });
+        while plan.len() < MAX_STARTS
+            && let Some(first) = (0..queues.len()).min_by_key(|&i| queues[i].0)
+        {
+            let (head, model, rest) = &mut queues[first];
+            let Some((node, device)) = self.take_free(&mut free, model) else {
+                queues.swap_remove(first);
+                continue;
+            };
+            plan.push(Assignment { job: head.2, node, device, model: model.clone() });
+            match rest.next() {
+                Some(next) => *head = *next,
+                None => drop(queues.swap_remove(first)),
+            }
         }
         plan
     }
@@ -83,15 +93,19 @@ impl Farm {
             .collect()
     }
 
-    /// The node with the model that has most free devices.
-    fn roomiest(&self, free: &BTreeMap<NodeId, Vec<DeviceIndex>>, model: &str) -> Option<NodeId> {
+    /// Takes a device of the node with the model that has most free ones; of equals, the first by name.
+    fn take_free(
+        &self,
+        free: &mut BTreeMap<NodeId, Vec<DeviceIndex>>,
+        model: &str,
+    ) -> Option<(NodeId, DeviceIndex)> {
         let has_model = |id: &NodeId| self.nodes.get(id).is_some_and(|node| node.models.contains_key(model));
-        free.iter()
+        let (id, devices) = free
+            .iter_mut()
             .filter(|(id, devices)| !devices.is_empty() && has_model(id))
-            // `rev`, so that of equals the first by name is taken.
-            .rev()
-            .max_by_key(|(_, devices)| devices.len())
-            .map(|(id, _)| id.clone())
+            .rev() // because the last of equals wins
+            .max_by_key(|(_, devices)| devices.len())?;
+        Some((id.clone(), devices.pop()?))
     }
 
     /// The name of the only registered model, if there is exactly one.

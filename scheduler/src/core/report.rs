@@ -11,7 +11,7 @@ use farm_core::wire::to_node::ToNode;
 use farm_core::wire::to_scheduler::{AttemptOutcome, AttemptReport, RunningAttempt};
 
 use super::effects::{Change, Effects, Outcome};
-use super::farm::{Confirmation, Farm, Job, Phase, Slot};
+use super::farm::{Confirmation, Farm, Job, Phase, Slot, shortened};
 
 /// Longest wait between two attempts.
 const MAX_BACKOFF: Duration = Duration::from_secs(60);
@@ -134,7 +134,7 @@ impl Farm {
                     }
                 }
             }
-            AttemptOutcome::Failed { kind, message } => self.fail_attempt(key, kind, message, fx),
+            AttemptOutcome::Failed { kind, message } => self.fail_attempt(key, kind, shortened(message), fx),
         }
     }
 

@@ -1,6 +1,7 @@
 //! What the scheduler asks of its queue store. One trait, so that other databases can take SQLite's place.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use farm_core::api::{AttemptView, JobResult, LogPage, SubmissionReply};
 use farm_core::id::{AttemptNo, Epoch, JobId, NodeId, SubmissionId};
@@ -31,6 +32,8 @@ pub enum QueueError {
     Corrupt(String),
     #[error("{0} uploads are under way; commit one or try again later")]
     TooManySubmissions(i64),
+    #[error("queue store did not answer within {} s", .0.as_secs())]
+    Timeout(Duration),
     #[error("queue store: {0}")]
     Database(#[from] sqlx::Error),
     #[error("queue store cannot be brought up to date: {0}")]
