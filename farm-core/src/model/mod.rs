@@ -3,8 +3,16 @@
 //! Structs here hold weights only; every call takes the engine it runs on, so that the devices of one process share
 //! one copy of the weights.
 
+mod block;
 pub mod config;
+pub mod dit;
+mod embed;
 pub mod latent;
+mod layers;
+pub mod noise;
+pub mod sampler;
+pub mod schedule;
+pub mod t5;
 pub mod tokenizer;
 pub mod vae;
 pub mod weights;

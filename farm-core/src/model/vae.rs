@@ -105,11 +105,7 @@ impl<E: Engine> VaeDecoder<E> {
     }
 
     /// From the transformer's space to the decoder's.
-    pub fn denormalize(
-        &self,
-        engine: &E,
-        latent: &DitLatent<E::Tensor>,
-    ) -> Result<VaeLatent<E::Tensor>, ModelError> {
+    pub fn denormalize(&self, engine: &E, latent: &DitLatent<E::Tensor>) -> Result<VaeLatent<E::Tensor>, ModelError> {
         Ok(VaeLatent(engine.denormalize_latent(&latent.0, &self.mean, &self.std)?))
     }
 

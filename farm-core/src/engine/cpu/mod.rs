@@ -11,6 +11,8 @@ mod linear;
 mod norm;
 mod pool;
 mod rope;
+#[cfg(test)]
+mod tests;
 mod volume;
 mod wide;
 
