@@ -6,6 +6,7 @@ mod cpu_device;
 mod device_pool;
 mod device_thread;
 mod encode;
+mod models;
 mod progress;
 mod root;
 mod scratch;

@@ -171,8 +171,8 @@ impl Session {
         self.epoch
     }
 
-    /// Commands refused so far for an old epoch or another process.
-    pub fn refused(&self) -> u64 {
+    #[cfg(test)]
+    fn refused(&self) -> u64 {
         self.refused
     }
 
