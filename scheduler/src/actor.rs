@@ -53,8 +53,15 @@ type Question = Box<dyn FnOnce(&Farm) + Send>;
 
 pub enum SchedulerMessage {
     /// An encoded envelope, stamped when it arrived: a stall of this actor is not the node's silence.
-    Frame { bytes: Vec<u8>, at: Time, _permit: OwnedSemaphorePermit },
-    SessionClosed { boot: BootId, at: Time },
+    Frame {
+        bytes: Vec<u8>,
+        at: Time,
+        _permit: OwnedSemaphorePermit,
+    },
+    SessionClosed {
+        boot: BootId,
+        at: Time,
+    },
     Tick(Time),
     /// Looks at the state and answers by itself.
     Ask(Question),
@@ -228,8 +235,7 @@ impl State {
                 Ok(())
             }
             SchedulerMessage::Commit(batch, reply) => {
-                let mut committed =
-                    within(self.store.commit_submission(self.epoch, *batch, Timestamp::now())).await?;
+                let mut committed = within(self.store.commit_submission(self.epoch, *batch, Timestamp::now())).await?;
                 let queued = std::mem::take(&mut committed.queued);
                 self.run(Event::Submitted(queued), self.farm.now()).await?;
                 let _ = reply.send(committed);

@@ -34,7 +34,11 @@ pub async fn serve(listener: TcpListener, router: Router, stop: CancellationToke
         };
         match accepted {
             Ok((stream, peer, permit)) => {
-                connections.spawn(connection(stream, peer, permit, router.clone(), stop.clone()));
+                let served = connection(stream, peer, router.clone(), stop.clone(), HEADER_TIMEOUT);
+                connections.spawn(async move {
+                    served.await;
+                    drop(permit);
+                });
             }
             Err(error) => {
                 // Out of file descriptors, or the peer left early. Trying on at once would spin.
@@ -61,9 +65,9 @@ async fn accept(
 async fn connection(
     stream: TcpStream,
     peer: SocketAddr,
-    _permit: OwnedSemaphorePermit,
     router: Router,
     stop: CancellationToken,
+    header_timeout: Duration,
 ) {
     if let Err(error) = tune_socket(&stream) {
         tracing::debug!(%peer, %error, "cannot set socket options");
@@ -71,7 +75,7 @@ async fn connection(
     let service = TowerToHyperService::new(router);
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(HEADER_TIMEOUT)
+        .header_read_timeout(header_timeout)
         .serve_connection(TokioIo::new(stream), service)
         .with_upgrades();
     let mut connection = std::pin::pin!(connection);
@@ -84,5 +88,36 @@ async fn connection(
     };
     if let Err(error) = ended {
         tracing::debug!(%peer, %error, "connection ended");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::routing::get;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    use super::*;
+
+    /// What a client that sends `bytes` and then nothing reads until the server closes.
+    async fn answer_to(bytes: &[u8]) -> String {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (stream, peer) = listener.accept().await.unwrap();
+        let router = Router::new().route("/", get(async || "here"));
+        let served = connection(stream, peer, router, CancellationToken::new(), Duration::from_millis(50));
+        let talked = async {
+            client.write_all(bytes).await.unwrap();
+            let mut answer = String::new();
+            client.read_to_string(&mut answer).await.unwrap();
+            answer
+        };
+        tokio::time::timeout(Duration::from_secs(30), async { tokio::join!(served, talked).1 }).await.unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_client_that_says_nothing_or_half_of_it_is_hung_up_on() {
+        assert!(!answer_to(b"").await.contains("here"));
+        assert!(!answer_to(b"GET / HT").await.contains("here"));
+        assert!(answer_to(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n").await.contains("here"));
     }
 }

@@ -1,5 +1,6 @@
 //! `farm-scheduler`: reads its arguments and runs.
 
+use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -28,8 +29,13 @@ struct Args {
 #[tokio::main]
 async fn main() -> ExitCode {
     let Args { listen, data, store, secret_file } = Args::parse();
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info,ractor=warn,ractor_cluster=warn"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let filter =
+        EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info,ractor=warn,ractor_cluster=warn"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .init();
     match run(Settings { listen, data, store, secret_file }).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

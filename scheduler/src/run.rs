@@ -104,7 +104,9 @@ async fn pump(mut events: mpsc::Receiver<ClusterEvent>, scheduler: Scheduler) ->
 async fn resolve(listen: &str, has_secret: bool) -> anyhow::Result<Vec<SocketAddr>> {
     let addresses: Vec<SocketAddr> = tokio::net::lookup_host(listen)
         .await
-        .with_context(|| format!("cannot resolve listen address {listen:?}; write HOST:PORT, for example 127.0.0.1:7070"))?
+        .with_context(|| {
+            format!("cannot resolve listen address {listen:?}; write HOST:PORT, for example 127.0.0.1:7070")
+        })?
         .collect();
     ensure!(!addresses.is_empty(), "listen address {listen:?} has no address");
     let open = addresses.iter().find(|address| !address.ip().is_loopback());

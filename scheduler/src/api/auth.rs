@@ -110,9 +110,8 @@ mod tests {
     #[test]
     fn only_the_whole_secret_opens() {
         let secret = secret("0123456789abcdef", 0o600).unwrap();
-        let is_in = |value: &str| {
-            secret.is_in(&HeaderMap::from_iter([(header::AUTHORIZATION, value.parse().unwrap())]))
-        };
+        let is_in =
+            |value: &str| secret.is_in(&HeaderMap::from_iter([(header::AUTHORIZATION, value.parse().unwrap())]));
         assert!(is_in("Bearer 0123456789abcdef"));
         assert!(is_in("bearer 0123456789abcdef"));
         assert!(!is_in("Bearer 0123456789abcde"));

@@ -143,8 +143,7 @@ struct Live {
 }
 
 async fn views(api: &Api, records: Vec<JobRecord>) -> Result<Vec<JobView>, Failure> {
-    let jobs: Vec<(JobId, bool)> =
-        records.iter().map(|record| (record.job, record.state.is_terminal())).collect();
+    let jobs: Vec<(JobId, bool)> = records.iter().map(|record| (record.job, record.state.is_terminal())).collect();
     let live = api
         .scheduler
         .ask(move |farm| {

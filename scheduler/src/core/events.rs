@@ -72,7 +72,6 @@ pub struct LiveAttempt {
     pub node: NodeId,
     pub boot: BootId,
     pub devices: Vec<DeviceIndex>,
-    pub model: String,
 }
 
 /// What placing a job needs of its row.

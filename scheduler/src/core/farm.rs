@@ -96,7 +96,6 @@ pub(super) struct Lease {
     pub boot: BootId,
     /// The gang: all of one node, taken and given back together.
     pub devices: Vec<DeviceIndex>,
-    pub model: Arc<str>,
     pub confirmation: Confirmation,
     pub progress: Option<Progress>,
 }
@@ -373,7 +372,6 @@ impl Farm {
                     node: attempt.node,
                     boot: attempt.boot,
                     devices: attempt.devices,
-                    model: attempt.model.into(),
                     confirmation: Confirmation::Listed,
                     progress: None,
                 };

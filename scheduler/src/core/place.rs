@@ -1,7 +1,7 @@
 //! Which queued job gets which free device: first come, first served, higher priority first. One clip takes one
 //! device, but a lease names a list, and it is taken and given back as a whole.
 
-use std::collections::{BTreeMap, btree_set};
+use std::collections::{BTreeMap, BTreeSet, btree_set};
 use std::sync::Arc;
 
 use farm_core::id::{AttemptKey, AttemptNo, DeviceIndex, JobId, NodeId};
@@ -43,6 +43,12 @@ impl Farm {
         self.loaded.clear();
     }
 
+    /// Nothing that waits could start.
+    #[cfg(test)]
+    pub(super) fn is_settled(&self) -> bool {
+        self.plan().is_empty()
+    }
+
     fn plan(&self) -> Vec<Assignment> {
         let mut plan = Vec::new();
         if self.queues.is_empty() {
@@ -67,7 +73,7 @@ impl Farm {
         {
             let (head, model, rest) = &mut queues[first];
             let Some((node, device)) = self.take_free(&mut free, model) else {
-                queues.swap_remove(first);
+                drop(queues.swap_remove(first));
                 continue;
             };
             plan.push(Assignment { job: head.2, node, device, model: model.clone() });
@@ -94,11 +100,7 @@ impl Farm {
     }
 
     /// Takes a device of the node with the model that has most free ones; of equals, the first by name.
-    fn take_free(
-        &self,
-        free: &mut BTreeMap<NodeId, Vec<DeviceIndex>>,
-        model: &str,
-    ) -> Option<(NodeId, DeviceIndex)> {
+    fn take_free(&self, free: &mut BTreeMap<NodeId, Vec<DeviceIndex>>, model: &str) -> Option<(NodeId, DeviceIndex)> {
         let has_model = |id: &NodeId| self.nodes.get(id).is_some_and(|node| node.models.contains_key(model));
         let (id, devices) = free
             .iter_mut()
@@ -152,13 +154,12 @@ impl Farm {
         if let Some(job) = self.jobs.get_mut(&id) {
             job.attempt = attempt;
             // From now on the job is this model's, even if others join.
-            job.model = Some(model.clone());
+            job.model = Some(model);
             job.phase = Phase::Running(Box::new(Lease {
                 key,
                 node: node_id.clone(),
                 boot,
                 devices: devices.clone(),
-                model,
                 confirmation: Confirmation::Awaited { since: now, start: start.clone() },
                 progress: None,
             }));
@@ -191,7 +192,8 @@ impl Farm {
     }
 
     fn model_wait_reason(&self, named: Option<&str>) -> WaitReason {
-        let registered = self.models().names();
+        let names: BTreeSet<&Arc<str>> = self.nodes.values().flat_map(|node| node.models.keys()).collect();
+        let registered: Vec<String> = names.iter().map(|name| name.to_string()).collect();
         let model = match (named, registered.as_slice()) {
             (_, []) if named.is_none() => return WaitReason::NoModel,
             (None, [only]) => only.clone(),

@@ -62,7 +62,9 @@ impl Farm {
             .orphans
             .iter()
             .filter_map(|job| match &self.jobs.get(job)?.phase {
-                Phase::Running(lease) if lease.node == *id => Some((*job, lease.key, lease.boot, lease.devices.clone())),
+                Phase::Running(lease) if lease.node == *id => {
+                    Some((*job, lease.key, lease.boot, lease.devices.clone()))
+                }
                 _ => None,
             })
             .collect();
@@ -73,9 +75,9 @@ impl Farm {
                 continue;
             }
             let Some(node) = self.nodes.get_mut(id) else { return };
-            let fits = lease_devices.iter().all(|device| {
-                (device.0 as usize) < devices && node.devices[device.0 as usize].slot == Slot::Free
-            });
+            let fits = lease_devices
+                .iter()
+                .all(|device| (device.0 as usize) < devices && node.devices[device.0 as usize].slot == Slot::Free);
             if !fits {
                 self.lose_lease(job, "came back with other devices", fx);
                 continue;
@@ -119,11 +121,7 @@ impl Farm {
         self.admit_models(id, registration)
     }
 
-    fn admit_models(
-        &self,
-        id: &NodeId,
-        registration: &Registration,
-    ) -> Result<BTreeMap<Arc<str>, NodeModel>, String> {
+    fn admit_models(&self, id: &NodeId, registration: &Registration) -> Result<BTreeMap<Arc<str>, NodeModel>, String> {
         let count = registration.models.len();
         if count > MAX_MODELS {
             return Err(format!("{count} models; a node has at most {MAX_MODELS}"));

@@ -56,10 +56,8 @@ impl Keys {
     /// out: the same line with another priority is the same clip.
     pub fn key(&mut self, request: &RenderRequest, named_model: Option<&str>) -> Result<[u8; 32], serde_json::Error> {
         let content = RenderRequest { priority: None, model: None, ..request.clone() };
-        let content: [u8; 32] = Sha256::new()
-            .chain_update(serde_json::to_vec(&(&content, named_model))?)
-            .finalize()
-            .into();
+        let content: [u8; 32] =
+            Sha256::new().chain_update(serde_json::to_vec(&(&content, named_model))?).finalize().into();
         let occurrence = self.seen.entry(content).or_insert(0);
         let mut key = Sha256::new().chain_update(content).chain_update(occurrence.to_le_bytes());
         *occurrence += 1;

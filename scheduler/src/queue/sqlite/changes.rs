@@ -23,11 +23,7 @@ async fn exactly_one(
     }
 }
 
-pub(super) async fn apply(
-    tx: &mut Transaction<'_, Sqlite>,
-    change: &Change,
-    at: Timestamp,
-) -> Result<(), QueueError> {
+pub(super) async fn apply(tx: &mut Transaction<'_, Sqlite>, change: &Change, at: Timestamp) -> Result<(), QueueError> {
     let at = at.as_millisecond();
     match change {
         Change::Started { start, node, boot } => {
@@ -74,8 +70,8 @@ pub(super) async fn apply(
             exactly_one(tx, statement, "the attempt's end", key.job).await
         }
         Change::Done { job, result_json, warnings } => {
-            let warnings = serde_json::to_string(warnings)
-                .map_err(|error| QueueError::Corrupt(format!("warnings: {error}")))?;
+            let warnings =
+                serde_json::to_string(warnings).map_err(|error| QueueError::Corrupt(format!("warnings: {error}")))?;
             let statement = query(
                 "UPDATE jobs SET state = 'done', result = ?, warnings = ?, finished = ? \
                  WHERE id = ? AND state = 'running'",
@@ -87,12 +83,11 @@ pub(super) async fn apply(
             exactly_one(tx, statement, "the end", *job).await
         }
         Change::Requeued { job, failures, losses } => {
-            let statement = query(
-                "UPDATE jobs SET state = 'queued', failures = ?, losses = ? WHERE id = ? AND state = 'running'",
-            )
-            .bind(*failures)
-            .bind(*losses)
-            .bind(job.to_string());
+            let statement =
+                query("UPDATE jobs SET state = 'queued', failures = ?, losses = ? WHERE id = ? AND state = 'running'")
+                    .bind(*failures)
+                    .bind(*losses)
+                    .bind(job.to_string());
             exactly_one(tx, statement, "the requeue", *job).await
         }
         Change::Failed { job, reason } => {

@@ -44,7 +44,8 @@ impl SqliteQueue {
             .foreign_keys(true)
             .busy_timeout(BUSY_TIMEOUT);
         // Connections are kept for ever: a file needs no fresh ones, and the last to close would tidy up the log.
-        let pool = |connections| SqlitePoolOptions::new().max_connections(connections).max_lifetime(None).idle_timeout(None);
+        let pool =
+            |connections| SqlitePoolOptions::new().max_connections(connections).max_lifetime(None).idle_timeout(None);
         let writer = pool(1).connect_with(options.clone()).await?;
         sqlx::migrate!("./migrations").run(&writer).await?;
         let readers = pool(READERS).connect_with(options.pragma("query_only", "1")).await?;

@@ -103,7 +103,9 @@ impl SqliteQueue {
     pub(super) async fn read_jobs(&self, filter: JobFilter) -> Result<Vec<JobRecord>, QueueError> {
         let mut select = QueryBuilder::new(RECORD);
         if let Some(submission) = filter.submission {
-            select.push(" JOIN submission_jobs s ON s.job = j.seq AND s.submission = ").push_bind(submission.to_string());
+            select
+                .push(" JOIN submission_jobs s ON s.job = j.seq AND s.submission = ")
+                .push_bind(submission.to_string());
         }
         select.push(" WHERE 1 = 1");
         if let Some(state) = filter.state {
@@ -169,16 +171,15 @@ fn live_job(row: &SqliteRow) -> Result<(JobState, LiveJob), QueueError> {
     let job = get_job_id(row, "id")?;
     let attempt = get_attempt(row, "attempt")?;
     let state = get_state(row, "state")?;
-    let model: Option<String> = row.try_get("model")?;
     let running = match state {
-        JobState::Running => Some(live_attempt(row, job, attempt, model.clone())?),
+        JobState::Running => Some(live_attempt(row, job, attempt)?),
         _ => None,
     };
     let live = LiveJob {
         job,
         seq: get_u64(row, "seq")?,
         priority: row.try_get("priority")?,
-        model,
+        model: row.try_get("model")?,
         attempt,
         failures: get_u32(row, "failures")?,
         losses: get_u32(row, "losses")?,
@@ -187,12 +188,7 @@ fn live_job(row: &SqliteRow) -> Result<(JobState, LiveJob), QueueError> {
     Ok((state, live))
 }
 
-fn live_attempt(
-    row: &SqliteRow,
-    job: JobId,
-    attempt: AttemptNo,
-    model: Option<String>,
-) -> Result<LiveAttempt, QueueError> {
+fn live_attempt(row: &SqliteRow, job: JobId, attempt: AttemptNo) -> Result<LiveAttempt, QueueError> {
     let node = get_optional_node(row, "node")?
         .ok_or_else(|| QueueError::Corrupt(format!("job {job} is running without a running attempt")))?;
     Ok(LiveAttempt {
@@ -200,7 +196,6 @@ fn live_attempt(
         node,
         boot: get_boot(row, "boot")?,
         devices: get_json(row, "devices")?,
-        model: model.unwrap_or_default(),
     })
 }
 

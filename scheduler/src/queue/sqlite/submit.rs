@@ -10,7 +10,9 @@ use sqlx::{QueryBuilder, Row, Sqlite, Transaction, query};
 use super::super::store::{
     Batch, Committed, MAX_OPEN_SUBMISSIONS, NewJob, QueueError, STALE_SUBMISSION_MS, Submission,
 };
-use super::{SqliteQueue, get_job_id, get_optional_json, get_state, get_u32, get_u64, reply_json, request_json, tail_of};
+use super::{
+    SqliteQueue, get_job_id, get_optional_json, get_state, get_u32, get_u64, reply_json, request_json, tail_of,
+};
 use crate::core::events::LiveJob;
 
 /// Rows of one statement: SQLite takes at most 32,766 values.
@@ -89,20 +91,15 @@ impl SqliteQueue {
     }
 
     pub(super) async fn read_pages(&self, submission: SubmissionId) -> Result<Vec<(u32, u64)>, QueueError> {
-        let rows = query(
-            "SELECT page, length(bytes) AS length FROM submission_pages WHERE submission = ? ORDER BY page",
-        )
-        .bind(submission.to_string())
-        .fetch_all(&self.readers)
-        .await?;
+        let rows =
+            query("SELECT page, length(bytes) AS length FROM submission_pages WHERE submission = ? ORDER BY page")
+                .bind(submission.to_string())
+                .fetch_all(&self.readers)
+                .await?;
         rows.iter().map(|row| Ok((get_u32(row, "page")?, get_u64(row, "length")?))).collect()
     }
 
-    pub(super) async fn read_page(
-        &self,
-        submission: SubmissionId,
-        page: u32,
-    ) -> Result<Option<Vec<u8>>, QueueError> {
+    pub(super) async fn read_page(&self, submission: SubmissionId, page: u32) -> Result<Option<Vec<u8>>, QueueError> {
         let row = query("SELECT bytes FROM submission_pages WHERE submission = ? AND page = ?")
             .bind(submission.to_string())
             .bind(page)
@@ -111,12 +108,7 @@ impl SqliteQueue {
         Ok(row.map(|row| row.try_get("bytes")).transpose()?)
     }
 
-    pub(super) async fn write_batch(
-        &self,
-        epoch: Epoch,
-        batch: Batch,
-        at: Timestamp,
-    ) -> Result<Committed, QueueError> {
+    pub(super) async fn write_batch(&self, epoch: Epoch, batch: Batch, at: Timestamp) -> Result<Committed, QueueError> {
         let Batch { submission, jobs, mut reply } = batch;
         let mut tx = self.begin_in(epoch).await?;
         let row = query("SELECT reply FROM submissions WHERE id = ?")
@@ -181,10 +173,7 @@ impl SqliteQueue {
 }
 
 /// Which of these lines are jobs already.
-async fn known_jobs(
-    tx: &mut Transaction<'_, Sqlite>,
-    jobs: &[NewJob],
-) -> Result<HashMap<[u8; 32], Known>, QueueError> {
+async fn known_jobs(tx: &mut Transaction<'_, Sqlite>, jobs: &[NewJob]) -> Result<HashMap<[u8; 32], Known>, QueueError> {
     let mut select = QueryBuilder::new("SELECT key, seq, state FROM jobs WHERE key IN (");
     let mut keys = select.separated(", ");
     for job in jobs {
@@ -232,9 +221,8 @@ async fn insert_jobs(
         return Ok(());
     }
     let requests = jobs.iter().map(|(_, job)| request_json(&job.request)).collect::<Result<Vec<_>, _>>()?;
-    let mut insert = QueryBuilder::new(
-        "INSERT INTO jobs (seq, id, tail, key, request, seed, priority, model, state, submitted) ",
-    );
+    let mut insert =
+        QueryBuilder::new("INSERT INTO jobs (seq, id, tail, key, request, seed, priority, model, state, submitted) ");
     insert.push_values(jobs.iter().zip(requests), |mut row, ((seq, job), request)| {
         let id = job.job.to_string();
         row.push_bind(*seq)
