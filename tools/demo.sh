@@ -41,5 +41,8 @@ if ! "$bin/farmctl" --scheduler "$address" submit "$prompts" --wait --out "$out"
   echo "demo: FAIL, a clip was not rendered; the farm's log is $out/farm.log" >&2
   exit 1
 fi
-tools/contact-sheet.sh "$prompts" "$out" "$out/contact-sheet.png"
+if ! tools/contact-sheet.sh "$prompts" "$out" "$out/contact-sheet.png"; then
+  echo "demo: FAIL, the contact sheet cannot be made" >&2
+  exit 1
+fi
 echo "demo: PASS, $(grep -c . "$prompts") clips and $out/contact-sheet.png in $(($(date +%s) - started)) s"
