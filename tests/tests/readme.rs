@@ -7,11 +7,12 @@
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::symlink;
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::thread;
 use std::time::{Duration, Instant};
+
+use farm_tests::{programs, repository};
 
 /// The documents with commands.
 const WALKS: [&str; 3] = ["README.md", "docs/prompt-file.md", "docs/farmctl.md"];
@@ -250,21 +251,4 @@ fn blocks(text: &str) -> Vec<Block<'_>> {
     }
     assert!(open.is_none(), "a block is not closed");
     blocks
-}
-
-fn repository() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap()
-}
-
-/// The folder of the built programs, of this test's profile.
-fn programs() -> PathBuf {
-    let test = std::env::current_exe().unwrap();
-    let folder = test.ancestors().nth(2).unwrap().to_owned();
-    for program in ["farmctl", "farm-scheduler", "farm-node"] {
-        assert!(
-            folder.join(program).exists(),
-            "{program} is not built; run `cargo build --workspace` before this test"
-        );
-    }
-    folder
 }
