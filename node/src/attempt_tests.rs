@@ -133,7 +133,7 @@ async fn a_completed_attempt_leaves_clip_and_result_and_nothing_in_scratch() {
     assert_eq!(bench.scratch_entries(), 0);
     let log = bench.log.lock().unwrap();
     let at = |text: &str| log.iter().position(|line| line.contains(text)).unwrap_or_else(|| panic!("{text}: {log:?}"));
-    assert!(at("starts on device 0") < at("denoise begins") && at("denoise begins") < at("upload begins"));
+    assert!(at("denoise begins") < at("upload begins"));
     assert!(at("warning: the prompt was cut") < log.len());
 }
 

@@ -1,9 +1,11 @@
 //! The checkpoints that a node offers, one copy of each in memory for all its devices.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, ensure};
+use farm_core::engine::cpu::CpuEngine;
+use farm_core::model::pipeline::Pipeline;
 use farm_core::model::weights::checkpoint::Checkpoint;
 use farm_core::wire::to_scheduler::ModelInfo;
 
@@ -12,17 +14,19 @@ pub struct ModelShelf {
 }
 
 struct Shelved {
-    checkpoint: Checkpoint,
+    pipeline: Pipeline<CpuEngine>,
     info: ModelInfo,
 }
 
 impl ModelShelf {
-    /// Opens and hashes every checkpoint (name and folder), which reads all its bytes. Nothing is loaded yet.
-    pub fn open(models: impl IntoIterator<Item = (String, PathBuf)>) -> anyhow::Result<Self> {
+    /// Opens, hashes and loads every checkpoint (name and folder), which reads all its bytes. `threads` load.
+    pub fn open(models: impl IntoIterator<Item = (String, PathBuf)>, threads: usize) -> anyhow::Result<Self> {
+        let engine = CpuEngine::new(threads)?;
         let mut shelf = BTreeMap::new();
         for (name, dir) in models {
-            let shelved = shelve(&name, &dir).with_context(|| format!("cannot offer model {name}"))?;
-            ensure!(shelf.insert(name.clone(), shelved).is_none(), "--model names {name} twice");
+            ensure!(!shelf.contains_key(&name), "--model names {name} twice");
+            let shelved = shelve(&engine, &name, &dir).with_context(|| format!("cannot offer model {name}"))?;
+            shelf.insert(name, shelved);
         }
         Ok(Self { models: shelf })
     }
@@ -31,25 +35,20 @@ impl ModelShelf {
     pub fn infos(&self) -> Vec<ModelInfo> {
         self.models.values().map(|shelved| shelved.info.clone()).collect()
     }
+
+    pub fn pipeline(&self, name: &str) -> Option<&Pipeline<CpuEngine>> {
+        self.models.get(name).map(|shelved| &shelved.pipeline)
+    }
 }
 
-fn shelve(name: &str, dir: &std::path::Path) -> anyhow::Result<Shelved> {
+fn shelve(engine: &CpuEngine, name: &str, dir: &Path) -> anyhow::Result<Shelved> {
     let checkpoint = Checkpoint::open(dir)?;
     for note in checkpoint.notes() {
         tracing::info!(model = name, "{note}");
     }
-    let parts = [
-        ("a transformer", checkpoint.dit().is_some()),
-        ("a video decoder", checkpoint.vae().is_some()),
-        ("a text encoder", checkpoint.t5().is_some()),
-        ("a tokenizer", checkpoint.tokenizer_dir().is_some()),
-    ];
-    let missing: Vec<&str> = parts.iter().filter(|(_, there)| !there).map(|(part, _)| *part).collect();
-    if !missing.is_empty() {
-        bail!("{} lacks {}", dir.display(), missing.join(" and "));
-    }
     let hash = checkpoint.content_hash()?.to_owned();
     let defaults_json = serde_json::to_string(checkpoint.generation_defaults())?;
-    tracing::info!(model = name, %hash, dir = %dir.display(), "model opened");
-    Ok(Shelved { info: ModelInfo { name: name.to_owned(), hash, defaults_json }, checkpoint })
+    let pipeline = Pipeline::load(engine, &checkpoint)?;
+    tracing::info!(model = name, %hash, dir = %dir.display(), "model loaded");
+    Ok(Shelved { info: ModelInfo { name: name.to_owned(), hash, defaults_json }, pipeline })
 }

@@ -222,17 +222,17 @@ async fn prepare(args: Args) -> anyhow::Result<Prepared> {
 
     let data = args.data.unwrap_or_else(|| std::env::temp_dir().join(format!("farm-node-{name}")));
     let scratch = Arc::new(Scratch::open(&data)?);
-    let models: Vec<_> = args.models.into_iter().map(|model| (model.name, model.dir)).collect();
-    // Hashing reads every byte of every checkpoint.
-    let shelf = tokio::task::spawn_blocking(move || ModelShelf::open(models)).await??;
-    let shelf = Arc::new(shelf);
-
     let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
     let threads = args.threads.map_or_else(|| (cores / args.devices.cpus).max(1), NonZeroUsize::get);
+    let models: Vec<_> = args.models.into_iter().map(|model| (model.name, model.dir)).collect();
+    // Beside the runtime: it reads every byte of every checkpoint.
+    let shelf = tokio::task::spawn_blocking(move || ModelShelf::open(models, threads)).await??;
+    let shelf = Arc::new(shelf);
+
     let mut devices = Vec::new();
     let mut infos = Vec::new();
     for index in (0..args.devices.cpus as u32).map(DeviceIndex) {
-        let device = CpuDevice::new(index, threads, shelf.clone())?;
+        let device = CpuDevice::new(threads, shelf.clone())?;
         infos.push(DeviceInfo { name: device.name() });
         devices.push(DeviceHandle::spawn(index, device).context("cannot start a device thread")?);
     }
