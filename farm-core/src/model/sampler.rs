@@ -29,17 +29,14 @@ pub enum BranchOrder {
     Together,
 }
 
+/// Called before the first step and after each, with the number of finished steps, of all steps, and the latent.
+pub type OnStep<'a, T> = &'a mut dyn FnMut(usize, usize, &T) -> ControlFlow<()>;
+
 impl<E: Engine> Sampler<'_, E> {
     /// Noise `[C, T, h, w]` → latent of the same shape, DiT-normalised.
     ///
-    /// `on_step` is called with the number of finished steps, the number of all steps and the latent: before the first
-    /// step and after each. `Break` ends the loop with [`ModelError::Stopped`].
-    pub fn run(
-        &self,
-        engine: &E,
-        noise: &E::Tensor,
-        on_step: &mut dyn FnMut(usize, usize, &E::Tensor) -> ControlFlow<()>,
-    ) -> Result<E::Tensor, ModelError> {
+    /// `Break` from `on_step` ends the loop with [`ModelError::Stopped`].
+    pub fn run(&self, engine: &E, noise: &E::Tensor, on_step: OnStep<'_, E::Tensor>) -> Result<E::Tensor, ModelError> {
         let steps = self.schedule.steps();
         check_guidance(self.guidance, Some(steps as u32)).map_err(|error| ModelError::Input(error.to_string()))?;
         let mut z = noise.clone();

@@ -64,14 +64,7 @@ pub(super) fn add(pool: &Pool, a: &Tensor, b: &Tensor) -> Result<Tensor> {
 }
 
 pub(super) fn silu(pool: &Pool, x: &Tensor) -> Result<Tensor> {
-    map1(
-        "silu",
-        pool,
-        x,
-        16,
-        #[inline(always)]
-        |x| silu_f32(x),
-    )
+    map1("silu", pool, x, 16, silu_f32)
 }
 
 pub(super) fn gelu_gated(pool: &Pool, a: &Tensor, b: &Tensor) -> Result<Tensor> {

@@ -53,7 +53,7 @@ pub(super) fn exp(x: f32) -> f32 {
     p = p * r + 8.333_452e-3;
     p = p * r + 4.166_579_6e-2;
     p = p * r + 1.666_666_5e-1;
-    p = p * r + 5.000_000_1e-1;
+    p = p * r + 0.5;
     let power = f32::from_bits((shifted.to_bits() << 23).wrapping_add(0x3f80_0000));
     let y = (p * (r * r) + r + 1.0) * power;
     if x < LOW {
@@ -74,7 +74,7 @@ pub(super) fn silu(x: f32) -> f32 {
 /// 0.5·x·(1 + tanh(√(2/π)·(x + 0.044715·x³))), as x · sigmoid(2·√(2/π)·(…)), which is the same function.
 #[inline(always)]
 pub(super) fn gelu_tanh(x: f32) -> f32 {
-    let inner = 1.595_769_1 * (x + 0.044_715 * (x * x * x));
+    let inner = 1.595_769_2 * (x + 0.044_715 * (x * x * x));
     x / (1.0 + exp(-inner))
 }
 
