@@ -1,9 +1,25 @@
 //! `farm-node render`: one clip, no farm.
 
-use std::path::PathBuf;
+use std::collections::BTreeMap;
+use std::io;
+use std::num::NonZeroUsize;
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use farm_core::job::spec::GuidanceScale;
+use anyhow::{Context, bail};
+use farm_core::engine::cpu::CpuEngine;
+use farm_core::job::spec::{GuidanceScale, RenderRequest, RenderSpec};
+use farm_core::job::state::{Progress, Stage};
+use farm_core::model::ModelError;
+use farm_core::model::latent::{LATENT_KEY, NOISE_KEY, from_safetensors, to_safetensors};
+use farm_core::model::pipeline::{Pipeline, RenderObserver};
+use farm_core::model::weights::checkpoint::Checkpoint;
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::encode::{self, FrameSink, Mp4Sink, RawSink};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -42,7 +58,7 @@ pub struct Args {
     pub noise: Option<PathBuf>,
     /// Compute threads; the clip has the same bits for any number [default: one per core]
     #[arg(long, value_name = "N")]
-    pub threads: Option<std::num::NonZeroUsize>,
+    pub threads: Option<NonZeroUsize>,
     /// Arithmetic of the networks
     #[arg(long, value_enum, default_value_t = Precision::Fp32)]
     pub precision: Precision,
@@ -62,6 +78,216 @@ fn parse_guidance(text: &str) -> Result<GuidanceScale, String> {
     }
 }
 
-pub fn run(_args: Args) -> anyhow::Result<ExitCode> {
-    anyhow::bail!("render is not built yet")
+/// What the ending of the output's name asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Mp4,
+    Rgb,
+    Latent,
+}
+
+impl Kind {
+    fn of(path: &Path) -> anyhow::Result<Self> {
+        match path.extension().and_then(|end| end.to_str()) {
+            Some("mp4") => Ok(Self::Mp4),
+            Some("rgb") => Ok(Self::Rgb),
+            Some("safetensors") => Ok(Self::Latent),
+            _ => bail!("{} has to end in .mp4, .rgb or .safetensors", path.display()),
+        }
+    }
+}
+
+pub fn run(args: Args) -> anyhow::Result<ExitCode> {
+    let kind = Kind::of(&args.out)?;
+    if kind == Kind::Mp4 {
+        encode::check()?;
+    }
+    let Precision::Fp32 = args.precision;
+    // Beside the target, so that the finished file is moved and not copied, and removed on any way out.
+    let folder = args.out.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let unfinished = tempfile::Builder::new()
+        .prefix(".farm-node-render-")
+        .tempfile_in(folder)
+        .with_context(|| format!("cannot write to {}", folder.display()))?;
+
+    let checkpoint = Checkpoint::open(&args.model)?;
+    for note in checkpoint.notes() {
+        eprintln!("note: {note}");
+    }
+    let seed = args.seed.unwrap_or_else(rand::random);
+    let spec = RenderSpec::resolve(&request(&args), checkpoint.generation_defaults(), seed)?;
+    let noise = args.noise.as_deref().map(|path| read_noise(path, &spec)).transpose()?;
+    let threads = args.threads.or_else(|| std::thread::available_parallelism().ok()).map_or(1, NonZeroUsize::get);
+    let engine = CpuEngine::new(threads)?;
+    let pipeline = Pipeline::load(&engine, &checkpoint)?;
+
+    let stop = stop_on_signals()?;
+    let mut watcher = Watcher { bar: progress_bar(), stop, output: Output::create(kind, unfinished.path(), &spec)? };
+    watcher.bar.println(match args.noise {
+        Some(_) => "noise from the file".to_owned(),
+        None => format!("seed {seed}"),
+    });
+    let outcome = match kind {
+        Kind::Latent => pipeline.denoise(&engine, &spec, noise.as_deref(), &mut watcher).and_then(|denoised| {
+            let bytes = to_safetensors(LATENT_KEY, &denoised.values, spec.latent_shape())?;
+            std::fs::write(unfinished.path(), bytes).map_err(ModelError::Output)
+        }),
+        Kind::Mp4 | Kind::Rgb => pipeline
+            .render(&engine, &spec, noise.as_deref(), &mut watcher)
+            .and_then(|_| watcher.output.finish().map_err(ModelError::Output)),
+    };
+    watcher.bar.finish_and_clear();
+    match outcome {
+        // 130, as a shell says of a program that Ctrl-C ended.
+        Err(ModelError::Stopped) => return Ok(ExitCode::from(130)),
+        outcome => outcome?,
+    }
+    publish(unfinished, &args.out)?;
+    println!("{}", args.out.display());
+    Ok(ExitCode::SUCCESS)
+}
+
+fn request(args: &Args) -> RenderRequest {
+    RenderRequest {
+        prompt: args.prompt.clone(),
+        negative_prompt: Some(args.negative_prompt.clone()),
+        width: args.width,
+        height: args.height,
+        num_frames: args.num_frames,
+        num_inference_steps: args.steps,
+        guidance_scale: args.guidance_scale.clone(),
+        seed: args.seed,
+        id: None,
+        priority: None,
+        model: None,
+        labels: BTreeMap::new(),
+    }
+}
+
+fn read_noise(path: &Path, spec: &RenderSpec) -> anyhow::Result<Vec<f32>> {
+    let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+    from_safetensors(&bytes, NOISE_KEY, spec.latent_shape()).with_context(|| path.display().to_string())
+}
+
+/// Moves the finished file to its place. Temporary files are private; a clip gets the usual rights.
+fn publish(unfinished: tempfile::NamedTempFile, out: &Path) -> anyhow::Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    // SAFETY: umask only swaps a number of the process; nothing else sets it.
+    let umask = unsafe {
+        let umask = libc::umask(0o077);
+        libc::umask(umask);
+        umask
+    };
+    let rights = std::fs::Permissions::from_mode(0o666 & !umask);
+    std::fs::set_permissions(unfinished.path(), rights).with_context(|| out.display().to_string())?;
+    unfinished.persist(out).map_err(|error| error.error).with_context(|| format!("cannot write {}", out.display()))?;
+    Ok(())
+}
+
+/// Set by Ctrl-C or SIGTERM; looked at after every step. A second signal ends the process at once.
+fn stop_on_signals() -> anyhow::Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let flag = stop.clone();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    std::thread::Builder::new().name("signals".into()).spawn(move || {
+        runtime.block_on(async {
+            use tokio::signal::unix::{SignalKind, signal};
+            let (Ok(mut interrupt), Ok(mut terminate)) =
+                (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
+            else {
+                return;
+            };
+            for _ in 0..2 {
+                tokio::select! {
+                    _ = interrupt.recv() => {}
+                    _ = terminate.recv() => {}
+                }
+                if flag.swap(true, Ordering::Relaxed) {
+                    std::process::exit(130);
+                }
+            }
+        });
+    })?;
+    Ok(stop)
+}
+
+fn progress_bar() -> ProgressBar {
+    let style = ProgressStyle::with_template("{prefix:8} {wide_bar} {pos}/{len} {msg}");
+    ProgressBar::new(1).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+}
+
+/// Where frames go; a latent has none.
+enum Output {
+    Frames(Box<dyn FrameSink>),
+    Nothing,
+}
+
+impl Output {
+    fn create(kind: Kind, path: &Path, spec: &RenderSpec) -> io::Result<Self> {
+        Ok(match kind {
+            Kind::Mp4 => Self::Frames(Box::new(Mp4Sink::create(path, spec.width, spec.height)?)),
+            Kind::Rgb => Self::Frames(Box::new(RawSink::create(path, spec.width, spec.height)?)),
+            Kind::Latent => Self::Nothing,
+        })
+    }
+
+    fn finish(&mut self) -> io::Result<()> {
+        match self {
+            Self::Frames(sink) => sink.finish(),
+            Self::Nothing => Ok(()),
+        }
+    }
+}
+
+struct Watcher {
+    bar: ProgressBar,
+    stop: Arc<AtomicBool>,
+    output: Output,
+}
+
+impl RenderObserver for Watcher {
+    fn progress(&mut self, progress: Progress) -> ControlFlow<()> {
+        self.bar.set_prefix(progress.stage.as_str());
+        self.bar.set_length(progress.total.into());
+        self.bar.set_position(progress.done.into());
+        let unit = match progress.stage {
+            Stage::Denoise => "steps",
+            Stage::Decode => "frames",
+            Stage::Starting | Stage::Text | Stage::Upload => "",
+        };
+        let left = progress.eta_seconds.map(|eta| format!(", about {eta:.0} s left")).unwrap_or_default();
+        self.bar.set_message(format!("{unit}{left}"));
+        if self.stop.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    }
+
+    fn warning(&mut self, message: &str) {
+        self.bar.suspend(|| eprintln!("warning: {message}"));
+    }
+
+    fn frames(&mut self, rgb24: &[u8], _count: usize) -> io::Result<()> {
+        match &mut self.output {
+            Output::Frames(sink) => sink.frames(rgb24),
+            Output::Nothing => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guidance_list_is_told_from_a_number() {
+        assert_eq!(parse_guidance("4.5").unwrap(), GuidanceScale::Constant(4.5));
+        assert_eq!(parse_guidance("6, 5,4").unwrap(), GuidanceScale::PerStep(vec![6.0, 5.0, 4.0]));
+        assert!(parse_guidance("6,,4").is_err() && parse_guidance("six").is_err());
+    }
+
+    #[test]
+    fn the_ending_of_the_output_decides_what_is_written() {
+        assert_eq!(Kind::of(Path::new("a/b.mp4")).unwrap(), Kind::Mp4);
+        assert_eq!(Kind::of(Path::new("b.rgb")).unwrap(), Kind::Rgb);
+        assert_eq!(Kind::of(Path::new("b.safetensors")).unwrap(), Kind::Latent);
+        assert!(Kind::of(Path::new("mp4")).is_err() && Kind::of(Path::new("b.mov")).is_err());
+    }
 }
