@@ -385,6 +385,8 @@ impl Farm {
                 }
             }
         }
+        let running = |job| matches!(self.jobs.get(job).map(|job| &job.phase), Some(Phase::Running(_)));
+        assert!(self.orphans.iter().all(running));
         for (id, node) in &self.nodes {
             assert_eq!(self.boots.get(&node.boot), Some(id));
             for device in &node.devices {
