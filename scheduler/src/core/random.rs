@@ -125,7 +125,7 @@ impl Run {
             }
             Step::HonestHeartbeat { start } => {
                 if let Some((_, node, boot)) = self.starts.get(start % self.starts.len().max(1)).cloned() {
-                    let of_boot = self.starts.iter().filter(|(.., b)| *b == boot);
+                    let of_boot = self.starts.iter().filter(|(_, n, b)| *n == node && *b == boot);
                     let live = of_boot.filter(|(key, ..)| world.farm.lease(key).is_some());
                     let keys: Vec<AttemptKey> = live.map(|(key, ..)| *key).collect();
                     world.heartbeat(&node, boot, &keys);
