@@ -136,7 +136,8 @@ async fn attempt_clip(
     // Shared with the device's thread, which may still write when this future is gone.
     let folder = Arc::new(workshop.scratch.attempt().map_err(scratch_failure)?);
     let clip = folder.path().join("clip.mp4");
-    monitor.log(format!("{}: attempt {} starts on device {device}", workshop.node, attempt.attempt));
+    // The scheduler writes its own line into the job's log when it hands the attempt out.
+    tracing::info!(%attempt, %device, model = start.model, "attempt starts");
     let work = Work { model: start.model.clone(), spec: spec.clone(), clip: clip.clone(), monitor: monitor.clone() };
     let kept = (reservation, folder.clone());
     let Rendered { seconds, warnings } = handle.render(work, Box::new(kept)).await?;

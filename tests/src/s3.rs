@@ -1,14 +1,19 @@
 //! An S3 server in this process: the real protocol over a socket, objects in a temporary folder.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 use anyhow::Context;
+use hyper::Request;
+use hyper::body::Incoming;
+use hyper::header::IF_NONE_MATCH;
+use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use hyper_util::server::conn::auto::Builder;
 use s3s::auth::SimpleAuth;
 use s3s::service::S3ServiceBuilder;
 use s3s_fs::FileSystem;
-use tokio::sync::oneshot;
+use tokio::sync::{Mutex, oneshot};
 
 const ACCESS_KEY: &str = "farm-tests";
 const SECRET_KEY: &str = "not a secret";
@@ -34,6 +39,7 @@ impl S3Server {
         let mut builder = S3ServiceBuilder::new(file_system);
         builder.set_auth(SimpleAuth::from_single(ACCESS_KEY, SECRET_KEY));
         let service = builder.build();
+        let creating = Arc::new(Mutex::new(()));
 
         let listener = std::net::TcpListener::bind(("127.0.0.1", 0)).context("cannot bind a loopback port")?;
         listener.set_nonblocking(true)?;
@@ -45,7 +51,17 @@ impl S3Server {
                 let listener = tokio::net::TcpListener::from_std(listener).expect("a bound listener");
                 loop {
                     let Ok((socket, _)) = listener.accept().await else { continue };
-                    let service = service.clone();
+                    let (service, creating) = (service.clone(), creating.clone());
+                    let service = service_fn(move |request: Request<Incoming>| {
+                        let (service, creating) = (service.clone(), creating.clone());
+                        async move {
+                            // s3s-fs looks whether an object exists and then writes it, so that of several concurrent
+                            // create-only puts more than one may succeed. The real service guarantees one.
+                            let create_only = request.headers().contains_key(IF_NONE_MATCH);
+                            let _alone = if create_only { Some(creating.lock().await) } else { None };
+                            Service::call(&service, request).await
+                        }
+                    });
                     tokio::spawn(async move {
                         // A client that goes away is its own business.
                         let _ =

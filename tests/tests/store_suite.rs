@@ -6,7 +6,6 @@ use bytes::Bytes;
 use farm_core::store::artifact::{ArtifactStore, Create, StoreError};
 use farm_tests::s3::S3Server;
 use futures::TryStreamExt;
-use sha2::{Digest, Sha256};
 
 /// Every rule, on a store that may already hold other objects.
 async fn behaves(store: &ArtifactStore) {
@@ -66,22 +65,20 @@ async fn exactly_one_of_many_creates_wins(store: &ArtifactStore) {
 
 async fn a_file_of_several_parts_arrives_whole(store: &ArtifactStore) {
     let dir = tempfile::tempdir().unwrap();
-    // Around the part size: one request, exactly one part, exactly two, two and a bit.
-    for bytes in [0, 1, (8 << 20) - 1, 8 << 20, 16 << 20, (16 << 20) + 5] {
-        let content: Vec<u8> = (0..bytes).map(|i: usize| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+    // Prime, so that no part looks like another.
+    let pattern: Vec<u8> = (0..4099_u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+    // Around the part size: one request, exactly one part, two and a bit.
+    for bytes in [0, 1, (8 << 20) - 1, 8 << 20, (16 << 20) + 5] {
+        let mut content = pattern.repeat(bytes / pattern.len() + 1);
+        content.truncate(bytes);
         let path = dir.path().join("clip.mp4");
         std::fs::File::create(&path).unwrap().write_all(&content).unwrap();
         store.put_file("jobs/b/attempt/1/clip.mp4", &path).await.unwrap();
 
         let (length, stream) = store.get_stream("jobs/b/attempt/1/clip.mp4").await.unwrap();
         assert_eq!(length, bytes as u64);
-        let mut hash = Sha256::new();
-        let read = stream.try_fold(0, |n, chunk| {
-            hash.update(&chunk);
-            futures::future::ok(n + chunk.len())
-        });
-        assert_eq!(read.await.unwrap(), bytes);
-        assert_eq!(hash.finalize(), Sha256::digest(&content), "{bytes} bytes");
+        let chunks: Vec<Bytes> = stream.try_collect().await.unwrap();
+        assert!(chunks.concat() == content, "{bytes} bytes came back changed");
     }
     let error = store.put_file("jobs/b/x", &dir.path().join("absent")).await.unwrap_err().to_string();
     assert!(error.contains("jobs/b/x") && error.contains("absent"), "{error}");
@@ -124,16 +121,13 @@ async fn s3_with_and_without_prefix() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_missing_bucket_or_wrong_key_is_told_by_the_probe_with_a_hint() {
+async fn a_wrong_key_is_told_by_the_probe_with_a_hint() {
     let server = S3Server::start(&["clips"]).unwrap();
-    let absent = ArtifactStore::open_with("s3://absent/x", server.environment()).unwrap();
-    let wrong_key = server
-        .environment()
-        .into_iter()
-        .map(|(name, value)| if name == "AWS_SECRET_ACCESS_KEY" { (name, "wrong".into()) } else { (name, value) });
-    let locked = ArtifactStore::open_with("s3://clips/x", wrong_key).unwrap();
-    for store in [absent, locked] {
-        let error = store.probe().await.unwrap_err().to_string();
-        assert!(error.contains(store.url()) && error.contains("hint: the bucket has to exist"), "{error}");
-    }
+    let wrong = |(name, value): (String, String)| {
+        let wrong = name == "AWS_SECRET_ACCESS_KEY";
+        (name, if wrong { "wrong".into() } else { value })
+    };
+    let store = ArtifactStore::open_with("s3://clips/x", server.environment().into_iter().map(wrong)).unwrap();
+    let error = store.probe().await.unwrap_err().to_string();
+    assert!(error.contains("s3://clips/x") && error.contains("hint: the bucket has to exist"), "{error}");
 }

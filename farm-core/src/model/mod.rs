@@ -3,8 +3,17 @@
 //! Structs here hold weights only; every call takes the engine it runs on, so that the devices of one process share
 //! one copy of the weights.
 
+mod block;
 pub mod config;
+pub mod dit;
+mod embed;
 pub mod latent;
+mod layers;
+pub mod noise;
+pub mod pipeline;
+pub mod sampler;
+pub mod schedule;
+pub mod t5;
 pub mod tokenizer;
 pub mod vae;
 pub mod weights;
@@ -19,6 +28,9 @@ pub enum ModelError {
     /// The request cannot be rendered with this checkpoint, on any machine.
     #[error("{0}")]
     Input(String),
+    /// What was made could not be handed over.
+    #[error("frames could not be written: {0}")]
+    Output(#[source] std::io::Error),
     /// The caller asked to stop.
     #[error("stopped")]
     Stopped,

@@ -33,14 +33,14 @@ pub enum StoreError {
     NotFound { key: String, store: String },
     #[error("{key} in {store} has {bytes} bytes, more than the {limit} expected at most")]
     TooLarge { key: String, store: String, bytes: u64, limit: u64 },
-    #[error("cannot {operation} {key} in {store}: {}", chain(.source))]
+    #[error("cannot {operation} {key} in {store}: {}", chain(.source.as_ref()))]
     Failed { operation: &'static str, key: String, store: String, source: Box<dyn std::error::Error + Send + Sync> },
     #[error("store {store} cannot be used: {reason}")]
     Unusable { store: String, reason: String },
 }
 
 /// The message with those of its causes that say something new: the driver's outermost one often leaves the point out.
-fn chain(error: &Box<dyn std::error::Error + Send + Sync>) -> String {
+fn chain(error: &(dyn std::error::Error + Send + Sync + 'static)) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {

@@ -1,5 +1,6 @@
 //! `farm-node join`: lend this machine's devices to a farm.
 
+use std::io::IsTerminal;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -15,12 +16,14 @@ use farm_core::wire::to_scheduler::DeviceInfo;
 use ractor::{Actor, ActorRef};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::oneshot;
+use tracing_subscriber::EnvFilter;
 use uuid::Uuid;
 
 use crate::attempt::Workshop;
-use crate::cpu_device::{CpuDevice, ModelShelf};
+use crate::cpu_device::CpuDevice;
 use crate::device_thread::DeviceHandle;
 use crate::encode;
+use crate::models::ModelShelf;
 use crate::root::{self, Root, RootMessage};
 use crate::scratch::Scratch;
 use crate::session::actor::{self as session, Scheduler};
@@ -114,6 +117,10 @@ fn parse_address(text: &str) -> Result<String, String> {
 }
 
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
+    let filter =
+        EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info,ractor=warn,ractor_cluster=warn"));
+    let colour = std::io::stderr().is_terminal();
+    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colour).with_writer(std::io::stderr).init();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let ended = runtime.block_on(join(args));
     // Device threads may be in the middle of a step; they end with the process.
@@ -206,22 +213,26 @@ async fn prepare(args: Args) -> anyhow::Result<Prepared> {
     let name = args.name.map_or_else(host_name, Ok)?;
     let secret = args.secret_file.as_deref().map(read_secret).transpose()?;
     encode::check().context("this node cannot encode mp4")?;
-    ensure!(args.store != "memory:", "--store memory: is seen by one process only; give a folder or s3://bucket/prefix");
+    ensure!(
+        args.store != "memory:",
+        "--store memory: is seen by one process only; give a folder or s3://bucket/prefix"
+    );
     let store = ArtifactStore::open(&args.store)?;
     store.probe().await?;
 
     let data = args.data.unwrap_or_else(|| std::env::temp_dir().join(format!("farm-node-{name}")));
     let scratch = Arc::new(Scratch::open(&data)?);
-    // Hashing reads every byte of every checkpoint.
-    let shelf = tokio::task::spawn_blocking(move || ModelShelf::open(args.models)).await??;
-    let shelf = Arc::new(shelf);
-
     let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
     let threads = args.threads.map_or_else(|| (cores / args.devices.cpus).max(1), NonZeroUsize::get);
+    let models: Vec<_> = args.models.into_iter().map(|model| (model.name, model.dir)).collect();
+    // Beside the runtime: it reads every byte of every checkpoint.
+    let shelf = tokio::task::spawn_blocking(move || ModelShelf::open(models, threads)).await??;
+    let shelf = Arc::new(shelf);
+
     let mut devices = Vec::new();
     let mut infos = Vec::new();
     for index in (0..args.devices.cpus as u32).map(DeviceIndex) {
-        let device = CpuDevice::new(index, threads, shelf.clone())?;
+        let device = CpuDevice::new(threads, shelf.clone())?;
         infos.push(DeviceInfo { name: device.name() });
         devices.push(DeviceHandle::spawn(index, device).context("cannot start a device thread")?);
     }
@@ -238,7 +249,8 @@ fn read_secret(path: &Path) -> anyhow::Result<String> {
 }
 
 fn host_name() -> anyhow::Result<String> {
-    let raw = std::fs::read_to_string("/proc/sys/kernel/hostname").context("cannot read the host's name; give --name")?;
+    let raw =
+        std::fs::read_to_string("/proc/sys/kernel/hostname").context("cannot read the host's name; give --name")?;
     parse_name(raw.trim()).map_err(|e| anyhow::anyhow!("the host's name does not do: {e}; give --name"))
 }
 

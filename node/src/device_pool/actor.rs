@@ -61,7 +61,7 @@ impl Actor for DevicePool {
     ) -> Result<(), ActorProcessingErr> {
         match message {
             PoolMessage::Start { start, progress } => match state.devices.reserve(start.key, &start.devices) {
-                Ok(Reserve::Granted) => state.launch(&me, start, progress),
+                Ok(Reserve::Granted) => state.launch(&me, *start, progress),
                 Ok(Reserve::Waiting) => {
                     state.waiting.insert(start.key, (start, progress));
                 }
@@ -82,7 +82,7 @@ impl Actor for DevicePool {
             PoolMessage::Released(key) => {
                 for granted in state.devices.release(key) {
                     if let Some((start, progress)) = state.waiting.remove(&granted) {
-                        state.launch(&me, start, progress);
+                        state.launch(&me, *start, progress);
                     }
                 }
             }
@@ -95,11 +95,11 @@ impl Actor for DevicePool {
 }
 
 impl State {
-    fn launch(&mut self, me: &ActorRef<PoolMessage>, start: Box<StartAttempt>, progress: ProgressCell) {
+    fn launch(&mut self, me: &ActorRef<PoolMessage>, start: StartAttempt, progress: ProgressCell) {
         let key = start.key;
         let stop = Arc::new(AtomicBool::new(false));
         let reservation = Box::new(Reservation { pool: me.clone(), key });
-        let attempt = attempt::run(self.workshop.clone(), *start, reservation, progress, stop.clone());
+        let attempt = attempt::run(self.workshop.clone(), start, reservation, progress, stop.clone());
         let (pool, session) = (me.clone(), self.session.clone());
         let task = tokio::spawn(async move {
             // Without this a panic of ours would leave the attempt listed as running for ever.

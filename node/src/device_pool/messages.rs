@@ -9,7 +9,10 @@ use crate::progress::ProgressCell;
 
 #[derive(RactorMessage)]
 pub enum PoolMessage {
-    Start { start: Box<StartAttempt>, progress: ProgressCell },
+    Start {
+        start: Box<StartAttempt>,
+        progress: ProgressCell,
+    },
     /// Stop it as soon as its device comes up for air; report nothing.
     Abort(AttemptKey),
     /// The devices of the attempt are idle again. Its upload may still run.

@@ -51,10 +51,8 @@ impl Devices {
             if devices[..i].contains(&device) {
                 return Err(Refusal::Repeated(device));
             }
-            let holder = self
-                .holders
-                .get(device.0 as usize)
-                .ok_or(Refusal::Unknown { device, count: self.holders.len() })?;
+            let holder =
+                self.holders.get(device.0 as usize).ok_or(Refusal::Unknown { device, count: self.holders.len() })?;
             match holder {
                 Some(Holder { key: holder, stopping: false }) => return Err(Refusal::Busy { device, holder: *holder }),
                 Some(_) => free = false,

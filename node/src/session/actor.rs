@@ -111,9 +111,9 @@ impl State {
         self.seq += 1;
         let epoch = self.session.epoch();
         let envelope = Envelope { epoch, node: self.node.clone(), boot: self.boot, seq: self.seq, body };
-        let sent = codec::encode(&envelope).map_err(|error| error.to_string()).and_then(|frame| {
-            self.cluster.send_to_scheduler(frame).map_err(|error| error.to_string())
-        });
+        let sent = codec::encode(&envelope)
+            .map_err(|error| error.to_string())
+            .and_then(|frame| self.cluster.send_to_scheduler(frame).map_err(|error| error.to_string()));
         // What matters is repeated.
         if let Err(error) = sent {
             tracing::warn!(%error, "message not sent");

@@ -29,4 +29,3 @@ pub enum SessionMessage {
     /// Leave the farm.
     Stop,
 }
-

@@ -24,6 +24,8 @@ const FIRST_REDIAL: Duration = Duration::from_millis(200);
 const LAST_REDIAL: Duration = Duration::from_secs(5);
 /// Wait after the scheduler has refused the node: somebody has to change something first.
 const REFUSED_REDIAL: Duration = Duration::from_secs(10);
+/// More than the transport's own time limits add up to.
+const DIAL: Duration = Duration::from_secs(30);
 /// From a successful dial to a usable session, and from `Register` to its answer.
 const HANDSHAKE: Duration = Duration::from_secs(10);
 /// An unanswered `Register`, and a report that is not acknowledged, are sent again after this.
@@ -65,7 +67,10 @@ pub enum Action {
     Dial,
     Disconnect(BootId),
     Send(ToScheduler),
-    Start { start: Box<StartAttempt>, progress: ProgressCell },
+    Start {
+        start: Box<StartAttempt>,
+        progress: ProgressCell,
+    },
     /// Stop the attempt; its end is of no interest any more.
     Abort(AttemptKey),
     /// The node has left the farm: end the process.
@@ -74,12 +79,27 @@ pub enum Action {
 
 #[derive(Debug)]
 enum Link {
-    Waiting { until: Instant },
-    Dialing,
+    Waiting {
+        until: Instant,
+    },
+    Dialing {
+        until: Instant,
+    },
     /// Dialled; the session is not usable yet.
-    Opening { until: Instant },
-    Registering { peer: BootId, resend: Instant, until: Instant },
-    Joined { peer: BootId, interval: Duration, next_heartbeat: Instant, last_answer: Instant },
+    Opening {
+        until: Instant,
+    },
+    Registering {
+        peer: BootId,
+        resend: Instant,
+        until: Instant,
+    },
+    Joined {
+        peer: BootId,
+        interval: Duration,
+        next_heartbeat: Instant,
+        last_answer: Instant,
+    },
 }
 
 #[derive(Debug)]
@@ -151,8 +171,8 @@ impl Session {
         self.epoch
     }
 
-    /// Commands refused so far for an old epoch or another process.
-    pub fn refused(&self) -> u64 {
+    #[cfg(test)]
+    fn refused(&self) -> u64 {
         self.refused
     }
 
@@ -160,18 +180,18 @@ impl Session {
     pub fn on(&mut self, event: Event, now: Instant, out: &mut Vec<Action>) {
         match event {
             Event::Dialed(Ok(())) => {
-                if matches!(self.link, Link::Dialing) {
+                if matches!(self.link, Link::Dialing { .. }) {
                     self.link = Link::Opening { until: now + HANDSHAKE };
                 }
             }
             Event::Dialed(Err(reason)) => {
-                if matches!(self.link, Link::Dialing) {
+                if matches!(self.link, Link::Dialing { .. }) {
                     self.dial_later(&reason, now);
                 }
             }
             // The session may be usable before the dialler has said so.
             Event::Ready(peer) => match self.link {
-                Link::Dialing | Link::Opening { .. } => self.register(peer, now, out),
+                Link::Dialing { .. } | Link::Opening { .. } => self.register(peer, now, out),
                 _ => out.push(Action::Disconnect(peer)),
             },
             Event::Closed(peer) => {
@@ -302,9 +322,10 @@ impl Session {
     fn tick(&mut self, now: Instant, out: &mut Vec<Action>) {
         match self.link {
             Link::Waiting { until } if now >= until && self.farewell.is_none() => {
-                self.link = Link::Dialing;
+                self.link = Link::Dialing { until: now + DIAL };
                 out.push(Action::Dial);
             }
+            Link::Dialing { until } if now >= until => self.lose("the dialler does not answer", now),
             Link::Opening { until } if now >= until => self.lose("the session did not open", now),
             Link::Registering { until, .. } if now >= until => {
                 tracing::warn!("the scheduler does not answer the registration");
@@ -315,7 +336,10 @@ impl Session {
                 out.push(Action::Send(self.registration()));
             }
             Link::Joined { last_answer, .. } if now >= last_answer + SCHEDULER_SILENCE => {
-                tracing::warn!(seconds = SCHEDULER_SILENCE.as_secs(), "no heartbeat was answered; dropping the session");
+                tracing::warn!(
+                    seconds = SCHEDULER_SILENCE.as_secs(),
+                    "no heartbeat was answered; dropping the session"
+                );
                 self.drop_link(self.redial, now, out);
             }
             Link::Joined { peer, interval, next_heartbeat, last_answer } => {
@@ -369,7 +393,7 @@ impl Session {
     fn peer(&self) -> Option<BootId> {
         match self.link {
             Link::Registering { peer, .. } | Link::Joined { peer, .. } => Some(peer),
-            Link::Waiting { .. } | Link::Dialing | Link::Opening { .. } => None,
+            Link::Waiting { .. } | Link::Dialing { .. } | Link::Opening { .. } => None,
         }
     }
 

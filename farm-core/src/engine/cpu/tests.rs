@@ -1,0 +1,393 @@
+//! The kernels against scalar references in f64, and the promises of the module docs.
+
+use super::CpuEngine;
+use crate::engine::{Engine, EngineError, RawDtype, RawTensor, RopeTable};
+use candle_core::Tensor;
+
+/// Values in [-1, 1], different for every seed.
+fn values(n: usize, seed: u64) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut next = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+    };
+    (0..n).map(|_| next()).collect()
+}
+
+fn tensor(shape: &[usize], seed: u64) -> Tensor {
+    engine(1).upload(&values(shape.iter().product(), seed), shape).unwrap()
+}
+
+fn engine(threads: usize) -> CpuEngine {
+    CpuEngine::new(threads).unwrap()
+}
+
+fn read(x: &Tensor) -> Vec<f32> {
+    engine(1).download(x).unwrap()
+}
+
+#[track_caller]
+fn assert_close(got: &[f32], expected: &[f64], tolerance: f64) {
+    assert_eq!(got.len(), expected.len());
+    for (i, (&got, &expected)) in got.iter().zip(expected).enumerate() {
+        assert!((f64::from(got) - expected).abs() <= tolerance * expected.abs().max(1.0), "{i}: {got} {expected}");
+    }
+}
+
+/// Dense attention in f64: output [Q, heads·d] and log-sum-exp [Q, heads].
+fn naive_attention(
+    [q, k, v]: [&[f32]; 3],
+    heads: usize,
+    d: usize,
+    scale: f64,
+    bias: impl Fn(usize, usize, usize) -> f64,
+) -> (Vec<f64>, Vec<f64>) {
+    let (queries, keys, width) = (q.len() / (heads * d), k.len() / (heads * d), heads * d);
+    let (mut out, mut lse) = (vec![0.0; q.len()], vec![0.0; queries * heads]);
+    for i in 0..queries {
+        for h in 0..heads {
+            let dot = |j: usize| -> f64 {
+                (0..d).map(|c| f64::from(q[i * width + h * d + c]) * f64::from(k[j * width + h * d + c])).sum()
+            };
+            let scores: Vec<f64> = (0..keys).map(|j| dot(j) * scale + bias(h, i, j)).collect();
+            let sum: f64 = scores.iter().map(|s| s.exp()).sum();
+            lse[i * heads + h] = sum.ln();
+            for (j, s) in scores.iter().enumerate() {
+                for c in 0..d {
+                    out[i * width + h * d + c] += s.exp() / sum * f64::from(v[j * width + h * d + c]);
+                }
+            }
+        }
+    }
+    (out, lse)
+}
+
+#[test]
+fn linear_is_the_product_with_the_transposed_weight() {
+    // Every path of gemm: one row, few rows, several row and column blocks, depths above its own blocking.
+    for [m, k, n] in [[1, 7, 5], [1, 600, 700], [3, 1, 4], [80, 192, 576], [300, 40, 1100], [5, 1500, 9]] {
+        let (x, w, b) = (tensor(&[m, k], 1), tensor(&[n, k], 2), tensor(&[n], 3));
+        let got = read(&engine(2).linear(&x, &w, Some(&b)).unwrap());
+        let (x, w, b) = (read(&x), read(&w), read(&b));
+        let expected: Vec<f64> = (0..m * n)
+            .map(|at| {
+                let (i, j) = (at / n, at % n);
+                (0..k).map(|c| f64::from(x[i * k + c]) * f64::from(w[j * k + c])).sum::<f64>() + f64::from(b[j])
+            })
+            .collect();
+        assert_close(&got, &expected, 2e-5);
+    }
+}
+
+#[test]
+fn attention_over_segments_is_dense_attention() {
+    // More queries and keys than a tile, uneven segments, one of them empty.
+    let (heads, d) = (3, 10);
+    let (q, k, v) = (tensor(&[150, heads, d], 1), tensor(&[700, heads, d], 2), tensor(&[700, heads, d], 3));
+    let q = engine(1).upload(&read(&q).iter().map(|x| x * 20.0).collect::<Vec<_>>(), &[150, heads, d]).unwrap();
+    let cut = |x: &Tensor, start, len| engine(1).narrow(x, 0, start, len).unwrap();
+    let segments = |x: &Tensor| [cut(x, 0, 3), cut(x, 3, 0), cut(x, 3, 600), cut(x, 603, 97)];
+    let (keys, vals) = (segments(&k), segments(&v));
+    let got = engine(2).attention(&q, &keys.each_ref(), &vals.each_ref()).unwrap();
+    let (q, k, v) = (read(&q), read(&k), read(&v));
+    let (out, lse) = naive_attention([&q, &k, &v], heads, d, 1.0 / 10f64.sqrt(), |_, _, _| 0.0);
+    assert_close(&read(&got.out), &out, 1e-5);
+    assert_close(&read(&got.lse), &lse, 1e-6);
+    assert_eq!((got.out.dims(), got.lse.dims()), (&[150, 30][..], &[150, 3][..]));
+}
+
+#[test]
+fn partial_attention_merges_by_log_sum_exp() {
+    let (heads, d) = (2, 4);
+    let [q, k, v] = [(9, 1), (40, 2), (40, 3)].map(|(rows, seed)| tensor(&[rows, heads, d], seed));
+    let e = engine(1);
+    let joint = e.attention(&q, &[&k], &[&v]).unwrap();
+    let part = |start, len| {
+        let [k, v] = [&k, &v].map(|x| e.narrow(x, 0, start, len).unwrap());
+        let got = e.attention(&q, &[&k], &[&v]).unwrap();
+        (read(&got.out), read(&got.lse))
+    };
+    let parts = [part(0, 13), part(13, 27)];
+    let (out, lse) = (read(&joint.out), read(&joint.lse));
+    for row in 0..9 * heads {
+        let weights = [0, 1].map(|p| f64::from(parts[p].1[row] - lse[row]).exp());
+        assert!((weights[0] + weights[1] - 1.0).abs() < 1e-6);
+        for c in 0..d {
+            let at = row * d + c;
+            let merged = weights[0] * f64::from(parts[0].0[at]) + weights[1] * f64::from(parts[1].0[at]);
+            assert!((merged - f64::from(out[at])).abs() < 1e-6);
+        }
+    }
+}
+
+#[test]
+fn attention_without_keys_is_neutral_and_without_queries_empty() {
+    let (q, none) = (tensor(&[5, 2, 4], 1), tensor(&[0, 2, 4], 1));
+    let got = engine(1).attention(&q, &[&none], &[&none]).unwrap();
+    assert_eq!(read(&got.out), vec![0.0; 40]);
+    assert_eq!(read(&got.lse), vec![f32::NEG_INFINITY; 10]);
+    let got = engine(1).attention(&none, &[&q], &[&q]).unwrap();
+    assert_eq!((got.out.dims(), got.lse.dims()), (&[0, 8][..], &[0, 2][..]));
+}
+
+#[test]
+fn attention_shows_a_nan() {
+    let q = engine(1).upload(&[f32::NAN, 1.0], &[1, 1, 2]).unwrap();
+    let k = tensor(&[6, 1, 2], 2);
+    let got = engine(1).attention(&q, &[&k], &[&k]).unwrap();
+    assert!(read(&got.out)[0].is_nan());
+}
+
+#[test]
+fn t5_attention_adds_the_bias_and_does_not_scale() {
+    let (heads, d, rows) = (3, 6, 290);
+    let [q, k, v] = [1, 2, 3].map(|seed| tensor(&[rows, heads * d], seed));
+    let bias = tensor(&[heads, rows, rows], 4);
+    let got = engine(2).t5_attention(&q, &k, &v, &bias, heads).unwrap();
+    let (q, k, v, bias) = (read(&q), read(&k), read(&v), read(&bias));
+    let bias = |h, i, j| f64::from(bias[(h * rows + i) * rows + j]);
+    let (out, _) = naive_attention([&q, &k, &v], heads, d, 1.0, bias);
+    assert_close(&read(&got), &out, 1e-5);
+}
+
+#[test]
+fn norms_and_residuals_are_their_formulas() {
+    let (m, d) = (5, 37);
+    let [x, branch] = [1, 2].map(|seed| tensor(&[m, d], seed));
+    let [scale, shift] = [3, 4].map(|seed| tensor(&[d], seed));
+    let e = engine(1);
+    let (xs, bs, scales, shifts) = (read(&x), read(&branch), read(&scale), read(&shift));
+    let row = |values: &[f32], i: usize| values[i / d * d..][..d].iter().map(|&v| f64::from(v)).collect::<Vec<_>>();
+    let mean = |values: &[f64]| values.iter().sum::<f64>() / d as f64;
+    let rms = |values: &[f32], i: usize, eps: f64| {
+        f64::from(values[i]) / (mean(&row(values, i).iter().map(|v| v * v).collect::<Vec<_>>()) + eps).sqrt()
+    };
+    let all = |f: &dyn Fn(usize) -> f64| (0..m * d).map(f).collect::<Vec<_>>();
+
+    let got = read(&e.rms_norm(&x, &scale, 0.5).unwrap());
+    assert_close(&got, &all(&|i| rms(&xs, i, 0.5) * f64::from(scales[i % d])), 1e-6);
+    let got = read(&e.modulated_rms_norm(&x, &scale).unwrap());
+    assert_close(&got, &all(&|i| rms(&xs, i, 1e-6) * (1.0 + f64::from(scales[i % d]))), 1e-6);
+    let got = read(&e.gated_residual(&x, &branch, &scale).unwrap());
+    assert_close(&got, &all(&|i| f64::from(xs[i]) + rms(&bs, i, 1e-6) * f64::from(scales[i % d]).tanh()), 1e-6);
+    let got = read(&e.modulated_layer_norm(&x, &shift, &scale).unwrap());
+    let layer_norm = |i: usize| {
+        let row = row(&xs, i);
+        let centre = mean(&row);
+        let variance = mean(&row.iter().map(|v| (v - centre) * (v - centre)).collect::<Vec<_>>());
+        (f64::from(xs[i]) - centre) / (variance + 1e-6).sqrt() * (1.0 + f64::from(scales[i % d]))
+            + f64::from(shifts[i % d])
+    };
+    assert_close(&got, &all(&layer_norm), 2e-6);
+}
+
+#[test]
+fn split_qkv_norms_then_rotates_interleaved_pairs() {
+    let (m, heads, d) = (19, 3, 8);
+    let packed = tensor(&[m, 3 * heads * d], 1);
+    let [qn, kn] = [2, 3].map(|seed| tensor(&[d], seed));
+    let rope = RopeTable { cos: tensor(&[m, heads, d / 2], 4), sin: tensor(&[m, heads, d / 2], 5) };
+    let e = engine(1);
+    let plain = e.split_qkv(&packed, &qn, &kn, heads, None).unwrap();
+    let turned = e.split_qkv(&packed, &qn, &kn, heads, Some(&rope)).unwrap();
+    let (p, cos, sin) = (read(&packed), read(&rope.cos), read(&rope.sin));
+    for (part, (norm, plain, turned)) in
+        [(&qn, &plain.q, &turned.q), (&kn, &plain.k, &turned.k)].into_iter().enumerate()
+    {
+        let (norm, plain, turned) = (read(norm), read(plain), read(turned));
+        for i in 0..m {
+            for h in 0..heads {
+                let x = &p[i * 3 * heads * d + part * heads * d + h * d..][..d];
+                let square: f64 = x.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>() / d as f64;
+                let n: Vec<f64> =
+                    (0..d).map(|c| f64::from(x[c]) / (square + 1e-5).sqrt() * f64::from(norm[c])).collect();
+                assert_close(&plain[(i * heads + h) * d..][..d], &n, 1e-6);
+                let (cos, sin) = (&cos[(i * heads + h) * d / 2..], &sin[(i * heads + h) * d / 2..]);
+                let rotated: Vec<f64> = (0..d)
+                    .map(|c| {
+                        let (f, a, b) = (c / 2, n[c / 2 * 2], n[c / 2 * 2 + 1]);
+                        let (cos, sin) = (f64::from(cos[f]), f64::from(sin[f]));
+                        if c % 2 == 0 { a * cos - b * sin } else { a * sin + b * cos }
+                    })
+                    .collect();
+                assert_close(&turned[(i * heads + h) * d..][..d], &rotated, 1e-6);
+            }
+        }
+    }
+    let v: Vec<f32> = p.chunks(3 * heads * d).flat_map(|row| row[2 * heads * d..].to_vec()).collect();
+    assert_eq!(read(&turned.v), v);
+}
+
+#[test]
+fn rope_positions_are_centred_in_space_only() {
+    // 2 × 3 × 4 tokens; one head, one frequency per axis at a time.
+    let grid = [2, 3, 4];
+    let unit = (36864f64 / 12.0).sqrt();
+    for axis in 0..3 {
+        let frequencies: Vec<f32> = (0..3).map(|a| if a == axis { 0.01 } else { 0.0 }).collect();
+        let table = engine(1).rope_table(&engine(1).upload(&frequencies, &[3, 1, 1]).unwrap(), grid).unwrap();
+        assert_eq!(table.cos.dims(), [24, 1, 1]);
+        let (cos, sin) = (read(&table.cos), read(&table.sin));
+        for token in 0..24 {
+            let position =
+                [(token / 12) as f64, ((token / 4 % 3) as f64 - 1.0) * unit, ((token % 4) as f64 - 1.5) * unit][axis];
+            let angle = position * f64::from(0.01f32);
+            assert!((f64::from(cos[token]) - angle.cos()).abs() < 1e-6, "axis {axis} token {token}");
+            assert!((f64::from(sin[token]) - angle.sin()).abs() < 1e-6, "axis {axis} token {token}");
+        }
+    }
+}
+
+#[test]
+fn patches_have_channels_slowest_coming_in_and_fastest_going_out() {
+    let (c, t, h, w) = (3, 2, 4, 6);
+    let e = engine(1);
+    let latent: Vec<f32> = (0..c * t * h * w).map(|i| i as f32).collect();
+    let patches = e.patchify(&e.upload(&latent, &[c, t, h, w]).unwrap()).unwrap();
+    assert_eq!(patches.dims(), [t * h * w / 4, c * 4]);
+    let patches = read(&patches);
+    let at = |c: usize, t_: usize, y: usize, x: usize| latent[((c * t + t_) * h + y) * w + x];
+    // Token (t 1, i 1, j 2), inner (c 2, di 1, dj 0).
+    let token = 6 + 3 + 2;
+    assert_eq!(patches[token * 12 + 2 * 4 + 2], at(2, 1, 3, 4));
+    // The way out: inner (p1, p2, c). Reordering each patch from (c, p1, p2) to (p1, p2, c) has to give the latent back.
+    let reordered: Vec<f32> =
+        patches.chunks(12).flat_map(|p| (0..12).map(|i| p[(i % 3) * 4 + i / 3]).collect::<Vec<_>>()).collect();
+    let back = e.unpatchify(&e.upload(&reordered, &[12, 12]).unwrap(), [t, h / 2, w / 2]).unwrap();
+    assert_eq!(back.dims(), [c, t, h, w]);
+    assert_eq!(read(&back), latent);
+}
+
+#[test]
+fn swiglu_gates_with_the_first_half() {
+    let e = engine(1);
+    let x = e.upload(&[1.0, -2.0, 3.0, 5.0], &[1, 4]).unwrap();
+    let silu = |x: f64| x / (1.0 + (-x).exp());
+    assert_close(&read(&e.swiglu(&x).unwrap()), &[silu(1.0) * 3.0, silu(-2.0) * 5.0], 1e-6);
+    assert_close(&read(&e.silu(&x).unwrap()), &[silu(1.0), silu(-2.0), silu(3.0), silu(5.0)], 1e-6);
+}
+
+#[test]
+fn euler_step_rounds_every_product_and_sum() {
+    let e = engine(1);
+    let [z, c, u] = [1, 2, 3].map(|seed| tensor(&[500], seed));
+    let got = read(&e.euler_step(&z, &c, Some(&u), 4.5, 0.017).unwrap());
+    let (z, c, u) = (read(&z), read(&c), read(&u));
+    for i in 0..500 {
+        // Exact products in f64, rounded to f32 one by one.
+        let round = |x: f64| f64::from(x as f32);
+        let v = round(f64::from(u[i]) + round(4.5 * round(f64::from(c[i]) - f64::from(u[i]))));
+        let expected = round(f64::from(z[i]) + round(f64::from(0.017f32) * v));
+        assert_eq!(f64::from(got[i]), expected);
+    }
+}
+
+#[test]
+fn results_have_the_same_bits_for_any_number_of_threads() {
+    let run = |threads: usize| -> Vec<Vec<u32>> {
+        let e = engine(threads);
+        let bits = |x: &Tensor| read(x).into_iter().map(f32::to_bits).collect::<Vec<_>>();
+        let (m, heads, d) = (533, 4, 48);
+        let x = tensor(&[m, heads * d], 1);
+        let w = tensor(&[3 * heads * d, heads * d], 2);
+        let bias = tensor(&[3 * heads * d], 3);
+        let gate = tensor(&[heads * d], 4);
+        let norm = tensor(&[d], 5);
+        let rope = e.rope_table(&tensor(&[3, heads, d / 2], 6), [1, 13, 41]).unwrap();
+        let packed = e.linear(&x, &w, Some(&bias)).unwrap();
+        let qkv = e.split_qkv(&packed, &norm, &norm, heads, Some(&rope)).unwrap();
+        let text = e.narrow(&qkv.k, 0, 100, 61).unwrap();
+        let attended = e.attention(&qkv.q, &[&qkv.k, &text], &[&qkv.v, &text]).unwrap();
+        let t5 = e.t5_attention(&x, &x, &x, &tensor(&[heads, m, m], 7), heads).unwrap();
+        [
+            &packed,
+            &rope.cos,
+            &qkv.q,
+            &qkv.v,
+            &attended.out,
+            &attended.lse,
+            &t5,
+            &e.rms_norm(&x, &gate, 1e-6).unwrap(),
+            &e.modulated_rms_norm(&x, &gate).unwrap(),
+            &e.modulated_layer_norm(&x, &gate, &gate).unwrap(),
+            &e.gated_residual(&x, &attended.out, &gate).unwrap(),
+            &e.swiglu(&packed).unwrap(),
+            &e.gelu_gated(&x, &attended.out).unwrap(),
+            &e.euler_step(&x, &t5, Some(&attended.out), 4.5, 0.1).unwrap(),
+            // One row: gemm's matrix-vector path.
+            &e.linear(&e.narrow(&x, 0, 0, 1).unwrap(), &w, Some(&bias)).unwrap(),
+        ]
+        .map(bits)
+        .into()
+    };
+    let one = run(1);
+    for threads in [2, 3] {
+        for (i, (one, more)) in one.iter().zip(run(threads)).enumerate() {
+            assert!(*one == more, "result {i} differs with {threads} threads");
+        }
+    }
+}
+
+#[test]
+fn weights_are_widened_exactly_and_pieces_follow_each_other() {
+    let e = engine(1);
+    let bf16: Vec<u8> = [1.5f32, -2.0].iter().flat_map(|&x| half::bf16::from_f32(x).to_le_bytes()).collect();
+    let f16: Vec<u8> = [0.25f32, 65504.0].iter().flat_map(|&x| half::f16::from_f32(x).to_le_bytes()).collect();
+    let f32s: Vec<u8> = [1e-40f32, 3.0].iter().flat_map(|x| x.to_le_bytes()).collect();
+    let piece = |dtype, bytes| RawTensor { dtype, shape: &[1, 2], bytes };
+    let pieces = [piece(RawDtype::Bf16, &bf16[..]), piece(RawDtype::F16, &f16), piece(RawDtype::F32, &f32s)];
+    let whole = e.weight(&pieces).unwrap();
+    assert_eq!(whole.dims(), [3, 2]);
+    assert_eq!(read(&whole), [1.5, -2.0, 0.25, 65504.0, 1e-40, 3.0]);
+    // Fewer bytes than the shape says, a piece of another width, no piece.
+    let short = RawTensor { dtype: RawDtype::F32, shape: &[1, 2], bytes: &f32s[..7] };
+    let wide = RawTensor { dtype: RawDtype::F32, shape: &[2, 1], bytes: &f32s };
+    for bad in [&[short][..], &[pieces[0], wide], &[]] {
+        assert!(matches!(e.weight(bad), Err(EngineError::Shape { op: "weight", .. })));
+    }
+}
+
+#[test]
+fn wrong_shapes_are_errors_that_name_the_operation() {
+    let e = engine(1);
+    let t = |shape: &[usize]| tensor(shape, 1);
+    let (x, v, q) = (t(&[4, 6]), t(&[6]), t(&[4, 2, 3]));
+    let table = RopeTable { cos: t(&[3, 2, 1]), sin: t(&[3, 2, 1]) };
+    let results: Vec<(&str, crate::engine::Result<Tensor>)> = vec![
+        ("upload", e.upload(&[1.0], &[2])),
+        ("reshape", e.reshape(&x, &[5, 5])),
+        ("narrow", e.narrow(&x, 1, 4, 3)),
+        ("narrow", e.narrow(&x, 2, 0, 1)),
+        ("narrow", e.narrow(&x, 0, usize::MAX, 2)),
+        ("concat_rows", e.concat_rows(&[&x, &t(&[4, 5])])),
+        ("concat_rows", e.concat_rows(&[])),
+        ("linear", e.linear(&x, &t(&[3, 5]), None)),
+        ("linear", e.linear(&x, &t(&[3, 6]), Some(&v))),
+        ("linear", e.linear(&v, &x, None)),
+        ("add", e.add(&x, &v)),
+        ("embed_rows", e.embed_rows(&x, &[0, 4])),
+        ("rms_norm", e.rms_norm(&x, &t(&[4]), 1e-6)),
+        ("t5_attention", e.t5_attention(&x, &x, &x, &t(&[2, 4, 5]), 2)),
+        ("t5_attention", e.t5_attention(&x, &x, &x, &t(&[4, 4, 4]), 4)),
+        ("gelu_gated", e.gelu_gated(&x, &v)),
+        ("rope_table", e.rope_table(&t(&[2, 2, 3]), [1, 1, 1]).map(|t| t.cos)),
+        ("patchify", e.patchify(&t(&[2, 1, 3, 4]))),
+        ("unpatchify", e.unpatchify(&x, [1, 2, 2])),
+        ("unpatchify", e.unpatchify(&t(&[4, 8]), [1, 2, 3])),
+        ("modulated_rms_norm", e.modulated_rms_norm(&x, &t(&[4]))),
+        ("gated_residual", e.gated_residual(&x, &v, &v)),
+        ("split_qkv", e.split_qkv(&x, &t(&[1]), &t(&[1]), 4, None).map(|t| t.q)),
+        ("split_qkv", e.split_qkv(&x, &t(&[2]), &t(&[2]), 1, Some(&table)).map(|t| t.q)),
+        ("attention", e.attention(&q, &[&q], &[]).map(|t| t.out)),
+        ("attention", e.attention(&q, &[&t(&[4, 3, 2])], &[&q]).map(|t| t.out)),
+        ("swiglu", e.swiglu(&t(&[2, 3]))),
+        ("modulated_layer_norm", e.modulated_layer_norm(&x, &v, &t(&[4]))),
+        ("euler_step", e.euler_step(&x, &v, None, 1.0, 0.1)),
+    ];
+    for (op, result) in results {
+        match result {
+            Err(EngineError::Shape { op: named, .. }) => assert_eq!(named, op),
+            other => panic!("{op}: {:?}", other.map(|t| t.dims().to_vec())),
+        }
+    }
+}

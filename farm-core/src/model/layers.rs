@@ -1,0 +1,94 @@
+//! Layers that several parts are made of.
+
+use crate::engine::Engine;
+use crate::model::ModelError;
+use crate::model::weights::Loader;
+
+/// A look at the values inside a network, by the names of the reference tensors (`block0.x`, …). Called for every value
+/// of note in the order of computation; costs nothing but the call.
+pub type Observer<'a, T> = &'a mut dyn FnMut(&str, &T);
+
+/// `x · Wᵀ (+ b)`.
+pub(crate) struct Linear<E: Engine> {
+    weight: E::Tensor,
+    bias: Option<E::Tensor>,
+}
+
+impl<E: Engine> Linear<E> {
+    /// `{prefix}.weight` `[out, input]` and `{prefix}.bias` `[out]`.
+    pub fn load(loader: &Loader<'_, E>, prefix: &str, out: usize, input: usize) -> Result<Self, ModelError> {
+        let bias = loader.tensor(&format!("{prefix}.bias"), &[out])?;
+        Ok(Linear { bias: Some(bias), ..Self::load_without_bias(loader, prefix, out, input)? })
+    }
+
+    /// `{prefix}.weight` `[out, input]`.
+    pub fn load_without_bias(
+        loader: &Loader<'_, E>,
+        prefix: &str,
+        out: usize,
+        input: usize,
+    ) -> Result<Self, ModelError> {
+        Ok(Linear { weight: loader.tensor(&format!("{prefix}.weight"), &[out, input])?, bias: None })
+    }
+
+    /// `{prefix}.weight` `[out, channels, 2, 2]`, a convolution of 2×2 patches, as a matrix over `channels · 4` values.
+    pub fn load_patches(loader: &Loader<'_, E>, prefix: &str, out: usize, channels: usize) -> Result<Self, ModelError> {
+        let weight = loader.tensor(&format!("{prefix}.weight"), &[out, channels, 2, 2])?;
+        let bias = loader.tensor(&format!("{prefix}.bias"), &[out])?;
+        Ok(Linear { weight: loader.engine.reshape(&weight, &[out, channels * 4])?, bias: Some(bias) })
+    }
+
+    /// `[rows, input]` → `[rows, out]`.
+    pub fn apply(&self, engine: &E, x: &E::Tensor) -> Result<E::Tensor, ModelError> {
+        Ok(engine.linear(x, &self.weight, self.bias.as_ref())?)
+    }
+
+    pub fn bias(&self) -> Option<&E::Tensor> {
+        self.bias.as_ref()
+    }
+}
+
+/// SwiGLU: `w2 · (silu(a) ⊙ g)` with `[a ‖ g] = w1 · x`, no bias.
+pub(crate) struct FeedForward<E: Engine> {
+    w1: Linear<E>,
+    w2: Linear<E>,
+}
+
+impl<E: Engine> FeedForward<E> {
+    /// `{prefix}.w1` `[2·hidden, width]` and `{prefix}.w2` `[width, hidden]`.
+    pub fn load(loader: &Loader<'_, E>, prefix: &str, width: usize, hidden: usize) -> Result<Self, ModelError> {
+        Ok(FeedForward {
+            w1: Linear::load_without_bias(loader, &format!("{prefix}.w1"), 2 * hidden, width)?,
+            w2: Linear::load_without_bias(loader, &format!("{prefix}.w2"), width, hidden)?,
+        })
+    }
+
+    pub fn apply(&self, engine: &E, x: &E::Tensor) -> Result<E::Tensor, ModelError> {
+        let hidden = engine.swiglu(&self.w1.apply(engine, x)?)?;
+        self.w2.apply(engine, &hidden)
+    }
+}
+
+/// A modulation: a projection of the conditioning, cut into `N` vectors.
+pub(crate) struct Modulation<E: Engine, const N: usize> {
+    projection: Linear<E>,
+    width: usize,
+}
+
+impl<E: Engine, const N: usize> Modulation<E, N> {
+    /// `{prefix}` projects `input` to `N · width`.
+    pub fn load(loader: &Loader<'_, E>, prefix: &str, width: usize, input: usize) -> Result<Self, ModelError> {
+        Ok(Modulation { projection: Linear::load(loader, prefix, N * width, input)?, width })
+    }
+
+    /// `silu(c)` `[1, input]` → the vectors `[width]` in stored order.
+    pub fn apply(&self, engine: &E, conditioning: &E::Tensor) -> Result<[E::Tensor; N], ModelError> {
+        let all = engine.reshape(&self.projection.apply(engine, conditioning)?, &[N * self.width])?;
+        let mut parts = Vec::with_capacity(N);
+        for i in 0..N {
+            parts.push(engine.narrow(&all, 0, i * self.width, self.width)?);
+        }
+        // As many as were pushed.
+        parts.try_into().map_err(|_| ModelError::Input(format!("modulation has not {N} parts")))
+    }
+}

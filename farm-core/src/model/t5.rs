@@ -1,0 +1,168 @@
+//! T5 v1.1 encoder: prompt ids → features.
+//!
+//! Runs on the ids without padding: padded positions would be masked as keys and never read, so leaving them out gives
+//! the same rows.
+
+use crate::engine::Engine;
+use crate::model::ModelError;
+use crate::model::config::T5Config;
+use crate::model::layers::{Linear, Observer};
+use crate::model::weights::Loader;
+
+/// Buckets that [`bucket`] knows: half for keys after the query, in each half 8 exact distances and 8 growing ranges.
+const BUCKETS: usize = 32;
+
+/// Weights of the encoder.
+pub struct T5Encoder<E: Engine> {
+    embedding: E::Tensor,
+    /// `[BUCKETS, heads]`, kept on the host: every prompt length has a bias of its own.
+    relative_bias: Vec<f32>,
+    blocks: Vec<T5Block<E>>,
+    final_norm: E::Tensor,
+    vocab_size: usize,
+    heads: usize,
+    eps: f32,
+}
+
+struct T5Block<E: Engine> {
+    attention_norm: E::Tensor,
+    q: Linear<E>,
+    k: Linear<E>,
+    v: Linear<E>,
+    o: Linear<E>,
+    ffn_norm: E::Tensor,
+    wi_0: Linear<E>,
+    wi_1: Linear<E>,
+    wo: Linear<E>,
+}
+
+impl<E: Engine> T5Encoder<E> {
+    pub fn load(loader: &Loader<'_, E>, config: &T5Config) -> Result<Self, ModelError> {
+        if config.relative_attention_num_buckets != BUCKETS {
+            return Err(ModelError::Input(format!(
+                "text encoder has {} relative position buckets, only {BUCKETS} are known",
+                config.relative_attention_num_buckets
+            )));
+        }
+        let table = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight";
+        let relative_bias = loader.tensor(table, &[BUCKETS, config.num_heads])?;
+        Ok(T5Encoder {
+            embedding: loader.tensor("shared.weight", &[config.vocab_size, config.d_model])?,
+            relative_bias: loader.engine.download(&relative_bias)?,
+            blocks: (0..config.num_layers).map(|i| T5Block::load(loader, config, i)).collect::<Result<_, _>>()?,
+            final_norm: loader.tensor("encoder.final_layer_norm.weight", &[config.d_model])?,
+            vocab_size: config.vocab_size,
+            heads: config.num_heads,
+            eps: config.layer_norm_epsilon as f32,
+        })
+    }
+
+    /// Features `[ids, d_model]` of a prompt's ids without padding.
+    pub fn encode(&self, engine: &E, ids: &[u32]) -> Result<E::Tensor, ModelError> {
+        self.encode_observed(engine, ids, &mut |_, _| {})
+    }
+
+    /// As [`T5Encoder::encode`]; shows the output of every block as `block{i}` and the features as `out`.
+    pub fn encode_observed(
+        &self,
+        engine: &E,
+        ids: &[u32],
+        observe: Observer<'_, E::Tensor>,
+    ) -> Result<E::Tensor, ModelError> {
+        if ids.is_empty() {
+            return Err(ModelError::Input("a prompt without any token cannot be encoded".into()));
+        }
+        if let Some(id) = ids.iter().find(|id| **id as usize >= self.vocab_size) {
+            return Err(ModelError::Input(format!(
+                "token id {id} is outside the text encoder's vocabulary of {}: the tokenizer belongs to another checkpoint",
+                self.vocab_size
+            )));
+        }
+        let bias = engine.upload(&self.position_bias(ids.len()), &[self.heads, ids.len(), ids.len()])?;
+        let mut x = engine.embed_rows(&self.embedding, ids)?;
+        for (i, block) in self.blocks.iter().enumerate() {
+            x = block.forward(engine, &x, &bias, self.heads, self.eps)?;
+            observe(&format!("block{i}"), &x);
+        }
+        let out = engine.rms_norm(&x, &self.final_norm, self.eps)?;
+        observe("out", &out);
+        Ok(out)
+    }
+
+    /// Bias `[heads, query, key]` of a prompt of `len` ids; every block adds the same.
+    fn position_bias(&self, len: usize) -> Vec<f32> {
+        let mut bias = Vec::with_capacity(self.heads * len * len);
+        for head in 0..self.heads {
+            for query in 0..len {
+                bias.extend((0..len).map(|key| self.relative_bias[bucket(query, key) * self.heads + head]));
+            }
+        }
+        bias
+    }
+}
+
+impl<E: Engine> T5Block<E> {
+    fn load(loader: &Loader<'_, E>, config: &T5Config, block: usize) -> Result<Self, ModelError> {
+        let (d, inner) = (config.d_model, config.num_heads * config.d_kv);
+        let (attention, ffn) = (format!("encoder.block.{block}.layer.0"), format!("encoder.block.{block}.layer.1"));
+        let linear = |name: String, out, input| Linear::load_without_bias(loader, &name, out, input);
+        Ok(T5Block {
+            attention_norm: loader.tensor(&format!("{attention}.layer_norm.weight"), &[d])?,
+            q: linear(format!("{attention}.SelfAttention.q"), inner, d)?,
+            k: linear(format!("{attention}.SelfAttention.k"), inner, d)?,
+            v: linear(format!("{attention}.SelfAttention.v"), inner, d)?,
+            o: linear(format!("{attention}.SelfAttention.o"), d, inner)?,
+            ffn_norm: loader.tensor(&format!("{ffn}.layer_norm.weight"), &[d])?,
+            wi_0: linear(format!("{ffn}.DenseReluDense.wi_0"), config.d_ff, d)?,
+            wi_1: linear(format!("{ffn}.DenseReluDense.wi_1"), config.d_ff, d)?,
+            wo: linear(format!("{ffn}.DenseReluDense.wo"), d, config.d_ff)?,
+        })
+    }
+
+    fn forward(
+        &self,
+        engine: &E,
+        x: &E::Tensor,
+        bias: &E::Tensor,
+        heads: usize,
+        eps: f32,
+    ) -> Result<E::Tensor, ModelError> {
+        let normed = engine.rms_norm(x, &self.attention_norm, eps)?;
+        let [q, k, v] = [&self.q, &self.k, &self.v].map(|projection| projection.apply(engine, &normed));
+        let attended = engine.t5_attention(&q?, &k?, &v?, bias, heads)?;
+        let x = engine.add(x, &self.o.apply(engine, &attended)?)?;
+
+        let normed = engine.rms_norm(&x, &self.ffn_norm, eps)?;
+        let hidden = engine.gelu_gated(&self.wi_0.apply(engine, &normed)?, &self.wi_1.apply(engine, &normed)?)?;
+        Ok(engine.add(&x, &self.wo.apply(engine, &hidden)?)?)
+    }
+}
+
+/// Bucket of the relative position `key − query`. Thresholds are integers, so that no platform's logarithm can move one.
+fn bucket(query: usize, key: usize) -> usize {
+    let base = if key > query { BUCKETS / 2 } else { 0 };
+    let distance = key.abs_diff(query);
+    // First distance of buckets 8 to 15.
+    const STARTS: [usize; 8] = [8, 12, 16, 23, 32, 46, 64, 91];
+    base + if distance < 8 { distance } else { 7 + STARTS.iter().filter(|start| distance >= **start).count() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::bucket;
+
+    #[test]
+    fn buckets_are_the_published_table() {
+        let ranges = [(8, 11), (12, 15), (16, 22), (23, 31), (32, 45), (46, 63), (64, 90), (91, 255)];
+        for (i, (first, last)) in ranges.into_iter().enumerate() {
+            for distance in first..=last {
+                assert_eq!(bucket(distance, 0), 8 + i, "key {distance} before the query");
+                assert_eq!(bucket(0, distance), 24 + i, "key {distance} after the query");
+            }
+        }
+        for distance in 0..8 {
+            assert_eq!(bucket(distance, 0), distance);
+            assert_eq!(bucket(0, distance), if distance > 0 { 16 + distance } else { 0 });
+        }
+    }
+}
