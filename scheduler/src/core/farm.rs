@@ -1,12 +1,10 @@
-//! The state of the farm, the one way to change it ([`Farm::step`]) and what people may ask of it.
+//! The state of the farm and the one way to change it ([`Farm::step`]).
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use farm_core::api::{DeviceView, ModelView, NodeView};
 use farm_core::id::{AttemptKey, AttemptNo, BootId, DeviceIndex, Epoch, JobId, NodeId};
 use farm_core::job::spec::GenerationDefaults;
 use farm_core::job::state::{FailureKind, Progress};
@@ -15,7 +13,6 @@ use farm_core::wire::to_scheduler::{DeviceInfo, ToScheduler};
 
 use super::effects::{Change, Effects, Outcome};
 use super::events::{Event, LiveJob, LoadedRequest, Time};
-use super::resolve::Models;
 
 /// Spans and counts that the rules use. The defaults are the product's; tests use smaller ones.
 #[derive(Clone, Debug)]
@@ -385,10 +382,10 @@ impl Farm {
 
     /// One copy of each model name for all the jobs that name it.
     fn intern(&self, name: String) -> Arc<str> {
-        let key: Option<Arc<str>> = Some(name.into());
-        match self.queues.get_key_value(&key) {
+        let name: Arc<str> = name.into();
+        match self.queues.get_key_value(&Some(name.clone())) {
             Some((Some(known), _)) => known.clone(),
-            _ => key.unwrap_or_default(),
+            _ => name,
         }
     }
 
@@ -486,84 +483,6 @@ impl Farm {
     pub(super) fn is_alive(&self, node: &Node) -> bool {
         node.session_closed.is_none() && self.now.since(node.last_seen) < self.limits.silent
     }
-
-    // What people may ask.
-
-    pub fn epoch(&self) -> Epoch {
-        self.epoch
-    }
-
-    /// The normalised URL of the store for results.
-    pub fn store(&self) -> &str {
-        &self.store
-    }
-
-    /// The farm's own time: that of its newest event.
-    pub fn now(&self) -> Time {
-        self.now
-    }
-
-    pub fn counters(&self) -> Counters {
-        self.counters
-    }
-
-    /// Queued or running.
-    pub fn holds(&self, job: JobId) -> bool {
-        self.jobs.contains_key(&job)
-    }
-
-    /// The models that joined nodes have.
-    pub fn models(&self) -> Models {
-        let mut models = BTreeMap::new();
-        for node in self.nodes.values() {
-            for (name, model) in &node.models {
-                models.entry(name.to_string()).or_insert_with(|| (model.hash.clone(), model.defaults.clone()));
-            }
-        }
-        Models(models)
-    }
-
-    /// Where a running job is and how far; `None` if it is not running.
-    pub fn running(&self, job: JobId) -> Option<(NodeId, Option<Progress>)> {
-        match &self.jobs.get(&job)?.phase {
-            Phase::Running(lease) => Some((lease.node.clone(), lease.progress)),
-            _ => None,
-        }
-    }
-
-    pub fn nodes(&self) -> Vec<NodeView> {
-        self.nodes
-            .iter()
-            .map(|(id, node)| NodeView {
-                node: id.clone(),
-                version: node.version.clone(),
-                devices: node.devices.iter().map(|device| self.device_view(device)).collect(),
-                models: node
-                    .models
-                    .iter()
-                    .map(|(name, model)| ModelView { name: name.to_string(), hash: model.hash.clone() })
-                    .collect(),
-                last_heartbeat_seconds: self.now.since(node.last_seen).as_secs_f32(),
-                alive: self.is_alive(node),
-            })
-            .collect()
-    }
-
-    fn device_view(&self, device: &Device) -> DeviceView {
-        let job = match device.slot {
-            Slot::Leased(job) => Some(job),
-            Slot::Free | Slot::Stopping(_) => None,
-        };
-        let progress = job.and_then(|job| self.running(job)).and_then(|(_, progress)| progress);
-        DeviceView { name: device.name.clone(), job, progress }
-    }
-
-    /// Nodes, devices, free devices.
-    pub fn sizes(&self) -> (u64, u64, u64) {
-        let devices = || self.nodes.values().flat_map(|node| &node.devices);
-        let idle = devices().filter(|device| device.slot == Slot::Free).count();
-        (self.nodes.len() as u64, devices().count() as u64, idle as u64)
-    }
 }
 
 /// Text of nodes is kept, but not at any length.
@@ -579,41 +498,5 @@ pub(super) fn shortened(mut text: String) -> String {
 impl Device {
     pub(super) fn new(info: &DeviceInfo) -> Self {
         Self { name: info.name.clone(), slot: Slot::Free }
-    }
-}
-
-/// Why a queued job does not run.
-#[derive(Clone, Debug, PartialEq)]
-pub enum WaitReason {
-    NoModel,
-    UnknownModel { name: String, registered: Vec<String> },
-    Ambiguous { registered: Vec<String> },
-    Delayed { seconds: u64, cause: String },
-    Busy { model: String, devices: usize, silent: usize },
-}
-
-impl fmt::Display for WaitReason {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::NoModel => f.write_str("no node has registered a model yet"),
-            Self::UnknownModel { name, registered } if registered.is_empty() => {
-                write!(f, "no node has registered model {name} (registered: none)")
-            }
-            Self::UnknownModel { name, registered } => {
-                write!(f, "no node has registered model {name} (registered: {})", registered.join(", "))
-            }
-            Self::Ambiguous { registered } => write!(
-                f,
-                "several models are registered ({}) and the job names none; cancel it and submit it with a model",
-                registered.join(", ")
-            ),
-            Self::Delayed { seconds, cause } => write!(f, "tries again in {seconds} s after a failure: {cause}"),
-            Self::Busy { model, devices, silent: 0 } => {
-                write!(f, "all {devices} devices with model {model} are busy")
-            }
-            Self::Busy { model, devices, silent } => {
-                write!(f, "all {devices} devices with model {model} are busy or silent ({silent} silent)")
-            }
-        }
     }
 }

@@ -43,6 +43,8 @@ pub struct World {
     /// Changes of the newest event.
     pub changes: Vec<Change>,
     pub notes: Vec<String>,
+    /// Every attempt ever started, with the process it was given to.
+    pub started: Vec<(AttemptKey, NodeId, BootId)>,
     seq: u64,
 }
 
@@ -115,6 +117,7 @@ impl World {
             sent: Vec::new(),
             changes: Vec::new(),
             notes: Vec::new(),
+            started: Vec::new(),
             seq: 0,
         }
     }
@@ -141,6 +144,7 @@ impl World {
                 self.commit(change);
             }
             self.changes.extend(changes);
+            sends.iter().for_each(|send| self.note_start(send));
             self.sent.extend(sends);
             self.notes.extend(notes);
             if load.is_empty() {
@@ -151,6 +155,15 @@ impl World {
             effects = self.farm.step(Event::Loaded(loaded.collect()), self.now);
         }
         self.check();
+    }
+
+    fn note_start(&mut self, send: &Send) {
+        let ToNode::Start(start) = &send.message else { return };
+        let entry = (start.key, send.node.clone(), send.boot);
+        if !self.started.contains(&entry) {
+            assert!(self.started.iter().all(|(key, ..)| *key != start.key), "an attempt has one owner");
+            self.started.push(entry);
+        }
     }
 
     pub fn submit(&mut self, n: u64, priority: i32, model: Option<&str>) -> JobId {
@@ -385,6 +398,8 @@ impl Farm {
                 }
             }
         }
+        let running = |job| matches!(self.jobs.get(job).map(|job| &job.phase), Some(Phase::Running(_)));
+        assert!(self.orphans.iter().all(running));
         for (id, node) in &self.nodes {
             assert_eq!(self.boots.get(&node.boot), Some(id));
             for device in &node.devices {

@@ -4,7 +4,8 @@
 //! |---|---|
 //! | [`events`] | what can happen: messages of nodes, users' wishes, the passing of time |
 //! | [`effects`] | what follows: changes to commit first, messages to send after, requests to load |
-//! | [`farm`] | the state: jobs, nodes, leases; `step`; what people may ask it |
+//! | [`farm`] | the state: jobs, nodes, leases; `step` |
+//! | [`view`] | what people may ask of it, and why a job waits |
 //! | [`register`] | who may join, and what becomes of attempts that outlived a session or a scheduler |
 //! | [`report`] | heartbeats and reports: which attempts live, which have ended and how |
 //! | [`place`] | which queued job gets which free device |
@@ -20,6 +21,7 @@ mod place;
 mod register;
 mod report;
 pub mod resolve;
+pub mod view;
 
 #[cfg(test)]
 mod fixture;

@@ -1,7 +1,7 @@
 //! Which queued job gets which free device: first come, first served, higher priority first. One clip takes one
 //! device, but a lease names a list, and it is taken and given back as a whole.
 
-use std::collections::{BTreeMap, BTreeSet, btree_set};
+use std::collections::{BTreeMap, btree_set};
 use std::sync::Arc;
 
 use farm_core::id::{AttemptKey, AttemptNo, DeviceIndex, JobId, NodeId};
@@ -10,7 +10,7 @@ use farm_core::wire::to_node::{StartAttempt, ToNode};
 
 use super::effects::{Change, Effects, devices_text};
 use super::events::LoadedRequest;
-use super::farm::{Confirmation, Farm, Lease, Phase, Rank, Slot, WaitReason};
+use super::farm::{Confirmation, Farm, Lease, Phase, Rank, Slot};
 
 /// At most so many starts in one transaction.
 const MAX_STARTS: usize = 1024;
@@ -168,44 +168,5 @@ impl Farm {
         fx.log(id, Some(attempt), format!("started on node {node_id}, device {}", devices_text(&devices)));
         fx.send(&node_id, boot, ToNode::Start(start));
         true
-    }
-
-    /// Why a job is not running; `None` if it is, or if it is not queued.
-    pub fn wait_reason(&self, id: JobId) -> Option<WaitReason> {
-        let job = self.jobs.get(&id)?;
-        match &job.phase {
-            Phase::Running(_) => None,
-            Phase::Delayed { until, cause } => {
-                let seconds = until.since(self.now).as_secs_f64().ceil() as u64;
-                Some(WaitReason::Delayed { seconds, cause: cause.to_string() })
-            }
-            Phase::Waiting => Some(self.model_wait_reason(job.model.as_deref())),
-        }
-    }
-
-    /// Why jobs that name this model cannot start at all, if they cannot.
-    pub fn cannot_start(&self, named: Option<&str>) -> Option<WaitReason> {
-        match self.model_wait_reason(named) {
-            WaitReason::Busy { .. } => None,
-            reason => Some(reason),
-        }
-    }
-
-    fn model_wait_reason(&self, named: Option<&str>) -> WaitReason {
-        let names: BTreeSet<&Arc<str>> = self.nodes.values().flat_map(|node| node.models.keys()).collect();
-        let registered: Vec<String> = names.iter().map(|name| name.to_string()).collect();
-        let model = match (named, registered.as_slice()) {
-            (_, []) if named.is_none() => return WaitReason::NoModel,
-            (None, [only]) => only.clone(),
-            (None, _) => return WaitReason::Ambiguous { registered },
-            (Some(name), _) if !registered.iter().any(|known| known == name) => {
-                return WaitReason::UnknownModel { name: name.to_owned(), registered };
-            }
-            (Some(name), _) => name.to_owned(),
-        };
-        let with_model = || self.nodes.values().filter(|node| node.models.contains_key(model.as_str()));
-        let devices = with_model().map(|node| node.devices.len()).sum();
-        let silent = with_model().filter(|node| !self.is_alive(node)).map(|node| node.devices.len()).sum();
-        WaitReason::Busy { model, devices, silent }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use farm_core::id::{AttemptKey, JobId};
+use farm_core::id::{AttemptKey, BootId, JobId, NodeId};
 use farm_core::job::state::{FailureKind, JobState};
 use farm_core::wire::to_node::ToNode;
 use farm_core::wire::to_scheduler::{AttemptReport, ToScheduler};
@@ -87,13 +87,12 @@ const NODES: [&str; 3] = ["a", "b", "c"];
 
 struct Run {
     world: World,
-    /// Every attempt ever started: its key, node and boot.
-    starts: Vec<(AttemptKey, String, farm_core::id::BootId)>,
     jobs: Vec<JobId>,
 }
 
 impl Run {
     fn apply(&mut self, step: Step) {
+        let nth = |world: &World, n: usize| world.started.get(n % world.started.len().max(1)).cloned();
         let world = &mut self.world;
         match step {
             Step::Submit { priority, model } => {
@@ -104,31 +103,31 @@ impl Run {
             Step::Register { node, boot: b, devices, models, running } => {
                 let models: &[&str] = [&["m"][..], &["n"], &["m", "n"], &[]][models as usize % 4];
                 let mut registration = registration(devices, models);
-                registration.running = subset(&self.starts, running).into_iter().map(listed).collect();
+                registration.running = subset(&world.started, running).into_iter().map(listed).collect();
                 world.register(NODES[node as usize], boot(b.into()), registration);
             }
             Step::Heartbeat { node, boot: b, listed } => {
-                let keys = subset(&self.starts, listed);
+                let keys = subset(&world.started, listed);
                 world.heartbeat(NODES[node as usize], boot(b.into()), &keys);
             }
             Step::Report { node, boot: b, start, outcome, times } => {
-                if let Some((key, ..)) = self.starts.get(start % self.starts.len().max(1)).cloned() {
+                if let Some((key, ..)) = nth(world, start) {
                     for _ in 0..times {
-                        self.report(NODES[node as usize].to_owned(), boot(b.into()), key, outcome);
+                        self.report(NODES[node as usize], boot(b.into()), key, outcome);
                     }
                 }
             }
             Step::HonestReport { start, outcome } => {
-                if let Some((key, node, boot)) = self.starts.get(start % self.starts.len().max(1)).cloned() {
-                    self.report(node, boot, key, outcome);
+                if let Some((key, node, boot)) = nth(world, start) {
+                    self.report(&node.0, boot, key, outcome);
                 }
             }
             Step::HonestHeartbeat { start } => {
-                if let Some((_, node, boot)) = self.starts.get(start % self.starts.len().max(1)).cloned() {
-                    let of_boot = self.starts.iter().filter(|(.., b)| *b == boot);
+                if let Some((_, node, boot)) = nth(world, start) {
+                    let of_boot = world.started.iter().filter(|(_, n, b)| *n == node && *b == boot);
                     let live = of_boot.filter(|(key, ..)| world.farm.lease(key).is_some());
                     let keys: Vec<AttemptKey> = live.map(|(key, ..)| *key).collect();
-                    world.heartbeat(&node, boot, &keys);
+                    world.heartbeat(&node.0, boot, &keys);
                     assert!(world.aborts().is_empty() || !world.farm.boots.contains_key(&boot));
                 }
             }
@@ -154,22 +153,9 @@ impl Run {
             }
             Step::Restart => world.restart(),
         }
-        self.note_starts();
     }
 
-    fn note_starts(&mut self) {
-        for send in &self.world.sent {
-            if let ToNode::Start(start) = &send.message {
-                let entry = (start.key, send.node.0.clone(), send.boot);
-                if !self.starts.contains(&entry) {
-                    assert!(self.starts.iter().all(|(key, ..)| *key != entry.0), "an attempt has one owner");
-                    self.starts.push(entry);
-                }
-            }
-        }
-    }
-
-    fn report(&mut self, node: String, boot: farm_core::id::BootId, key: AttemptKey, outcome: u8) {
+    fn report(&mut self, node: &str, boot: BootId, key: AttemptKey, outcome: u8) {
         let outcome = match outcome % 6 {
             0 => failed(FailureKind::Input),
             1 => failed(FailureKind::Device),
@@ -178,30 +164,27 @@ impl Run {
             _ => completed(key),
         };
         let world = &mut self.world;
-        let owner = world.farm.lease(&key).is_some_and(|lease| lease.node.0 == node && lease.boot == boot);
-        let known = world.farm.nodes.get(&farm_core::id::NodeId(node.clone())).is_some_and(|n| n.boot == boot);
+        let owner = world.farm.lease(&key).is_some_and(|lease| lease.node.0 == *node && lease.boot == boot);
+        let known = world.farm.nodes.get(&NodeId(node.to_owned())).is_some_and(|n| n.boot == boot);
         let report = ToScheduler::Report { number: 1, report: AttemptReport { key, outcome } };
-        world.message(&node, boot, report.clone());
+        world.message(node, boot, report.clone());
         if !(owner && known) {
-            let starts = world.starts().len();
             let touched = world.changes.iter().any(|change| {
                 !matches!(change, super::effects::Change::Started { .. } | super::effects::Change::Log { .. })
             });
             // A report from a node that was silent also says that it is alive, so others' work may start there.
-            assert!(!touched, "a stale report changes nothing: {:?} {starts}", world.changes);
+            assert!(!touched, "a stale report changes nothing: {:?}", world.changes);
         }
         let acknowledged = world.sent.iter().any(|send| matches!(send.message, ToNode::Acknowledged { .. }));
         assert_eq!(acknowledged, known);
-        self.note_starts();
         // Its replay is a no-op.
-        self.world.message(&node, boot, report);
+        self.world.message(node, boot, report);
         assert!(self.world.changes.is_empty(), "{:?}", self.world.changes);
-        self.note_starts();
     }
 }
 
 /// The attempts whose bit is set, by their number modulo 32.
-fn subset(starts: &[(AttemptKey, String, farm_core::id::BootId)], bits: u32) -> Vec<AttemptKey> {
+fn subset(starts: &[(AttemptKey, NodeId, BootId)], bits: u32) -> Vec<AttemptKey> {
     let chosen = starts.iter().enumerate().filter(|(i, _)| bits >> (i % 32) & 1 == 1);
     chosen.map(|(_, (key, ..))| *key).collect()
 }
@@ -211,7 +194,7 @@ proptest! {
 
     #[test]
     fn any_sequence_of_events_leaves_a_legal_farm(steps in prop::collection::vec(step(), 1..80)) {
-        let mut run = Run { world: World::new(), starts: Vec::new(), jobs: Vec::new() };
+        let mut run = Run { world: World::new(), jobs: Vec::new() };
         for step in steps {
             run.apply(step);
         }
@@ -219,15 +202,12 @@ proptest! {
         let healthy = boot(99);
         run.world.pass(Duration::from_secs(120));
         run.world.register("z", healthy, registration(2, &["m", "n"]));
-        run.note_starts();
         for _ in 0..10 * run.jobs.len() + 10 {
-            let mine: Vec<AttemptKey> = run.starts.iter().filter(|(.., b)| *b == healthy).map(|(key, ..)| *key)
+            let mine: Vec<AttemptKey> = run.world.started.iter().filter(|(.., b)| *b == healthy).map(|(key, ..)| *key)
                 .filter(|key| run.world.farm.lease(key).is_some()).collect();
             let Some(key) = mine.first().copied() else { break };
             run.world.report("z", healthy, key, completed(key));
-            run.note_starts();
             run.world.heartbeat("z", healthy, &mine[1..]);
-            run.note_starts();
         }
         for (job, row) in &run.world.rows {
             let nameless = row.live.model.is_none() || row.live.model.as_deref() == Some("nobody's");

@@ -29,7 +29,7 @@ impl Farm {
         let Some(boot) = self.nodes.get(id).map(|node| node.boot) else { return };
         let listed: HashSet<AttemptKey> = running.iter().map(|attempt| attempt.key).collect();
         for attempt in running {
-            match self.lease_mut(&attempt.key).filter(|lease| lease.boot == boot) {
+            match self.lease_mut(&attempt.key).filter(|lease| lease.node == *id && lease.boot == boot) {
                 Some(lease) => {
                     lease.confirmation = Confirmation::Listed;
                     lease.progress = Some(attempt.progress);
