@@ -19,6 +19,8 @@ struct Cli {
 enum Command {
     /// Render one clip here, without a farm
     Render(command::render::Args),
+    /// Inspect a checkpoint, compare it with reference tensors, tokenize
+    Model(command::model::Args),
     /// Measure where the time of one clip goes, and its peak memory
     Bench(command::bench::Args),
 }
@@ -26,6 +28,7 @@ enum Command {
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Render(args) => command::render::run(args),
+        Command::Model(args) => command::model::run(args),
         Command::Bench(args) => command::bench::run(args),
     };
     result.unwrap_or_else(|error| {
