@@ -10,6 +10,7 @@ mod embed;
 pub mod latent;
 mod layers;
 pub mod noise;
+pub mod pipeline;
 pub mod sampler;
 pub mod schedule;
 pub mod t5;
@@ -27,6 +28,9 @@ pub enum ModelError {
     /// The request cannot be rendered with this checkpoint, on any machine.
     #[error("{0}")]
     Input(String),
+    /// What was made could not be handed over.
+    #[error("frames could not be written: {0}")]
+    Output(#[source] std::io::Error),
     /// The caller asked to stop.
     #[error("stopped")]
     Stopped,

@@ -254,3 +254,145 @@ impl<E: Engine> Memory<E> {
         Ok(out)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+    use std::sync::Mutex;
+
+    use super::*;
+    use crate::engine::cpu::CpuEngine;
+    use crate::engine::{RawDtype, RawTensor};
+    use crate::model::weights::{StoredTensor, WeightError, WeightSource};
+
+    /// A checkpoint of small random values that has whatever it is asked for, and remembers the names.
+    struct AnyWeights {
+        shapes: HashMap<String, Vec<usize>>,
+        values: Vec<u8>,
+        asked: Mutex<Vec<String>>,
+    }
+
+    impl WeightSource for AnyWeights {
+        fn get(&self, name: &str) -> Result<StoredTensor<'_>, WeightError> {
+            let Some((key, shape)) = self.shapes.get_key_value(name) else {
+                return Err(WeightError::Missing { name: name.into() });
+            };
+            self.asked.lock().unwrap().push(key.clone());
+            let bytes = 4 * shape.iter().product::<usize>();
+            let start = 4 * (name.bytes().map(usize::from).sum::<usize>() % 97);
+            let piece = RawTensor { dtype: RawDtype::F32, shape, bytes: &self.values[start..start + bytes] };
+            Ok(StoredTensor { shape: shape.clone(), pieces: vec![piece] })
+        }
+    }
+
+    /// Two up stages, other expansions and other layer counts than the published decoder.
+    fn config() -> VaeConfig {
+        VaeConfig {
+            latent_channels: 3,
+            channels: vec![64, 32, 32],
+            layers: vec![1, 2, 1, 1],
+            temporal_expansions: vec![2, 3],
+            spatial_expansions: vec![2, 1],
+            latents_mean: vec![0.0, 1.0, -1.0],
+            latents_std: vec![1.0, 2.0, 0.5],
+        }
+    }
+
+    fn weights(config: &VaeConfig) -> AnyWeights {
+        let mut shapes = HashMap::new();
+        let mut layer = |name: &str, weight: &[usize]| {
+            shapes.insert(format!("{name}.weight"), weight.to_vec());
+            shapes.insert(format!("{name}.bias"), weight[..1].to_vec());
+        };
+        let res_block = |layer: &mut dyn FnMut(&str, &[usize]), name: String, c: usize| {
+            for (index, shape) in [(0, &[c][..]), (2, &[c, c, 3, 3, 3]), (3, &[c]), (5, &[c, c, 3, 3, 3])] {
+                layer(&format!("{name}.stack.{index}"), shape);
+            }
+        };
+        layer("blocks.0.0", &[64, 3, 1, 1, 1]);
+        res_block(&mut layer, "blocks.0.1".into(), 64);
+        res_block(&mut layer, "blocks.1.blocks.0".into(), 64);
+        res_block(&mut layer, "blocks.1.blocks.1".into(), 64);
+        layer("blocks.1.proj", &[32 * 2 * 4, 64]);
+        res_block(&mut layer, "blocks.2.blocks.0".into(), 32);
+        layer("blocks.2.proj", &[32 * 3, 32]);
+        res_block(&mut layer, "blocks.3.0".into(), 32);
+        layer("output_proj", &[3, 32]);
+        assert_eq!(config.channels, [64, 32, 32]);
+        let mut state = 1u32;
+        let values = std::iter::repeat_with(|| {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            ((state >> 8) as f32 / (1 << 24) as f32 - 0.5) * 0.1
+        });
+        let values = values.take(64 * 64 * 27 + 97).flat_map(f32::to_le_bytes).collect();
+        AnyWeights { shapes, values, asked: Mutex::default() }
+    }
+
+    fn decode(engine: &CpuEngine, decoder: &VaeDecoder<CpuEngine>, chunk: usize) -> (Vec<usize>, Vec<f32>) {
+        let (frames, latents) = (5, (0..3 * 5 * 4 * 6).map(|i| (i as f32 * 0.7).sin()).collect::<Vec<_>>());
+        let latent = DitLatent(engine.upload(&latents, &[3, frames, 4, 6]).unwrap());
+        let latent = decoder.denormalize(engine, &latent).unwrap();
+        let mut stream = decoder.stream();
+        let (mut counts, mut values) = (Vec::new(), Vec::new());
+        for start in (0..frames).step_by(chunk) {
+            let part = VaeLatent(engine.narrow(&latent.0, 0, start, chunk.min(frames - start)).unwrap());
+            let out = stream.push(engine, &part, &mut |_, _| ()).unwrap();
+            assert_eq!(engine.shape(&out)[1..], [8, 12, 3]);
+            counts.push(engine.shape(&out)[0]);
+            values.extend(engine.download(&out).unwrap());
+        }
+        (counts, values)
+    }
+
+    #[test]
+    fn every_chunk_length_gives_the_frames_of_the_whole_decode() {
+        let engine = CpuEngine::new(1).unwrap();
+        let (config, source) = (config(), weights(&config()));
+        let decoder = VaeDecoder::load(&Loader { engine: &engine, source: &source }, &config).unwrap();
+        let (counts, whole) = decode(&engine, &decoder, 5);
+        assert_eq!(counts, [6 * 4 + 1]);
+        assert!(whole.iter().any(|v| v.abs() > 1e-3) && whole.iter().all(|v| v.is_finite()));
+        for (chunk, expected) in [(1, vec![1, 6, 6, 6, 6]), (2, vec![7, 12, 6]), (3, vec![13, 12])] {
+            let (counts, parts) = decode(&engine, &decoder, chunk);
+            assert_eq!(counts, expected, "chunks of {chunk}");
+            assert_eq!(parts, whole, "chunks of {chunk}");
+        }
+        for threads in [2, 3] {
+            let engine = CpuEngine::new(threads).unwrap();
+            assert_eq!(decode(&engine, &decoder, 2).1, whole, "{threads} threads");
+        }
+    }
+
+    #[test]
+    fn every_tensor_of_the_checkpoint_is_read_once() {
+        let engine = CpuEngine::new(1).unwrap();
+        let source = weights(&config());
+        VaeDecoder::load(&Loader { engine: &engine, source: &source }, &config()).unwrap();
+        let mut asked = source.asked.lock().unwrap().clone();
+        asked.sort();
+        let mut all: Vec<_> = source.shapes.keys().cloned().collect();
+        all.sort();
+        assert_eq!(asked, all);
+    }
+
+    #[test]
+    fn a_config_that_does_not_fit_together_is_refused() {
+        let engine = CpuEngine::new(1).unwrap();
+        let source = weights(&config());
+        let loader = Loader { engine: &engine, source: &source };
+        let breaks: [fn(&mut VaeConfig); 6] = [
+            |c| c.layers.truncate(3),
+            |c| c.channels.clear(),
+            |c| c.channels[1] = 48,
+            |c| c.temporal_expansions[0] = 0,
+            |c| c.spatial_expansions.push(2),
+            |c| c.latents_std.truncate(2),
+        ];
+        for break_it in breaks {
+            let mut config = config();
+            break_it(&mut config);
+            let error = VaeDecoder::load(&loader, &config).err().unwrap().to_string();
+            assert!(error.contains("does not fit together"), "{error}");
+        }
+    }
+}

@@ -1,5 +1,6 @@
 //! The subcommands of `farm-node`, one file each.
 
 pub mod bench;
+pub mod join;
 pub mod model;
 pub mod render;

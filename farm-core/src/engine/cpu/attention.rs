@@ -129,24 +129,27 @@ fn query_block(
             let width = KEYS.min(k.rows - start);
             let scores = &mut scores[..queries * width];
             product(scores, q, k.head(head, start, width).t(), scale, false);
-            wide(|| {
-                for (i, row) in scores.chunks_exact_mut(width).enumerate() {
-                    if let Some(bias) = bias {
-                        for (score, bias) in row.iter_mut().zip(&bias[i * k.rows + start..]) {
-                            *score += bias;
+            wide(
+                #[inline(always)]
+                || {
+                    for (i, row) in scores.chunks_exact_mut(width).enumerate() {
+                        if let Some(bias) = bias {
+                            for (score, bias) in row.iter_mut().zip(&bias[i * k.rows + start..]) {
+                                *score += bias;
+                            }
                         }
+                        let maximum = max(row).max(maxima[i]);
+                        let sum = exp_minus(row, maximum);
+                        if maximum > maxima[i] {
+                            let shrink = exp(maxima[i] - maximum);
+                            sums[i] *= f64::from(shrink);
+                            out[i * d..][..d].iter_mut().for_each(|out| *out *= shrink);
+                            maxima[i] = maximum;
+                        }
+                        sums[i] += f64::from(sum);
                     }
-                    let maximum = max(row).max(maxima[i]);
-                    let sum = exp_minus(row, maximum);
-                    if maximum > maxima[i] {
-                        let shrink = exp(maxima[i] - maximum);
-                        sums[i] *= f64::from(shrink);
-                        out[i * d..][..d].iter_mut().for_each(|out| *out *= shrink);
-                        maxima[i] = maximum;
-                    }
-                    sums[i] += f64::from(sum);
-                }
-            });
+                },
+            );
             let probabilities =
                 Matrix { values: scores, rows: queries, columns: width, row_stride: width, column_stride: 1 };
             product(out, probabilities, v.head(head, start, width), 1.0, true);

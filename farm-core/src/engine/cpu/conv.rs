@@ -15,6 +15,7 @@ use gemm::Parallelism;
 use rayon::prelude::*;
 
 use super::data::{dims, expect, from_vec, shape_error, slice, widen};
+use super::pool::Pool;
 use crate::engine::{RawTensor, Result};
 
 const OP: &str = "causal_conv3d";
@@ -61,7 +62,7 @@ pub fn pack_conv(weight: RawTensor<'_>, bias: RawTensor<'_>) -> Result<PackedCon
 /// Causal convolution of `x` `[T, H, W, Cin]` → `[T, H, W, Cout]`, and the cache for the next chunk: the last two
 /// frames `[2, H, W, Cin]` of the input as it was seen, cache included. Without a cache the first frame stands in twice.
 /// Space is padded by replication. Bias is added after the full sum.
-pub fn causal_conv3d(x: &Tensor, weight: &PackedConv, cache: Option<&Tensor>) -> Result<(Tensor, Tensor)> {
+pub fn causal_conv3d(pool: &Pool, x: &Tensor, weight: &PackedConv, cache: Option<&Tensor>) -> Result<(Tensor, Tensor)> {
     let [frames, height, width, channels] = dims(OP, "[T, H, W, C]", x)?;
     if channels != weight.input || x.elem_count() == 0 {
         return Err(shape_error(OP, format!("[T, H, W, {}], none empty", weight.input), x.dims()));
@@ -83,19 +84,20 @@ pub fn causal_conv3d(x: &Tensor, weight: &PackedConv, cache: Option<&Tensor>) ->
 
     let block_rows = (BLOCK_PIXELS / (width + 2)).clamp(1, height.div_ceil(MIN_BLOCKS));
     let mut out = vec![0f32; frames * height * width * weight.output];
-    out.par_chunks_mut(height * width * weight.output)
-        .enumerate()
-        .flat_map(|(t, out)| {
-            let blocks = out.par_chunks_mut(block_rows * width * weight.output).enumerate();
-            blocks.map(move |(block, out)| (t, block * block_rows, out))
-        })
-        .for_each_init(Scratch::default, |scratch, (t, first_row, out)| {
+    let by_frame = out.par_chunks_mut(height * width * weight.output).enumerate();
+    let by_block = by_frame.flat_map(|(t, out)| {
+        let blocks = out.par_chunks_mut(block_rows * width * weight.output).enumerate();
+        blocks.map(move |(block, out)| (t, block * block_rows, out))
+    });
+    pool.install(|| {
+        by_block.for_each_init(Scratch::default, |scratch, (t, first_row, out)| {
             let rows = out.len() / (width * weight.output);
             let window = [frame(t), frame(t + 1), frame(t + 2)];
             scratch.pad(window, first_row, rows, [height, width, channels]);
             scratch.multiply(weight, rows, width);
             scratch.store(weight, width, out);
-        });
+        })
+    });
 
     let next = [frame(frames), frame(frames + 1)].concat();
     Ok((
@@ -186,7 +188,7 @@ impl Scratch {
 mod tests {
     use super::*;
     use crate::engine::RawDtype;
-    use crate::engine::cpu::volume::tests::{in_pool, noise, values};
+    use crate::engine::cpu::volume::tests::{noise, pool, values};
 
     fn random_conv(output: usize, input: usize) -> (Vec<f32>, Vec<f32>, PackedConv) {
         let (weight, bias) = (noise(output * input * 27, 1), noise(output, 2));
@@ -239,7 +241,7 @@ mod tests {
                 let (weight, bias, packed) = random_conv(output, input);
                 let x = noise(dims.iter().product(), 3);
                 let expected = scalar_conv(&x, dims, &weight, &bias);
-                let (got, _) = causal_conv3d(&from_vec(OP, x, &dims).unwrap(), &packed, None).unwrap();
+                let (got, _) = causal_conv3d(&pool(1), &from_vec(OP, x, &dims).unwrap(), &packed, None).unwrap();
                 assert_eq!(got.dims(), [frames, height, width, output]);
                 let worst = values(&got).iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
                 assert!(worst < 2e-5, "{dims:?} → {output}: off by {worst}");
@@ -252,12 +254,12 @@ mod tests {
         let dims = [7, 6, 5, 4];
         let (_, _, packed) = random_conv(6, 4);
         let x = from_vec(OP, noise(dims.iter().product(), 5), &dims).unwrap();
-        let (whole, last) = causal_conv3d(&x, &packed, None).unwrap();
+        let (whole, last) = causal_conv3d(&pool(1), &x, &packed, None).unwrap();
         for chunk in [1, 2, 3, 7] {
             let (mut parts, mut cache) = (Vec::new(), None);
             for start in (0..dims[0]).step_by(chunk) {
                 let part = x.narrow(0, start, chunk.min(dims[0] - start)).unwrap();
-                let (part, next) = causal_conv3d(&part, &packed, cache.as_ref()).unwrap();
+                let (part, next) = causal_conv3d(&pool(1), &part, &packed, cache.as_ref()).unwrap();
                 parts.extend(values(&part));
                 cache = Some(next);
             }
@@ -271,7 +273,7 @@ mod tests {
         let dims = [3, 21, 19, 16];
         let (_, _, packed) = random_conv(24, 16);
         let x = from_vec(OP, noise(dims.iter().product(), 7), &dims).unwrap();
-        let run = |threads| in_pool(threads, || values(&causal_conv3d(&x, &packed, None).unwrap().0));
+        let run = |threads| values(&causal_conv3d(&pool(threads), &x, &packed, None).unwrap().0);
         let one = run(1);
         assert_eq!(one, run(2));
         assert_eq!(one, run(3));
@@ -281,13 +283,13 @@ mod tests {
     fn wrong_shapes_are_errors_that_name_them() {
         let (_, _, packed) = random_conv(2, 3);
         let x = from_vec(OP, noise(2 * 4 * 4 * 2, 1), &[2, 4, 4, 2]).unwrap();
-        let error = causal_conv3d(&x, &packed, None).err().unwrap().to_string();
+        let error = causal_conv3d(&pool(1), &x, &packed, None).err().unwrap().to_string();
         assert!(error.contains("[T, H, W, 3]") && error.contains("[2, 4, 4, 2]"), "{error}");
         let x = from_vec(OP, noise(2 * 4 * 4 * 3, 1), &[2, 4, 4, 3]).unwrap();
-        let error = causal_conv3d(&x, &packed, Some(&x.narrow(0, 0, 1).unwrap())).err().unwrap().to_string();
+        let error = causal_conv3d(&pool(1), &x, &packed, Some(&x.narrow(0, 0, 1).unwrap())).err().unwrap().to_string();
         assert!(error.contains("cache [2, 4, 4, 3]"), "{error}");
         let empty = x.narrow(0, 0, 0).unwrap();
-        assert!(causal_conv3d(&empty, &packed, None).is_err());
+        assert!(causal_conv3d(&pool(1), &empty, &packed, None).is_err());
         let short = RawTensor { dtype: RawDtype::F32, shape: &[1, 1, 3, 3, 3], bytes: &[0; 4] };
         let bias = RawTensor { dtype: RawDtype::F32, shape: &[1], bytes: &[0; 4] };
         assert!(pack_conv(short, bias).is_err());

@@ -19,7 +19,10 @@ fn map1(
     let values: &[f32] = &values;
     let mut out = vec![0f32; values.len()];
     pool.rows(&mut out, 1, cost, |start, run| {
-        wide(|| run.iter_mut().zip(&values[start..]).for_each(|(out, &a)| *out = f(a)));
+        wide(
+            #[inline(always)]
+            || run.iter_mut().zip(&values[start..]).for_each(|(out, &a)| *out = f(a)),
+        );
     });
     from_vec(op, out, a.dims())
 }
@@ -38,10 +41,13 @@ fn map2(
     let (a, b): (&[f32], &[f32]) = (&a, &b);
     let mut out = vec![0f32; a.len()];
     pool.rows(&mut out, 1, cost, |start, run| {
-        wide(|| {
-            let inputs = a[start..].iter().zip(&b[start..]);
-            run.iter_mut().zip(inputs).for_each(|(out, (&a, &b))| *out = f(a, b));
-        });
+        wide(
+            #[inline(always)]
+            || {
+                let inputs = a[start..].iter().zip(&b[start..]);
+                run.iter_mut().zip(inputs).for_each(|(out, (&a, &b))| *out = f(a, b));
+            },
+        );
     });
     from_vec(op, out, shape)
 }
@@ -90,14 +96,17 @@ pub(super) fn swiglu(pool: &Pool, x: &Tensor) -> Result<Tensor> {
     let x: &[f32] = &x;
     let mut out = vec![0f32; m * half];
     pool.rows(&mut out, half, 16, |row0, run| {
-        wide(|| {
-            for (out, x) in run.chunks_exact_mut(half).zip(x[row0 * width..].chunks_exact(width)) {
-                let (a, g) = x.split_at(half);
-                for ((out, &a), g) in out.iter_mut().zip(a).zip(g) {
-                    *out = silu_f32(a) * g;
+        wide(
+            #[inline(always)]
+            || {
+                for (out, x) in run.chunks_exact_mut(half).zip(x[row0 * width..].chunks_exact(width)) {
+                    let (a, g) = x.split_at(half);
+                    for ((out, &a), g) in out.iter_mut().zip(a).zip(g) {
+                        *out = silu_f32(a) * g;
+                    }
                 }
-            }
-        });
+            },
+        );
     });
     from_vec(OP, out, &[m, half])
 }

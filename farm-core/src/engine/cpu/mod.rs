@@ -57,7 +57,7 @@ impl Engine for CpuEngine {
     }
 
     fn conv_weight(&self, weight: RawTensor<'_>, bias: RawTensor<'_>) -> Result<conv::PackedConv> {
-        self.pool.install(|| conv::pack_conv(weight, bias))
+        conv::pack_conv(weight, bias)
     }
 
     fn upload(&self, values: &[f32], shape: &[usize]) -> Result<Tensor> {
@@ -184,7 +184,7 @@ impl Engine for CpuEngine {
     // ---- VAE decoder ----
 
     fn denormalize_latent(&self, latent: &Tensor, mean: &[f32], std: &[f32]) -> Result<Tensor> {
-        self.pool.install(|| volume::denormalize_latent(latent, mean, std))
+        volume::denormalize_latent(latent, mean, std)
     }
 
     fn causal_conv3d(
@@ -193,19 +193,19 @@ impl Engine for CpuEngine {
         weight: &conv::PackedConv,
         cache: Option<&ConvCache<Tensor>>,
     ) -> Result<(Tensor, ConvCache<Tensor>)> {
-        let (out, cache) = self.pool.install(|| conv::causal_conv3d(x, weight, cache.map(|c| &c.0)))?;
+        let (out, cache) = conv::causal_conv3d(&self.pool, x, weight, cache.map(|c| &c.0))?;
         Ok((out, ConvCache(cache)))
     }
 
     fn group_norm_silu(&self, x: &Tensor, weight: &Tensor, bias: &Tensor, groups: usize) -> Result<Tensor> {
-        self.pool.install(|| volume::group_norm_silu(x, weight, bias, groups))
+        volume::group_norm_silu(&self.pool, x, weight, bias, groups)
     }
 
     fn depth_to_space_time(&self, x: &Tensor, st: usize, s: usize, drop: usize) -> Result<Tensor> {
-        self.pool.install(|| volume::depth_to_space_time(x, st, s, drop))
+        volume::depth_to_space_time(&self.pool, x, st, s, drop)
     }
 
     fn to_rgb8(&self, x: &Tensor) -> Result<Vec<u8>> {
-        self.pool.install(|| volume::to_rgb8(x))
+        volume::to_rgb8(&self.pool, x)
     }
 }

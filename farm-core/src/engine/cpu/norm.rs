@@ -45,14 +45,17 @@ fn scaled_rms(
 ) -> Result<Tensor> {
     let mut out = vec![0f32; m * d];
     pool.rows(&mut out, d, 4, |row0, run| {
-        wide(|| {
-            for (out, x) in run.chunks_exact_mut(d).zip(x[row0 * d..].chunks_exact(d)) {
-                let inverse = inverse_rms(x, eps);
-                for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
-                    *out = x * inverse * weight;
+        wide(
+            #[inline(always)]
+            || {
+                for (out, x) in run.chunks_exact_mut(d).zip(x[row0 * d..].chunks_exact(d)) {
+                    let inverse = inverse_rms(x, eps);
+                    for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
+                        *out = x * inverse * weight;
+                    }
                 }
-            }
-        });
+            },
+        );
     });
     from_vec(op, out, &[m, d])
 }
@@ -67,15 +70,18 @@ pub(super) fn gated_residual(pool: &Pool, x: &Tensor, branch: &Tensor, gate: &Te
     let (x, branch): (&[f32], &[f32]) = (&x, &branch);
     let mut out = vec![0f32; m * d];
     pool.rows(&mut out, d, 6, |row0, run| {
-        wide(|| {
-            let inputs = x[row0 * d..].chunks_exact(d).zip(branch[row0 * d..].chunks_exact(d));
-            for (out, (x, branch)) in run.chunks_exact_mut(d).zip(inputs) {
-                let inverse = inverse_rms(branch, EPS);
-                for (((out, x), branch), gate) in out.iter_mut().zip(x).zip(branch).zip(&gate) {
-                    *out = x + branch * inverse * gate;
+        wide(
+            #[inline(always)]
+            || {
+                let inputs = x[row0 * d..].chunks_exact(d).zip(branch[row0 * d..].chunks_exact(d));
+                for (out, (x, branch)) in run.chunks_exact_mut(d).zip(inputs) {
+                    let inverse = inverse_rms(branch, EPS);
+                    for (((out, x), branch), gate) in out.iter_mut().zip(x).zip(branch).zip(&gate) {
+                        *out = x + branch * inverse * gate;
+                    }
                 }
-            }
-        });
+            },
+        );
     });
     from_vec(OP, out, &[m, d])
 }
@@ -90,16 +96,19 @@ pub(super) fn modulated_layer_norm(pool: &Pool, x: &Tensor, shift: &Tensor, scal
     let (x, shift): (&[f32], &[f32]) = (&x, &shift);
     let mut out = vec![0f32; m * d];
     pool.rows(&mut out, d, 8, |row0, run| {
-        wide(|| {
-            for (out, x) in run.chunks_exact_mut(d).zip(x[row0 * d..].chunks_exact(d)) {
-                let mean = sum_f64(x, |x| x) / d as f64;
-                let variance = sum_f64(x, |x| (x - mean) * (x - mean)) / d as f64;
-                let (mean, inverse) = (mean as f32, (1.0 / (variance + EPS).sqrt()) as f32);
-                for (((out, x), factor), shift) in out.iter_mut().zip(x).zip(&factor).zip(shift) {
-                    *out = (x - mean) * inverse * factor + shift;
+        wide(
+            #[inline(always)]
+            || {
+                for (out, x) in run.chunks_exact_mut(d).zip(x[row0 * d..].chunks_exact(d)) {
+                    let mean = sum_f64(x, |x| x) / d as f64;
+                    let variance = sum_f64(x, |x| (x - mean) * (x - mean)) / d as f64;
+                    let (mean, inverse) = (mean as f32, (1.0 / (variance + EPS).sqrt()) as f32);
+                    for (((out, x), factor), shift) in out.iter_mut().zip(x).zip(&factor).zip(shift) {
+                        *out = (x - mean) * inverse * factor + shift;
+                    }
                 }
-            }
-        });
+            },
+        );
     });
     from_vec(OP, out, &[m, d])
 }

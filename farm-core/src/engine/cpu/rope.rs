@@ -82,19 +82,22 @@ pub(super) fn split_qkv(
         .enumerate()
         .collect();
     pool.run(tasks, m * packed_width * 8, |(task, [q, k, v])| {
-        wide(|| {
-            let rows = q.chunks_exact_mut(width).zip(k.chunks_exact_mut(width)).zip(v.chunks_exact_mut(width));
-            for (row, ((q, k), v)) in (task * 16..).zip(rows) {
-                let packed = &packed[row * packed_width..][..packed_width];
-                let table = table.map(|(cos, sin)| {
-                    let at = row * width / 2..(row + 1) * width / 2;
-                    (&cos[at.clone()], &sin[at])
-                });
-                norm_and_rotate(q, &packed[..width], q_norm, table);
-                norm_and_rotate(k, &packed[width..2 * width], k_norm, table);
-                v.copy_from_slice(&packed[2 * width..]);
-            }
-        });
+        wide(
+            #[inline(always)]
+            || {
+                let rows = q.chunks_exact_mut(width).zip(k.chunks_exact_mut(width)).zip(v.chunks_exact_mut(width));
+                for (row, ((q, k), v)) in (task * 16..).zip(rows) {
+                    let packed = &packed[row * packed_width..][..packed_width];
+                    let table = table.map(|(cos, sin)| {
+                        let at = row * width / 2..(row + 1) * width / 2;
+                        (&cos[at.clone()], &sin[at])
+                    });
+                    norm_and_rotate(q, &packed[..width], q_norm, table);
+                    norm_and_rotate(k, &packed[width..2 * width], k_norm, table);
+                    v.copy_from_slice(&packed[2 * width..]);
+                }
+            },
+        );
     });
     let shape = [m, heads, d];
     Ok(Qkv { q: from_vec(OP, q, &shape)?, k: from_vec(OP, k, &shape)?, v: from_vec(OP, v, &shape)? })

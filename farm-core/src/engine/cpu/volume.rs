@@ -4,6 +4,7 @@ use candle_core::Tensor;
 use rayon::prelude::*;
 
 use super::data::{dims, from_vec, shape_error, slice};
+use super::pool::Pool;
 use super::wide::{silu, wide};
 use crate::engine::Result;
 
@@ -14,7 +15,7 @@ const GROUP_NORM_EPS: f64 = 1e-5;
 /// `silu(group_norm(x) · weight + bias)` of `[T, H, W, C]` with statistics per frame over (C/groups, H, W), biased
 /// variance, eps 1e-5; weight and bias `[C]`. Sums are in f64; the result is `(x − mean) · a + bias` in f32 with
 /// `a = weight / sqrt(variance + eps)` rounded once, then SiLU.
-pub fn group_norm_silu(x: &Tensor, weight: &Tensor, bias: &Tensor, groups: usize) -> Result<Tensor> {
+pub fn group_norm_silu(pool: &Pool, x: &Tensor, weight: &Tensor, bias: &Tensor, groups: usize) -> Result<Tensor> {
     const OP: &str = "group_norm_silu";
     let shape @ [_, height, width, channels] = dims(OP, "[T, H, W, C]", x)?;
     if groups == 0 || !channels.is_multiple_of(groups) || x.elem_count() == 0 {
@@ -31,19 +32,17 @@ pub fn group_norm_silu(x: &Tensor, weight: &Tensor, bias: &Tensor, groups: usize
     let frame_len = height * width * channels;
     let block_len = NORM_BLOCK_PIXELS * channels;
     let blocks_per_frame = frame_len.div_ceil(block_len);
-    let sums: Vec<Vec<[f64; 2]>> = x
-        .par_chunks(frame_len)
-        .flat_map(|frame| frame.par_chunks(block_len).map(|block| wide(|| channel_sums(block, channels))))
-        .collect();
+    let blocks = x.par_chunks(frame_len).flat_map(|frame| frame.par_chunks(block_len));
+    let sums: Vec<_> = pool.install(|| blocks.map(|block| wide(|| channel_sums(block, channels))).collect());
     let frames: Vec<Affine> =
         sums.chunks(blocks_per_frame).map(|blocks| Affine::of_frame(blocks, height * width, groups, weight)).collect();
 
     let mut out = vec![0f32; x.len()];
-    out.par_chunks_mut(frame_len).zip(x.par_chunks(frame_len)).zip(&frames).for_each(|((out, x), affine)| {
-        out.par_chunks_mut(block_len).zip(x.par_chunks(block_len)).for_each(|(out, x)| {
-            wide(|| affine.apply(x, bias, out));
+    let by_block =
+        out.par_chunks_mut(frame_len).zip(x.par_chunks(frame_len)).zip(&frames).flat_map(|((out, x), affine)| {
+            out.par_chunks_mut(block_len).zip(x.par_chunks(block_len)).map(move |(out, x)| (out, x, affine))
         });
-    });
+    pool.install(|| by_block.for_each(|(out, x, affine)| wide(|| affine.apply(x, bias, out))));
     from_vec(OP, out, &shape)
 }
 
@@ -99,7 +98,7 @@ impl Affine {
 }
 
 /// `[T, H, W, C·st·s·s]`, channel order (c, st, s, s) with c slowest → `[st·T − drop, s·H, s·W, C]` without the first `drop` frames.
-pub fn depth_to_space_time(x: &Tensor, st: usize, s: usize, drop: usize) -> Result<Tensor> {
+pub fn depth_to_space_time(pool: &Pool, x: &Tensor, st: usize, s: usize, drop: usize) -> Result<Tensor> {
     const OP: &str = "depth_to_space_time";
     let [frames, height, width, packed] = dims(OP, "[T, H, W, C]", x)?;
     let factor = st * s * s;
@@ -115,7 +114,8 @@ pub fn depth_to_space_time(x: &Tensor, st: usize, s: usize, drop: usize) -> Resu
     let channels = packed / factor;
     let shape = [st * frames - drop, s * height, s * width, channels];
     let mut out = vec![0f32; shape.iter().product()];
-    out.par_chunks_mut(s * width * channels).enumerate().for_each(|(row, out)| {
+    let by_row = out.par_chunks_mut(s * width * channels).enumerate();
+    let fill = |(row, out): (usize, &mut [f32])| {
         let (frame, row) = (row / shape[1] + drop, row % shape[1]);
         let input = &x[(frame / st * height + row / s) * width * packed..][..width * packed];
         let first = (frame % st * s + row % s) * s;
@@ -126,7 +126,8 @@ pub fn depth_to_space_time(x: &Tensor, st: usize, s: usize, drop: usize) -> Resu
                 }
             }
         }
-    });
+    };
+    pool.install(|| by_row.for_each(fill));
     from_vec(OP, out, &shape)
 }
 
@@ -148,7 +149,7 @@ pub fn denormalize_latent(latent: &Tensor, mean: &[f32], std: &[f32]) -> Result<
 }
 
 /// Frames `[T, H, W, 3]` in [-1, 1] → RGB24 bytes: `trunc(255 · clamp((x + 1)/2, 0, 1))`; NaN becomes 0.
-pub fn to_rgb8(x: &Tensor) -> Result<Vec<u8>> {
+pub fn to_rgb8(pool: &Pool, x: &Tensor) -> Result<Vec<u8>> {
     const OP: &str = "to_rgb8";
     if x.dims().len() != 4 || x.dims()[3] != 3 {
         return Err(shape_error(OP, "[T, H, W, 3]", x.dims()));
@@ -156,7 +157,8 @@ pub fn to_rgb8(x: &Tensor) -> Result<Vec<u8>> {
     let x = slice(OP, x)?;
     let x: &[f32] = &x;
     // A conversion to an integer type truncates, and turns NaN into 0.
-    Ok(x.par_iter().with_min_len(1 << 14).map(|x| (255.0 * ((x + 1.0) / 2.0).clamp(0.0, 1.0)) as u8).collect())
+    let byte = |x: &f32| (255.0 * ((x + 1.0) / 2.0).clamp(0.0, 1.0)) as u8;
+    Ok(pool.install(|| x.par_iter().with_min_len(1 << 14).map(byte).collect()))
 }
 
 #[cfg(test)]
@@ -179,8 +181,8 @@ pub(super) mod tests {
         x.flatten_all().unwrap().to_vec1().unwrap()
     }
 
-    pub fn in_pool<R: Send>(threads: usize, f: impl FnOnce() -> R + Send) -> R {
-        rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(f)
+    pub fn pool(threads: usize) -> Pool {
+        Pool::new(threads).unwrap()
     }
 
     fn volume(dims: [usize; 4], values: Vec<f32>) -> Tensor {
@@ -200,7 +202,8 @@ pub(super) mod tests {
         let half = x.len() / 2;
         x[half..].iter_mut().for_each(|x| *x = *x * 0.01 + 30.0);
         let (weight, bias, groups) = (noise(6, 2), noise(6, 3), 3);
-        let got = group_norm_silu(&volume(dims, x.clone()), &vector(weight.clone()), &vector(bias.clone()), groups);
+        let got =
+            group_norm_silu(&pool(1), &volume(dims, x.clone()), &vector(weight.clone()), &vector(bias.clone()), groups);
         let got = values(&got.unwrap());
 
         for (index, got) in got.into_iter().enumerate() {
@@ -230,7 +233,7 @@ pub(super) mod tests {
         let dims = [3, 50, 41, 8];
         let x = volume(dims, noise(dims.iter().product(), 4));
         let (weight, bias) = (vector(noise(8, 5)), vector(noise(8, 6)));
-        let run = |threads| in_pool(threads, || values(&group_norm_silu(&x, &weight, &bias, 4).unwrap()));
+        let run = |threads| values(&group_norm_silu(&pool(threads), &x, &weight, &bias, 4).unwrap());
         let one = run(1);
         assert_eq!(one, run(2));
         assert_eq!(one, run(3));
@@ -242,7 +245,8 @@ pub(super) mod tests {
             let [frames, height, width, channels] = [2, 3, 4, 5];
             let packed = channels * st * s * s;
             let x: Vec<f32> = (0..frames * height * width * packed).map(|i| i as f32).collect();
-            let out = depth_to_space_time(&volume([frames, height, width, packed], x.clone()), st, s, drop).unwrap();
+            let out = depth_to_space_time(&pool(1), &volume([frames, height, width, packed], x.clone()), st, s, drop)
+                .unwrap();
             assert_eq!(out.dims(), [st * frames - drop, s * height, s * width, channels]);
             let out = values(&out);
             for (index, value) in x.into_iter().enumerate() {
@@ -268,7 +272,7 @@ pub(super) mod tests {
     #[test]
     fn bytes_are_truncated_and_clamped() {
         let x = [-1.0, -3.0, 1.0, 7.0, 0.0, f32::NAN, 0.9999, 2.0 * 128.0 / 255.0 - 1.0 + 1e-6, f32::NEG_INFINITY];
-        let bytes = to_rgb8(&volume([1, 1, 3, 3], x.to_vec())).unwrap();
+        let bytes = to_rgb8(&pool(1), &volume([1, 1, 3, 3], x.to_vec())).unwrap();
         assert_eq!(bytes, [0, 0, 255, 255, 127, 0, 254, 128, 0]);
     }
 
@@ -276,13 +280,13 @@ pub(super) mod tests {
     fn wrong_shapes_are_errors() {
         let x = volume([1, 2, 2, 6], vec![0.0; 24]);
         let six = vector(vec![1.0; 6]);
-        assert!(group_norm_silu(&x, &six, &six, 4).is_err());
-        assert!(group_norm_silu(&x, &six, &six, 0).is_err());
-        assert!(group_norm_silu(&x, &six, &vector(vec![1.0; 5]), 3).is_err());
-        assert!(depth_to_space_time(&x, 1, 2, 0).is_err());
-        assert!(depth_to_space_time(&x, 3, 1, 3).is_err());
-        assert!(depth_to_space_time(&x, 0, 1, 0).is_err());
-        assert!(to_rgb8(&x).is_err());
-        assert!(depth_to_space_time(&six, 1, 1, 0).is_err());
+        assert!(group_norm_silu(&pool(1), &x, &six, &six, 4).is_err());
+        assert!(group_norm_silu(&pool(1), &x, &six, &six, 0).is_err());
+        assert!(group_norm_silu(&pool(1), &x, &six, &vector(vec![1.0; 5]), 3).is_err());
+        assert!(depth_to_space_time(&pool(1), &x, 1, 2, 0).is_err());
+        assert!(depth_to_space_time(&pool(1), &x, 3, 1, 3).is_err());
+        assert!(depth_to_space_time(&pool(1), &x, 0, 1, 0).is_err());
+        assert!(to_rgb8(&pool(1), &x).is_err());
+        assert!(depth_to_space_time(&pool(1), &six, 1, 1, 0).is_err());
     }
 }

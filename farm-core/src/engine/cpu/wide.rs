@@ -5,7 +5,8 @@
 /// Lanes of a reduction. Fixed, so that the order of additions does not depend on the machine.
 const LANES: usize = 16;
 
-/// Runs `f`, compiled for the widest vectors that this CPU has. `f` and what it calls have to be inlined to profit.
+/// Runs `f`, compiled for the widest vectors that this CPU has. Only code that is inlined profits: `f` and what it calls
+/// have to be `#[inline(always)]`, because three callers of one closure are reason enough for the compiler not to.
 #[inline(always)]
 pub(super) fn wide<R>(f: impl FnOnce() -> R) -> R {
     #[cfg(target_arch = "x86_64")]
@@ -90,7 +91,40 @@ pub(super) fn sum_f64(values: &[f32], f: impl Fn(f64) -> f64) -> f64 {
     for (lane, &x) in lanes.iter_mut().zip(rest) {
         *lane += f(f64::from(x));
     }
-    lanes.iter().sum()
+    join(lanes, |a, b| a + b)
+}
+
+/// Joins lanes pairwise: 16, 8, 4, 2, 1.
+#[inline(always)]
+fn join<T: Copy>(mut lanes: [T; LANES], f: impl Fn(T, T) -> T) -> T {
+    let mut width = LANES;
+    while width > 1 {
+        width /= 2;
+        for i in 0..width {
+            lanes[i] = f(lanes[i], lanes[i + width]);
+        }
+    }
+    lanes[0]
+}
+
+/// Σ a·b in f32 over fixed lanes.
+#[inline(always)]
+pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
+    // Two sets of lanes: additions of one set have to wait for each other.
+    let mut lanes = [[0f32; LANES]; 2];
+    let (a_pairs, a_rest) = a.as_chunks::<{ 2 * LANES }>();
+    let (b_pairs, b_rest) = b.as_chunks::<{ 2 * LANES }>();
+    for (a, b) in a_pairs.iter().zip(b_pairs) {
+        for i in 0..LANES {
+            lanes[0][i] += a[i] * b[i];
+            lanes[1][i] += a[LANES + i] * b[LANES + i];
+        }
+    }
+    for (i, (a, b)) in a_rest.iter().zip(b_rest).enumerate() {
+        lanes[i / LANES][i % LANES] += a * b;
+    }
+    let [first, second] = lanes;
+    join(first, |a, b| a + b) + join(second, |a, b| a + b)
 }
 
 /// The greatest value; -∞ of none. Ignores NaN.
@@ -104,7 +138,10 @@ pub(super) fn max(values: &[f32]) -> f32 {
             *lane = greater(*lane, x);
         }
     }
-    lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |a, &b| greater(a, b))
+    for (lane, &x) in lanes.iter_mut().zip(rest) {
+        *lane = greater(*lane, x);
+    }
+    join(lanes, greater)
 }
 
 /// Replaces every x by e^(x − shift) and returns their sum, over fixed lanes.
@@ -122,7 +159,7 @@ pub(super) fn exp_minus(values: &mut [f32], shift: f32) -> f32 {
         *x = exp(*x - shift);
         *lane += *x;
     }
-    lanes.iter().sum()
+    join(lanes, |a, b| a + b)
 }
 
 #[cfg(test)]
@@ -155,12 +192,36 @@ mod tests {
         let values: Vec<f32> = (0..1003).map(|i| (i as f32 * 0.37).sin() * 40.0).collect();
         let (mut narrow, mut vector) = (values.clone(), values.clone());
         let narrow_sum = exp_minus(&mut narrow, 1.25);
-        let vector_sum = wide(|| exp_minus(&mut vector, 1.25));
+        let vector_sum = wide(
+            #[inline(always)]
+            || exp_minus(&mut vector, 1.25),
+        );
         assert_eq!(narrow_sum.to_bits(), vector_sum.to_bits());
         assert_eq!(narrow, vector);
         let square = |x: f64| x * x;
-        assert_eq!(sum_f64(&values, square).to_bits(), wide(|| sum_f64(&values, square)).to_bits());
-        assert_eq!(max(&values), wide(|| max(&values)));
+        assert_eq!(
+            sum_f64(&values, square).to_bits(),
+            wide(
+                #[inline(always)]
+                || sum_f64(&values, square)
+            )
+            .to_bits()
+        );
+        assert_eq!(
+            max(&values),
+            wide(
+                #[inline(always)]
+                || max(&values)
+            )
+        );
+        assert_eq!(
+            dot(&values, &narrow).to_bits(),
+            wide(
+                #[inline(always)]
+                || dot(&values, &narrow)
+            )
+            .to_bits()
+        );
     }
 
     #[test]
