@@ -31,6 +31,8 @@ enum Command {
     Render(command::render::Args),
     /// Lend this machine's devices to a farm
     Join(command::join::Args),
+    /// Inspect a checkpoint, compare it with reference tensors, tokenize
+    Model(command::model::Args),
     /// Measure where the time of one clip goes, and its peak memory
     Bench(command::bench::Args),
 }
@@ -39,6 +41,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Render(args) => command::render::run(args),
         Command::Join(args) => command::join::run(args),
+        Command::Model(args) => command::model::run(args),
         Command::Bench(args) => command::bench::run(args),
     };
     result.unwrap_or_else(|error| {

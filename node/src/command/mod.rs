@@ -2,4 +2,5 @@
 
 pub mod bench;
 pub mod join;
+pub mod model;
 pub mod render;

@@ -6,6 +6,7 @@ use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use half::{bf16, f16};
 use memmap2::Mmap;
 use safetensors::Dtype;
 use serde::Deserialize;
@@ -69,8 +70,8 @@ impl TensorFile {
         if meta.len() < 8 {
             return Err(CheckpointError::file(path, "shorter than a safetensors header"));
         }
-        // SAFETY: the mapping is read-only and private to this value. Nobody may shorten or rewrite a checkpoint's files
-        // while a program has them open; that is the usual contract of mapped weights, and README says it.
+        // SAFETY: the mapping is read-only and private to this value. What is left is the contract of all mapped weights:
+        // nobody shortens or rewrites a checkpoint's files while a program has them open.
         let map = unsafe { Mmap::map(&file) }.map_err(io)?;
         let tensors = parse_header(&map).map_err(|message| CheckpointError::file(path, message))?;
         Ok(Self { path: path.to_path_buf(), map, tensors })
@@ -88,6 +89,42 @@ impl TensorFile {
     /// The little-endian bytes of one of this file's tensors.
     pub fn bytes(&self, info: &TensorInfo) -> &[u8] {
         &self.map[info.range.clone()]
+    }
+
+    /// Tensor `name`, of a floating-point type, widened to f32.
+    pub fn floats(&self, name: &str) -> Result<Vec<f32>, CheckpointError> {
+        let info = self.info(name)?;
+        let bytes = self.bytes(info);
+        match info.raw_dtype() {
+            Some(RawDtype::F32) => Ok(bytes.as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b)).collect()),
+            Some(RawDtype::F16) => {
+                Ok(bytes.as_chunks::<2>().0.iter().map(|&b| f16::from_le_bytes(b).to_f32()).collect())
+            }
+            Some(RawDtype::Bf16) => {
+                Ok(bytes.as_chunks::<2>().0.iter().map(|&b| bf16::from_le_bytes(b).to_f32()).collect())
+            }
+            None => {
+                Err(CheckpointError::file(&self.path, format!("tensor {name} is {:?}, expected a float", info.dtype)))
+            }
+        }
+    }
+
+    /// Tensor `name` of whole numbers that fit u32: ids, a mask.
+    pub fn numbers(&self, name: &str) -> Result<Vec<u32>, CheckpointError> {
+        let info = self.info(name)?;
+        let bytes = self.bytes(info);
+        let numbers: Option<Vec<u32>> = match info.dtype {
+            Dtype::I64 => bytes.as_chunks::<8>().0.iter().map(|&b| i64::from_le_bytes(b).try_into().ok()).collect(),
+            Dtype::I32 => bytes.as_chunks::<4>().0.iter().map(|&b| i32::from_le_bytes(b).try_into().ok()).collect(),
+            Dtype::U8 | Dtype::BOOL => Some(bytes.iter().map(|&b| u32::from(b)).collect()),
+            _ => None,
+        };
+        let what = || format!("tensor {name} ({:?}) has no whole numbers in 0..=4294967295", info.dtype);
+        numbers.ok_or_else(|| CheckpointError::file(&self.path, what()))
+    }
+
+    fn info(&self, name: &str) -> Result<&TensorInfo, CheckpointError> {
+        self.tensors.get(name).ok_or_else(|| CheckpointError::file(&self.path, format!("has no tensor {name}")))
     }
 
     /// The whole file.

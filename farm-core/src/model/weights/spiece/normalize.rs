@@ -104,7 +104,7 @@ impl CharsMap {
             return error("the character map is cut short");
         };
         let length = u32::from_le_bytes(*length) as usize;
-        if length % 4 != 0 || length == 0 || length >= rest.len() {
+        if !length.is_multiple_of(4) || length == 0 || length >= rest.len() {
             return error(format!("the character map's trie has {length} of {} bytes", rest.len()));
         }
         let (trie, replacements) = rest.split_at(length);
