@@ -1,6 +1,16 @@
 //! `farm-node`: a render node of the farm, and the commands that work on one machine without a farm.
 
+mod attempt;
 mod command;
+mod cpu_device;
+mod device_pool;
+mod device_thread;
+mod encode;
+mod models;
+mod progress;
+mod root;
+mod scratch;
+mod session;
 
 use std::process::ExitCode;
 
@@ -19,6 +29,8 @@ struct Cli {
 enum Command {
     /// Render one clip here, without a farm
     Render(command::render::Args),
+    /// Lend this machine's devices to a farm
+    Join(command::join::Args),
     /// Measure where the time of one clip goes, and its peak memory
     Bench(command::bench::Args),
 }
@@ -26,6 +38,7 @@ enum Command {
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Render(args) => command::render::run(args),
+        Command::Join(args) => command::join::run(args),
         Command::Bench(args) => command::bench::run(args),
     };
     result.unwrap_or_else(|error| {

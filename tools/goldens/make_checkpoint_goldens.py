@@ -67,7 +67,9 @@ def describe(arguments, tensors):
         "steps": arguments.steps,
         "sampled_prompt": 0,
         "versions": {module.__name__: module.__version__ for module in (torch, diffusers, transformers)},
-        "tensors": {name: [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for name, tensor in tensors.items()},
+        "tensors": {
+            name: [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for name, tensor in tensors.items()
+        },
     }
 
 

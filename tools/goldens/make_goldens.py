@@ -243,7 +243,9 @@ def parse_arguments():
 
     preset = PRESETS[arguments.preset]
     given = {field.name: getattr(arguments, field.name) for field in fields(Sizes)}
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if value is not None}
+    given = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if value is not None
+    }
     preset = replace(preset, sizes=replace(preset.sizes, **given), taps=() if arguments.no_taps else preset.taps)
     preset.sizes.check()
     return arguments, preset

@@ -35,9 +35,13 @@ VERBS = """bounce break burn carry catch chase climb dance dive dream drift drin
 fly follow glide grow hold hover jump laugh lean lift look melt move open paint play pour pull push race read rest ride
 rise roll rotate run sail shake shine sing sit skate sleep slide smile spin splash stand stare surf swim swing talk throw
 travel turn walk watch wave whisper write""".split()
-PLACES = "above across against along around behind beside beyond in inside into near on over through towards under".split()
+PLACES = (
+    "above across against along around behind beside beyond in inside into near on over through towards under".split()
+)
 STYLES = """a close-up of|a wide shot of|a slow-motion video of|an aerial view of|a 4K documentary about|a time-lapse of|a
-tracking shot of|an oil painting of|a macro photograph of|a black-and-white film about|handheld footage of""".replace("\n", " ").split("|")
+tracking shot of|an oil painting of|a macro photograph of|a black-and-white film about|handheld footage of""".replace(
+    "\n", " "
+).split("|")
 OTHER_SCRIPTS = """café naïve façade piñata jalapeño crème brûlée über schön Straße Ångström smörgåsbord déjà vu São Paulo
 Łódź Kraków Zürich Gdańsk Málaga coração garçon Öresund tromsø fjörd háček Dvořák İstanbul
 καλημέρα κόσμε θάλασσα ουρανός φως το ήλιος σκιά και νερό
@@ -58,7 +62,12 @@ def corpus(rng):
         return rng.choice(NOUNS) + rng.choice(["", "", "s", "'s"])
 
     for _ in range(SENTENCES):
-        words = [rng.choice(["a", "the", "one", "some", rng.choice(STYLES) + " a"]), rng.choice(ADJECTIVES), noun(), verb()]
+        words = [
+            rng.choice(["a", "the", "one", "some", rng.choice(STYLES) + " a"]),
+            rng.choice(ADJECTIVES),
+            noun(),
+            verb(),
+        ]
         words += [rng.choice(PLACES), rng.choice(["a", "the"]), rng.choice(ADJECTIVES), noun()]
         if rng.random() < 0.3:
             words += ["with", str(rng.randrange(10 ** rng.randint(1, 4))), rng.choice(ADJECTIVES), noun()]
@@ -67,7 +76,7 @@ def corpus(rng):
         sentence = " ".join(words)
         if rng.random() < 0.5:
             sentence = sentence[0].upper() + sentence[1:]
-        yield sentence + rng.choice(["", ".", ".", "!", "?", ", (8K) \"HDR\";", " - 35mm: f/1.4 & more"])
+        yield sentence + rng.choice(["", ".", ".", "!", "?", ', (8K) "HDR";', " - 35mm: f/1.4 & more"])
 
 
 def train(rng):
@@ -103,11 +112,16 @@ PLAIN = """a red ball moving left on a black background|A blue triangle, rising:
 |한국어 문장|\u1112\u1161\u11ab\u1100\u116e\u11a8|\uac01 \u1100\u1161\u11a8 \u1100 \u3131 \uffa1|\uac00\uac01\uac02\u1100\u1160|日本語のテキスト|汉字和漢字|\uf900 \uf901 \uf902 \U0002f800|⼀ ⺟ ⻳|〇 々 〆 ヶ ゟ ヿ|「括弧」【】〈〉《》・ー〜～
 |العربية نص|ﺎﻟﻌﺮﺑﻴﺔ|ﷲ ﷺ ﻻ ﻵ|مُحَمَّد|עברית טקסט|\ufb2c \ufb21 \ufb4f \ufb2f|हिन्दी क्षि ज्ञ|தமிழ் ไทย ำ ລາວ ຳ|ქართული Հայերեն և|ተግባር ᚠᚢᚦ Ꭰ
 |красный мяч|КРАСНЫЙ МЯЧ \u0451 \u0435\u0308 \u0439 \u0438\u0306|καλημέρα ΚΌΣΜΕ ς σ ϐ ϑ ϕ ϖ|\u03ac \u1f71 \u1fb6 \u1fb3 \u0390 \u1fd3|\u017f \u212a \u212b \u1e9e ß|\u0130 i\u0307 ı I
-|😀|😀😀😀|👍🏽 👍|👨‍👩‍👧‍👦 👩‍🚀 🏳️‍🌈|🇫🇷🇯🇵 🇺|❤️ ❤ ☎︎ ☎️|1️⃣ #️⃣ *️⃣|🏴󠁧󠁢󠁥󠁮󠁧󠁿|🫠🪿🧌|a😀b a 😀 b|☃ ★ ♫ ✓ ✗ ⚡|𓀀 𒀀 𐍈 𠀋 𪚥 🀄 🂡""".split("|")
+|😀|😀😀😀|👍🏽 👍|👨‍👩‍👧‍👦 👩‍🚀 🏳️‍🌈|🇫🇷🇯🇵 🇺|❤️ ❤ ☎︎ ☎️|1️⃣ #️⃣ *️⃣|🏴󠁧󠁢󠁥󠁮󠁧󠁿|🫠🪿🧌|a😀b a 😀 b|☃ ★ ♫ ✓ ✗ ⚡|𓀀 𒀀 𐍈 𠀋 𪚥 🀄 🂡""".split(
+    "|"
+)
 
 # Around the pieces that the model or its users treat as special; to sentencepiece they are ordinary text.
-SPECIAL = """▁ ▁▁ ▁▁▁a a▁b ▁red▁ball red▁ball _ __ <unk> </s> <pad> <s> <extra_id_0> <extra_id_99> <0x41> <0xFF> a</s>b
-red<pad>ball <unk><unk> ⁇ ▂""".split() + ["▁ red", "red ▁", " ▁ ", "the </s> end", "<unk> ball </s>", "a <pad> b", "< / s >", "</S>", " ⁇ "]
+SPECIAL = (
+    """▁ ▁▁ ▁▁▁a a▁b ▁red▁ball red▁ball _ __ <unk> </s> <pad> <s> <extra_id_0> <extra_id_99> <0x41> <0xFF> a</s>b
+red<pad>ball <unk><unk> ⁇ ▂""".split()
+    + ["▁ red", "red ▁", " ▁ ", "the </s> end", "<unk> ball </s>", "a <pad> b", "< / s >", "</S>", " ⁇ "]
+)
 
 # Every kind of space, line end, format, control and special code point, alone and between words.
 POINTS = {
@@ -135,10 +149,30 @@ def whole_cases():
         yield f"{space}a red ball"
         yield f"a red ball{space}"
         yield f"{space}a{space}red{space}ball{space}"
-    yield from ("a\nb", "a\r\nb", "a\rb", "a\n\nb", "a \n b", "\r\n", "a\x00b\x00", "\x00 \x00", "e\u0301", "\u0301e", " \u0301", "a\u200d")
+    yield from (
+        "a\nb",
+        "a\r\nb",
+        "a\rb",
+        "a\n\nb",
+        "a \n b",
+        "\r\n",
+        "a\x00b\x00",
+        "\x00 \x00",
+        "e\u0301",
+        "\u0301e",
+        " \u0301",
+        "a\u200d",
+    )
     # Long words and lines: the lattice may not be quadratic in them, nor cut them.
     yield from ("a" * 1000, "ball" * 250, "\u1e9b\u0323" * 200, "😀" * 500, "é" * 1000, "x1" * 500, "ﷺ" * 100)
-    yield from (" ".join(NOUNS), " ".join(ADJECTIVES + VERBS), "".join(NOUNS), " ".join(OTHER_SCRIPTS), " " * 1000, "a " * 500)
+    yield from (
+        " ".join(NOUNS),
+        " ".join(ADJECTIVES + VERBS),
+        "".join(NOUNS),
+        " ".join(OTHER_SCRIPTS),
+        " " * 1000,
+        "a " * 500,
+    )
 
 
 def mixed_case(rng):

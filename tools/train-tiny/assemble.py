@@ -1,6 +1,6 @@
 """Puts the trained parts into one diffusers folder in bf16, with the generation defaults that the farm reads.
 
-    python assemble.py VAE DIT TOKENIZER OUT
+python assemble.py VAE DIT TOKENIZER OUT
 """
 
 import json

@@ -41,8 +41,8 @@ def build(layers=3, heads=12, head_dim=16, constant_part=0.6):
         # A constant part in every visual token. Mochi has no position signal but the rotations of attention: without
         # something constant to rotate, a token can hardly tell where it is, and motion is not learned.
         dit.patch_embed.proj.bias.normal_(std=constant_part)
-        # Radians a frame, and a pixel of the 192 x 192 grid that rows and columns are scaled to: neighbouring patches of
-        # a 64 x 64 clip lie 48 apart.
+        # Radians a frame, and radians a step of the 192 x 192 grid that rows and columns are scaled to: neighbouring
+        # patches of a 64 x 64 clip lie 48 apart.
         scale = torch.tensor([0.6, 0.015, 0.015]).view(3, 1, 1)
         dit.pos_frequencies.copy_(scale * torch.randn_like(dit.pos_frequencies))
     return use_batched_attention(dit)
@@ -55,7 +55,7 @@ def use_batched_attention(dit):
 
 
 class BatchedAttention:
-    """MochiAttnProcessor2_0 as one masked call instead of a loop over the samples. Same result on all rows that are read."""
+    """MochiAttnProcessor2_0 as one masked call instead of a loop over the samples, equal in all rows that are read."""
 
     def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb):
         def split(x):  # [batch, tokens, heads, head_dim]

@@ -1,10 +1,9 @@
 """Latents of procedural clips, normalised per channel; writes the mean and deviation into the VAE's config.
 
-    python encode_data.py VAE OUT.safetensors --clips 2328
+python encode_data.py VAE OUT.safetensors --clips 2328
 """
 
 import argparse
-import json
 import random
 
 import torch
@@ -56,7 +55,8 @@ def main():
         tensors[f"latents.{shape}"] = (latents - mean.view(1, -1, 1, 1, 1)) / std.view(1, -1, 1, 1, 1)
         tensors[f"scenes.{shape}"] = torch.tensor([index for _, index in pairs])
     save_file(tensors, arguments.out)
-    print(f"{arguments.out}: {arguments.clips} latents", json.dumps({shape: len(pairs) for shape, pairs in buckets.items()}))
+    counts = ", ".join(f"{len(pairs)} of {shape}" for shape, pairs in buckets.items())
+    print(f"{arguments.out}: {arguments.clips} latents: {counts}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Renders captions with a checkpoint and checks colour, motion and background by looking at the pixels alone.
 
-    python evaluate.py MODEL --clips 48 --sheet sheet.png
-    python evaluate.py --truth                  the checker on clips that are right by construction
+python evaluate.py MODEL --clips 48 --sheet sheet.png
+python evaluate.py --truth                  the checker on clips that are right by construction
 """
 
 import argparse
@@ -27,7 +27,8 @@ def nearest(colour, names):
 def look(clip):
     """Colour, motion and background of a clip, [3, frames, height, width] in [0, 1]. Colour and motion are None if there
     is nothing on the background."""
-    border = torch.cat([clip[:, :, 0].flatten(1), clip[:, :, -1].flatten(1), clip[..., 0].flatten(1), clip[..., -1].flatten(1)], 1)
+    edges = (clip[:, :, 0], clip[:, :, -1], clip[..., 0], clip[..., -1])
+    border = torch.cat([edge.flatten(1) for edge in edges], 1)
     background = border.median(1).values
     contrast = (clip - background.view(3, 1, 1, 1)).abs().amax(0)  # [frames, height, width]
     seen = contrast > 0.25
@@ -43,7 +44,8 @@ def look(clip):
     y, x = torch.meshgrid(torch.arange(clip.shape[2]), torch.arange(clip.shape[3]), indexing="ij")
     centres = torch.stack([(seen * axis).sum((1, 2)) / areas for axis in (x, y)], 1)
     quarter = max(1, len(areas) // 4)
-    (dx, dy), growth = centres[-quarter:].mean(0) - centres[:quarter].mean(0), areas[-quarter:].mean() / areas[:quarter].mean()
+    dx, dy = centres[-quarter:].mean(0) - centres[:quarter].mean(0)
+    growth = areas[-quarter:].mean() / areas[:quarter].mean()
     if max(dx.abs(), dy.abs()) > 5:
         horizontal = dx.abs() > dy.abs()
         found["motion"] = ("right" if dx > 0 else "left") if horizontal else ("down" if dy > 0 else "up")
@@ -74,7 +76,9 @@ class Checkpoint:
 
 def save_sheet(path, clips):
     """One row of eight frames for each clip."""
-    rows = [torch.cat(list(clip[:, torch.linspace(0, clip.shape[1] - 1, 8).long()].unbind(1)), -1) for clip in clips[:24]]
+    rows = [
+        torch.cat(list(clip[:, torch.linspace(0, clip.shape[1] - 1, 8).long()].unbind(1)), -1) for clip in clips[:24]
+    ]
     pixels = (torch.cat(rows, 1) * 255).byte().permute(1, 2, 0).contiguous().numpy()
     Image.fromarray(pixels).save(path)
 

@@ -1,6 +1,6 @@
 """Writes the tokenizer folder: T5's class with the words of the captions, and letters for everything else.
 
-    python make_tokenizer.py OUT
+python make_tokenizer.py OUT
 """
 
 import string

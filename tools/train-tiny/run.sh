@@ -22,9 +22,9 @@ step() {
 
 mkdir -p "$OUT"
 step make_tokenizer.py "$OUT/tokenizer"
-step train_vae.py "$OUT/vae-small" --minutes "$(part 36)"
-step encode_data.py "$OUT/vae-small" "$OUT/latents.safetensors" --clips "$(awk "BEGIN { print int(29 * $MINUTES) }")"
-step train_decoder.py "$OUT/vae-small" "$OUT/vae" --minutes "$(part 12)"
-step train_dit.py "$OUT/latents.safetensors" "$OUT/tokenizer" "$OUT/dit" --minutes "$(part 36)"
+step train_vae.py "$OUT/vae-small" --minutes "$(part 37)"
+step encode_data.py "$OUT/vae-small" "$OUT/latents.safetensors" --clips "$(awk "BEGIN { print int(24 * $MINUTES) }")"
+step train_decoder.py "$OUT/vae-small" "$OUT/vae" --minutes "$(part 16)"
+step train_dit.py "$OUT/latents.safetensors" "$OUT/tokenizer" "$OUT/dit" --minutes "$(part 34)"
 step assemble.py "$OUT/vae" "$OUT/dit" "$OUT/tokenizer" "$OUT/checkpoint"
 step evaluate.py "$OUT/checkpoint" --clips 36 --sheet "$OUT/sheet.png"

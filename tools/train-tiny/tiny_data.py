@@ -28,7 +28,11 @@ MOTION_WORDS = {
     "growing": ["growing", "getting bigger"],
     "still": ["staying still", "not moving"],
 }
-BACKGROUND_WORDS = {"black": ["black", "dark"], "gray": ["gray", "grey", "dark gray"], "navy": ["navy", "navy blue", "dark blue"]}
+BACKGROUND_WORDS = {
+    "black": ["black", "dark"],
+    "gray": ["gray", "grey", "dark gray"],
+    "navy": ["navy", "navy blue", "dark blue"],
+}
 ARTICLES = ["a", "the", "one"]
 PREFIXES = ["a video of", "a clip of", "an animation of", "a short video of"]
 BEFORE_BACKGROUND = ["on a", "against a", "over a"]
@@ -73,7 +77,8 @@ def render(scene, frames, height, width, rng):
     distance = _signed_distance(scene.shape, x, y, radii.view(-1, 1, 1))
     coverage = (0.5 - distance).clamp(0, 1)  # anti-aliased over one pixel
 
-    colour, background = (torch.tensor(rgb).view(3, 1, 1, 1) for rgb in (COLOURS[scene.colour], BACKGROUNDS[scene.background]))
+    colours = (COLOURS[scene.colour], BACKGROUNDS[scene.background])
+    colour, background = (torch.tensor(rgb).view(3, 1, 1, 1) for rgb in colours)
     return (background + (colour - background) * coverage) * 2 - 1
 
 

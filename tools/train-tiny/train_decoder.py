@@ -11,7 +11,7 @@ import torch
 
 import tiny_data
 import vae as tiny_vae
-from train_vae import BATCHES, random_clips
+from train_vae import BATCHES, REPORT_EVERY, random_clips
 from training import Trainer
 
 
@@ -28,7 +28,7 @@ def main():
     parser.add_argument("vae")
     parser.add_argument("out")
     parser.add_argument("--minutes", type=float, default=20)
-    parser.add_argument("--rate", type=float, default=8e-4)
+    parser.add_argument("--rate", type=float, default=5e-4)
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
@@ -39,7 +39,7 @@ def main():
         vae = tiny_vae.add_full_resolution_layers(vae)
     vae.encoder.requires_grad_(False)
     trainer = Trainer(vae.decoder.parameters(), arguments.rate, arguments.minutes, ema=0.99)
-    trainer.run(lambda step: step_loss(vae, random_clips(*BATCHES[step % len(BATCHES)], rng)))
+    trainer.run(lambda step: step_loss(vae, random_clips(*BATCHES[step % len(BATCHES)], rng)), REPORT_EVERY)
     vae.save_pretrained(arguments.out)
 
     clips = random_clips(16, 13, 64, 64, random.Random(1))

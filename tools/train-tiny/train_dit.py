@@ -1,6 +1,6 @@
 """Trains the text encoder and the transformer together by flow matching, with newly worded captions at every step.
 
-    python train_dit.py LATENTS.safetensors TOKENIZER OUT --minutes 35
+python train_dit.py LATENTS.safetensors TOKENIZER OUT --minutes 35
 """
 
 import argparse

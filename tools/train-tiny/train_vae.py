@@ -1,6 +1,6 @@
 """Trains the VAE without its full-resolution blocks, which cost most of the time and bring nothing early on.
 
-    python train_vae.py OUT --minutes 12
+python train_vae.py OUT --minutes 12
 """
 
 import argparse
@@ -14,6 +14,7 @@ from training import Trainer
 
 # (clips, frames, height, width): short clips teach appearance, long ones time, wide ones other statistics in the norms.
 BATCHES = [(4, 7, 64, 64), (4, 7, 64, 64), (2, 13, 64, 64), (1, 25, 64, 64), (1, 13, 64, 96), (1, 13, 96, 64)]
+REPORT_EVERY = 4 * len(BATCHES)  # whole rounds, so that the means compare
 
 
 def random_clips(count, frames, height, width, rng):
@@ -43,7 +44,7 @@ def main():
 
     vae = tiny_vae.build(full_resolution_layers=0)
     trainer = Trainer(vae.parameters(), arguments.rate, arguments.minutes, ema=0.99)
-    trainer.run(lambda step: step_loss(vae, random_clips(*BATCHES[step % len(BATCHES)], rng)))
+    trainer.run(lambda step: step_loss(vae, random_clips(*BATCHES[step % len(BATCHES)], rng)), REPORT_EVERY)
     vae.save_pretrained(arguments.out)
 
     clips = random_clips(16, 13, 64, 64, random.Random(1))

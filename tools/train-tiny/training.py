@@ -18,8 +18,8 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(self.parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
         self.rate, self.seconds, self.ema, self.clip = rate, minutes * 60, ema, clip
 
-    def run(self, loss_of_step, report_every=20):
-        """`loss_of_step(step)` returns the loss and a dict of figures to print as means. Leaves the averaged weights in
+    def run(self, loss_of_step, report_every):
+        """`loss_of_step(step)` returns the loss and a dict of figures; the means of `report_every` steps are printed. Leaves the averaged weights in
         place."""
         start, step, sums, reports = time.monotonic(), 0, {}, []
         while (progress := (time.monotonic() - start) / self.seconds) < 1 or step == 0:
@@ -44,7 +44,7 @@ class Trainer:
         with torch.no_grad():
             for parameter, average in zip(self.parameters, self.average):
                 parameter.copy_(average)
-        if sums and (not reports or len(sums["loss"]) >= report_every // 2):
+        if not reports:
             reports.append(self._report(step, time.monotonic() - start, sums))
         print(f"loss {reports[0]['loss']:.4f} -> {reports[-1]['loss']:.4f} in {step} steps", flush=True)
 
@@ -56,5 +56,8 @@ class Trainer:
     @staticmethod
     def _report(step, seconds, sums):
         means = {name: sum(values) / len(values) for name, values in sums.items() if values}
-        print(f"step {step:5d} {seconds:6.0f} s  " + "  ".join(f"{name} {mean:.4f}" for name, mean in means.items()), flush=True)
+        print(
+            f"step {step:5d} {seconds:6.0f} s  " + "  ".join(f"{name} {mean:.4f}" for name, mean in means.items()),
+            flush=True,
+        )
         return means

@@ -97,9 +97,62 @@ impl Tokenizer {
                 (encoding.map_err(|error| json(error.to_string()))?.get_ids().to_vec(), *eos)
             }
         };
-        let truncated = (ids.len() >= MAX_IDS).then_some(ids.len());
+        let truncated = (ids.len() > MAX_IDS - 1).then_some(ids.len());
         ids.truncate(MAX_IDS - 1);
         ids.push(eos);
         Ok(Encoding { ids, truncated })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::weights::file::TensorFile;
+
+    fn folder(name: &str) -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(name)
+    }
+
+    #[test]
+    fn the_bundled_tokenizer_gives_the_ids_of_the_reference() {
+        let tokenizer = Tokenizer::open(&folder("assets/mochi-tiny/tokenizer")).unwrap();
+        let golden = TensorFile::open(&folder("tests/goldens/mochi-tiny/goldens.safetensors")).unwrap();
+        let tensor = |name: &str| golden.bytes(&golden.tensors()[name]);
+        // i64 [2, 256] and u8 [2, 256]; prompts as in goldens.json.
+        let ids = tensor("t5.ids").as_chunks::<8>().0.iter().map(|&id| i64::from_le_bytes(id) as u32);
+        let ids: Vec<u32> = ids.collect();
+        let mask = tensor("t5.mask");
+        let prompts =
+            ["a red ball moving left on a black background", "A blue triangle, rising: over a navy background!"];
+        for (row, prompt) in prompts.into_iter().enumerate() {
+            let valid = mask[row * 256..][..256].iter().filter(|&&valid| valid == 1).count();
+            let encoding = tokenizer.encode(prompt).unwrap();
+            assert_eq!(encoding, Encoding { ids: ids[row * 256..][..valid].to_vec(), truncated: None });
+        }
+        assert_eq!(tokenizer.encode("").unwrap().ids, [1]);
+    }
+
+    #[test]
+    fn a_text_of_255_tokens_is_whole_and_a_longer_one_is_cut_to_255_and_the_end() {
+        for dir in ["assets/mochi-tiny/tokenizer", "tests/goldens/tokenizer"] {
+            let tokenizer = Tokenizer::open(&folder(dir)).unwrap();
+            let one = tokenizer.encode("a").unwrap().ids.len() - 1;
+            let text = |tokens: usize| vec!["a"; tokens / one].join(" ");
+            let whole = tokenizer.encode(&text(255)).unwrap();
+            assert_eq!((whole.ids.len(), whole.truncated), (256, None), "{dir}");
+            let cut = tokenizer.encode(&text(300)).unwrap();
+            assert_eq!((cut.ids.len(), cut.truncated, cut.ids.last()), (256, Some(300), Some(&1)), "{dir}");
+            assert_eq!(cut.ids, whole.ids);
+        }
+    }
+
+    #[test]
+    fn spiece_model_goes_before_its_conversion() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(matches!(Tokenizer::open(dir.path()), Err(TokenizerError::Absent { .. })));
+        std::fs::write(dir.path().join(JSON), "{").unwrap();
+        assert!(matches!(Tokenizer::open(dir.path()), Err(TokenizerError::Json { .. })));
+        std::fs::copy(folder("tests/goldens/tokenizer").join(SPIECE), dir.path().join(SPIECE)).unwrap();
+        assert!(Tokenizer::open(dir.path()).unwrap().path().ends_with(SPIECE));
     }
 }

@@ -1,5 +1,7 @@
 //! Scheduler → node.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 
 use crate::id::{AttemptKey, DeviceIndex};
@@ -18,7 +20,13 @@ pub enum ToNode {
     Abort { key: AttemptKey, reason: String },
     /// The report with this number is committed; drop it from the outbox.
     Acknowledged { report: u64 },
+    /// Answer to every `Heartbeat`. ractor_cluster never notices a dead link, so a node that has not seen this for
+    /// [`SCHEDULER_SILENCE`] drops the session and dials again.
+    HeartbeatSeen,
 }
+
+/// How long a node keeps a session on which no heartbeat is answered.
+pub const SCHEDULER_SILENCE: Duration = Duration::from_secs(10);
 
 /// A lease and what to do with it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -1,4 +1,5 @@
 //! The subcommands of `farm-node`, one file each.
 
 pub mod bench;
+pub mod join;
 pub mod render;

@@ -10,8 +10,9 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use super::checkpoint::{CheckpointError, NameList};
+use super::checkpoint::CheckpointError;
 use super::file::TensorFile;
+use super::report::NameList;
 
 /// The published text encoder's index is 20 KB.
 const MAX_JSON_BYTES: u64 = 16 << 20;

@@ -5,8 +5,11 @@ pub mod checkpoint;
 pub mod file;
 mod folder;
 mod names;
+pub mod report;
 mod sizes;
 pub mod spiece;
+#[cfg(test)]
+mod tests;
 
 use crate::engine::{Engine, RawTensor};
 use crate::model::ModelError;

@@ -1,0 +1,43 @@
+# `make demo` and `make test` are all that a newcomer needs; both install what is missing.
+# A rustup installed a moment ago is not on the PATH yet.
+export PATH := $(PATH):$(or $(CARGO_HOME),$(HOME)/.cargo)/bin
+BIN := $(or $(CARGO_TARGET_DIR),target)/release
+
+.PHONY: setup build demo test lint alone bench clean
+
+setup:
+	@tools/setup.sh
+
+build: setup
+	cargo build --release --locked
+
+# Renders config/demo/prompts.jsonl on a farm on this machine; clips and out/contact-sheet.png.
+demo: build
+	@tools/demo.sh
+
+# All that CI runs. The programs are built first: tests over real processes start them.
+test: setup lint alone
+	cargo build --workspace --locked
+	if command -v cargo-nextest >/dev/null; then cargo nextest run --workspace --locked; \
+	else cargo test --workspace --locked; fi
+
+lint:
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --locked -- -D warnings
+
+# A workspace build unites the features of all crates; each has to build without the others' help.
+alone:
+	cargo check --locked -p farm-core
+	cargo check --locked -p farm-core --features cluster
+	cargo check --locked -p farm-core --features store
+	cargo check --locked -p farmctl
+	cargo check --locked -p farm-scheduler
+	cargo check --locked -p farm-node --no-default-features
+
+# Where the time of one clip goes. Ends with one line of figures, and PASS or FAIL.
+bench: build
+	$(BIN)/farm-node bench --model assets/mochi-tiny
+
+clean:
+	cargo clean
+	rm -rf out

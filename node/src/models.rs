@@ -1,0 +1,54 @@
+//! The checkpoints that a node offers, one copy of each in memory for all its devices.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, ensure};
+use farm_core::engine::cpu::CpuEngine;
+use farm_core::model::pipeline::Pipeline;
+use farm_core::model::weights::checkpoint::Checkpoint;
+use farm_core::wire::to_scheduler::ModelInfo;
+
+pub struct ModelShelf {
+    models: BTreeMap<String, Shelved>,
+}
+
+struct Shelved {
+    pipeline: Pipeline<CpuEngine>,
+    info: ModelInfo,
+}
+
+impl ModelShelf {
+    /// Opens, hashes and loads every checkpoint (name and folder), which reads all its bytes. `threads` load.
+    pub fn open(models: impl IntoIterator<Item = (String, PathBuf)>, threads: usize) -> anyhow::Result<Self> {
+        let engine = CpuEngine::new(threads)?;
+        let mut shelf = BTreeMap::new();
+        for (name, dir) in models {
+            ensure!(!shelf.contains_key(&name), "--model names {name} twice");
+            let shelved = shelve(&engine, &name, &dir).with_context(|| format!("cannot offer model {name}"))?;
+            shelf.insert(name, shelved);
+        }
+        Ok(Self { models: shelf })
+    }
+
+    /// What the scheduler is told, by name.
+    pub fn infos(&self) -> Vec<ModelInfo> {
+        self.models.values().map(|shelved| shelved.info.clone()).collect()
+    }
+
+    pub fn pipeline(&self, name: &str) -> Option<&Pipeline<CpuEngine>> {
+        self.models.get(name).map(|shelved| &shelved.pipeline)
+    }
+}
+
+fn shelve(engine: &CpuEngine, name: &str, dir: &Path) -> anyhow::Result<Shelved> {
+    let checkpoint = Checkpoint::open(dir)?;
+    for note in checkpoint.notes() {
+        tracing::info!(model = name, "{note}");
+    }
+    let hash = checkpoint.content_hash()?.to_owned();
+    let defaults_json = serde_json::to_string(checkpoint.generation_defaults())?;
+    let pipeline = Pipeline::load(engine, &checkpoint)?;
+    tracing::info!(model = name, %hash, dir = %dir.display(), "model loaded");
+    Ok(Shelved { info: ModelInfo { name: name.to_owned(), hash, defaults_json }, pipeline })
+}

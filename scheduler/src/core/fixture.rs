@@ -1,0 +1,400 @@
+//! A farm on a model of the queue store, for tests: applies what the core asks for, refuses what a database would
+//! refuse, and checks the whole picture after every event.
+
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::time::Duration;
+
+use farm_core::api::{JobResult, StageSeconds};
+use farm_core::id::{AttemptKey, AttemptNo, BootId, DeviceIndex, Epoch, JobId, NodeId};
+use farm_core::job::spec::{GenerationDefaults, RenderRequest, RenderSpec};
+use farm_core::job::state::{FailureKind, JobState, Progress, Stage};
+use farm_core::store::key;
+use farm_core::wire::Envelope;
+use farm_core::wire::to_node::{StartAttempt, ToNode};
+use farm_core::wire::to_scheduler::{
+    AttemptOutcome, AttemptReport, DeviceInfo, ModelInfo, Registration, RunningAttempt, ToScheduler,
+};
+use uuid::Uuid;
+
+use super::effects::{Change, Effects, Outcome, Send};
+use super::events::{Event, LiveAttempt, LiveJob, LoadedRequest, Time};
+use super::farm::{Farm, Limits, Phase, Slot};
+
+pub const STORE: &str = "file:///results";
+
+/// A job's row.
+#[derive(Clone, Debug)]
+pub struct Row {
+    pub state: JobState,
+    pub live: LiveJob,
+    pub request: RenderRequest,
+    pub reason: Option<String>,
+    pub outcomes: Vec<&'static str>,
+    pub times_done: u32,
+}
+
+pub struct World {
+    pub farm: Farm,
+    pub limits: Limits,
+    pub now: Time,
+    pub rows: BTreeMap<JobId, Row>,
+    /// Messages of the newest event.
+    pub sent: Vec<Send>,
+    /// Changes of the newest event.
+    pub changes: Vec<Change>,
+    pub notes: Vec<String>,
+    seq: u64,
+}
+
+pub fn boot(n: u128) -> BootId {
+    BootId(Uuid::from_u128(n))
+}
+
+pub fn node(name: &str) -> NodeId {
+    NodeId(name.to_owned())
+}
+
+pub fn job_id(n: u64) -> JobId {
+    JobId(Uuid::from_u128(n.into()))
+}
+
+pub fn model(name: &str) -> ModelInfo {
+    let defaults_json = serde_json::to_string(&GenerationDefaults::default()).unwrap();
+    ModelInfo { name: name.to_owned(), hash: format!("hash-of-{name}"), defaults_json }
+}
+
+pub fn registration(devices: usize, models: &[&str]) -> Registration {
+    Registration {
+        version: "test".to_owned(),
+        devices: (0..devices).map(|_| DeviceInfo { name: "cpu".to_owned() }).collect(),
+        models: models.iter().map(|name| model(name)).collect(),
+        store: STORE.to_owned(),
+        running: Vec::new(),
+    }
+}
+
+pub fn listed(key: AttemptKey) -> RunningAttempt {
+    RunningAttempt { key, progress: Progress { stage: Stage::Denoise, done: 1, total: 2, eta_seconds: None } }
+}
+
+pub fn completed(key: AttemptKey) -> AttemptOutcome {
+    let request: RenderRequest = serde_json::from_str(r#"{"prompt":"a"}"#).unwrap();
+    let result = JobResult {
+        job: key.job,
+        attempt: key.attempt,
+        epoch: key.epoch,
+        node: node("a"),
+        clip: key::clip(key.job, key.attempt),
+        clip_bytes: 3,
+        clip_sha256: "0".repeat(64),
+        spec: RenderSpec::resolve(&request, &GenerationDefaults::default(), 1).unwrap(),
+        model: "m".to_owned(),
+        model_hash: "hash-of-m".to_owned(),
+        program_version: "test".to_owned(),
+        seconds: StageSeconds::default(),
+        finished: jiff::Timestamp::UNIX_EPOCH,
+        warnings: Vec::new(),
+    };
+    let result_json = serde_json::to_string(&result).unwrap();
+    AttemptOutcome::Completed { accepted: key.attempt, result_json, warnings: Vec::new() }
+}
+
+pub fn failed(kind: FailureKind) -> AttemptOutcome {
+    AttemptOutcome::Failed { kind, message: "out of luck".to_owned() }
+}
+
+impl World {
+    pub fn new() -> Self {
+        let limits = Limits::default();
+        let farm = Farm::restore(limits.clone(), Epoch(1), STORE.to_owned(), [], Time::default());
+        Self {
+            farm,
+            limits,
+            now: Time::default(),
+            rows: BTreeMap::new(),
+            sent: Vec::new(),
+            changes: Vec::new(),
+            notes: Vec::new(),
+            seq: 0,
+        }
+    }
+
+    /// Kill -9 and start again from what is committed.
+    pub fn restart(&mut self) {
+        let live = self.rows.values().filter(|row| !row.state.is_terminal()).map(|row| row.live.clone());
+        let mut live: Vec<LiveJob> = live.collect();
+        live.sort_by_key(|job| job.seq);
+        let epoch = Epoch(self.farm.epoch().0 + 1);
+        // A new process counts from zero; going on is as good.
+        self.farm = Farm::restore(self.limits.clone(), epoch, STORE.to_owned(), live, self.now);
+        self.check();
+    }
+
+    /// One event to its end: changes are committed, requests loaded.
+    pub fn event(&mut self, event: Event) {
+        self.sent.clear();
+        self.changes.clear();
+        let mut effects = self.farm.step(event, self.now);
+        loop {
+            let Effects { changes, sends, load, notes } = effects;
+            for change in &changes {
+                self.commit(change);
+            }
+            self.changes.extend(changes);
+            self.sent.extend(sends);
+            self.notes.extend(notes);
+            if load.is_empty() {
+                break;
+            }
+            let loaded =
+                load.iter().map(|job| LoadedRequest { job: *job, request: self.rows[job].request.clone(), seed: 1 });
+            effects = self.farm.step(Event::Loaded(loaded.collect()), self.now);
+        }
+        self.check();
+    }
+
+    pub fn submit(&mut self, n: u64, priority: i32, model: Option<&str>) -> JobId {
+        self.submit_request(n, priority, model, r#"{"prompt":"a"}"#)
+    }
+
+    pub fn submit_request(&mut self, n: u64, priority: i32, model: Option<&str>, request: &str) -> JobId {
+        let job = job_id(n);
+        let live = LiveJob {
+            job,
+            seq: n,
+            priority,
+            model: model.map(str::to_owned),
+            attempt: AttemptNo(0),
+            failures: 0,
+            losses: 0,
+            running: None,
+        };
+        let row = Row {
+            state: JobState::Queued,
+            live: live.clone(),
+            request: serde_json::from_str(request).unwrap(),
+            reason: None,
+            outcomes: Vec::new(),
+            times_done: 0,
+        };
+        assert!(self.rows.insert(job, row).is_none());
+        self.event(Event::Submitted(vec![live]));
+        job
+    }
+
+    pub fn message(&mut self, id: &str, boot: BootId, body: ToScheduler) {
+        self.seq += 1;
+        let envelope = Envelope { epoch: self.farm.epoch(), node: node(id), boot, seq: self.seq, body };
+        self.event(Event::FromNode(Box::new(envelope)));
+    }
+
+    pub fn register(&mut self, id: &str, boot: BootId, registration: Registration) {
+        self.message(id, boot, ToScheduler::Register(registration));
+    }
+
+    pub fn heartbeat(&mut self, id: &str, boot: BootId, keys: &[AttemptKey]) {
+        let running = keys.iter().copied().map(listed).collect();
+        self.message(id, boot, ToScheduler::Heartbeat { running });
+    }
+
+    pub fn report(&mut self, id: &str, boot: BootId, key: AttemptKey, outcome: AttemptOutcome) {
+        self.message(id, boot, ToScheduler::Report { number: 7, report: AttemptReport { key, outcome } });
+    }
+
+    pub fn pass(&mut self, span: Duration) {
+        // In steps, as ticks come: a single jump would be taken for a pause of the scheduler.
+        let step = Duration::from_millis(500);
+        let end = self.now + span;
+        while self.now < end {
+            self.now = (self.now + step).min(end);
+            self.event(Event::Tick);
+        }
+    }
+
+    /// Time passes while these nodes go on reporting.
+    pub fn pass_with(&mut self, span: Duration, beats: &[(&str, BootId, &[AttemptKey])]) {
+        let end = self.now + span;
+        while self.now < end {
+            self.pass(Duration::from_millis(500));
+            for (id, boot, keys) in beats {
+                self.heartbeat(id, *boot, keys);
+            }
+        }
+    }
+
+    pub fn state(&self, job: JobId) -> JobState {
+        self.rows[&job].state
+    }
+
+    pub fn reason(&self, job: JobId) -> String {
+        self.farm.wait_reason(job).map(|reason| reason.to_string()).unwrap_or_default()
+    }
+
+    /// Commands to start in the newest event.
+    pub fn starts(&self) -> Vec<(NodeId, StartAttempt)> {
+        let start = |send: &Send| match &send.message {
+            ToNode::Start(start) => Some((send.node.clone(), (**start).clone())),
+            _ => None,
+        };
+        self.sent.iter().filter_map(start).collect()
+    }
+
+    /// The one command to start in the newest event.
+    pub fn start(&self) -> StartAttempt {
+        let starts = self.starts();
+        assert_eq!(starts.len(), 1, "{:?}", self.sent);
+        starts[0].1.clone()
+    }
+
+    pub fn aborts(&self) -> Vec<AttemptKey> {
+        let abort = |send: &Send| match &send.message {
+            ToNode::Abort { key, .. } => Some(*key),
+            _ => None,
+        };
+        self.sent.iter().filter_map(abort).collect()
+    }
+
+    pub fn refusal(&self) -> String {
+        match &self.sent[0].message {
+            ToNode::Refused { reason } => reason.clone(),
+            other => panic!("not refused: {other:?}"),
+        }
+    }
+
+    pub fn retry(&mut self, job: JobId) {
+        let row = self.rows[&job].live.clone();
+        self.event(Event::Retry(row));
+    }
+
+    /// What the database does, with its refusals.
+    fn commit(&mut self, change: &Change) {
+        match change {
+            Change::Started { start, node, boot } => {
+                let row = self.row(start.key.job, &[JobState::Queued]);
+                assert_eq!(start.key.attempt.0, row.live.attempt.0 + 1, "attempts count up");
+                row.live.attempt = start.key.attempt;
+                row.live.model = Some(start.model.clone());
+                row.live.running = Some(LiveAttempt {
+                    key: start.key,
+                    node: node.clone(),
+                    boot: *boot,
+                    devices: start.devices.clone(),
+                });
+                row.outcomes.push("running");
+                row.state = JobState::Running;
+            }
+            Change::AttemptEnded { key, outcome, .. } => {
+                let row = self.row(key.job, &[JobState::Running]);
+                let running = row.live.running.take().expect("an attempt runs");
+                assert_eq!(running.key, *key);
+                *row.outcomes.last_mut().unwrap() = outcome.as_str();
+                if *outcome == Outcome::Completed {
+                    assert_eq!(row.times_done, 0);
+                }
+            }
+            Change::Done { job, .. } => {
+                let row = self.row(*job, &[JobState::Running]);
+                row.state = JobState::Done;
+                row.times_done += 1;
+                assert_eq!(row.times_done, 1, "done at most once");
+            }
+            Change::Requeued { job, failures, losses } => {
+                let row = self.row(*job, &[JobState::Running]);
+                (row.live.failures, row.live.losses) = (*failures, *losses);
+                row.state = JobState::Queued;
+            }
+            Change::Failed { job, reason } => {
+                let row = self.row(*job, &[JobState::Queued, JobState::Running]);
+                row.reason = Some(reason.clone());
+                row.state = JobState::Failed;
+            }
+            Change::Cancelled { job } => {
+                self.row(*job, &[JobState::Queued, JobState::Running]).state = JobState::Cancelled;
+            }
+            Change::Retried { job } => {
+                let row = self.row(*job, &[JobState::Failed, JobState::Cancelled]);
+                (row.live.failures, row.live.losses, row.reason) = (0, 0, None);
+                row.state = JobState::Queued;
+            }
+            Change::Log { job, .. } => assert!(self.rows.contains_key(job)),
+        }
+    }
+
+    fn row(&mut self, job: JobId, expected: &[JobState]) -> &mut Row {
+        let row = self.rows.get_mut(&job).expect("the job exists");
+        assert!(expected.contains(&row.state), "job {job} is {:?}, not one of {expected:?}", row.state);
+        row
+    }
+
+    /// What must hold after every event.
+    pub fn check(&self) {
+        self.farm.check();
+        let mut taken = HashSet::new();
+        for (id, row) in &self.rows {
+            let attempt = row.live.running.as_ref();
+            assert_eq!(attempt.is_some(), row.state == JobState::Running, "job {id}");
+            for device in attempt.iter().flat_map(|attempt| &attempt.devices) {
+                let attempt = attempt.unwrap();
+                assert!(taken.insert((attempt.node.clone(), attempt.boot, *device)), "a device has one lease");
+            }
+            match self.farm.jobs.get(id).map(|job| &job.phase) {
+                None => assert!(row.state.is_terminal(), "job {id} is forgotten"),
+                Some(Phase::Running(lease)) => assert_eq!(Some(lease.key), attempt.map(|attempt| attempt.key)),
+                Some(Phase::Waiting | Phase::Delayed { .. }) => {
+                    assert_eq!(row.state, JobState::Queued);
+                    assert!(!self.reason(*id).is_empty(), "every queued job has a reason");
+                }
+            }
+        }
+        assert!(self.farm.jobs.keys().all(|job| self.rows.contains_key(job)));
+    }
+}
+
+impl Farm {
+    /// The structures agree with each other, and no device idles beside a job that could use it.
+    fn check(&self) {
+        let mut queued = BTreeSet::new();
+        for (model, queue) in &self.queues {
+            assert!(!queue.is_empty());
+            for &(priority, seq, id) in queue {
+                let job = &self.jobs[&id];
+                assert!(matches!(job.phase, Phase::Waiting));
+                assert_eq!((&job.model, job.priority, job.seq), (model, priority.0, seq));
+                assert!(queued.insert(id), "queued once");
+            }
+        }
+        for &(until, id) in &self.delayed {
+            assert!(matches!(self.jobs[&id].phase, Phase::Delayed { until: u, .. } if u == until));
+            assert!(queued.insert(id));
+        }
+        for (id, job) in &self.jobs {
+            let Phase::Running(lease) = &job.phase else {
+                assert!(queued.contains(id));
+                continue;
+            };
+            assert_eq!(lease.key.attempt, job.attempt);
+            assert!(!lease.devices.is_empty());
+            match self.nodes.get(&lease.node).filter(|_| !self.orphans.contains(id)) {
+                None => assert!(self.orphans.contains(id), "a lease has a node or waits for it"),
+                Some(node) => {
+                    assert_eq!(node.boot, lease.boot);
+                    for (i, device) in node.devices.iter().enumerate() {
+                        let leased = lease.devices.contains(&DeviceIndex(i as u32));
+                        assert_eq!(device.slot == Slot::Leased(*id), leased, "all or none");
+                    }
+                }
+            }
+        }
+        for (id, node) in &self.nodes {
+            assert_eq!(self.boots.get(&node.boot), Some(id));
+            for device in &node.devices {
+                if let Slot::Leased(job) = device.slot {
+                    assert!(matches!(&self.jobs[&job].phase, Phase::Running(lease) if lease.node == *id));
+                }
+            }
+        }
+        assert_eq!(self.boots.len(), self.nodes.len());
+        assert!(self.loaded.is_empty());
+        assert!(self.is_settled(), "no device idles beside a job that could use it");
+    }
+}

@@ -1,0 +1,161 @@
+//! Who may join, and what becomes of attempts that outlived a session or a scheduler.
+
+use std::collections::{BTreeMap, HashSet};
+use std::sync::Arc;
+
+use farm_core::id::{BootId, NodeId};
+use farm_core::wire::to_node::ToNode;
+use farm_core::wire::to_scheduler::Registration;
+
+use super::effects::Effects;
+use super::farm::{Confirmation, Device, Farm, Node, NodeModel, Phase, Slot};
+
+const MAX_NAME: usize = 128;
+const MAX_DEVICES: usize = 256;
+const MAX_MODELS: usize = 256;
+
+impl Farm {
+    pub(super) fn on_register(&mut self, id: NodeId, boot: BootId, registration: Registration, fx: &mut Effects) {
+        let models = match self.admit(&id, boot, &registration) {
+            Ok(models) => models,
+            Err(reason) => {
+                fx.note(format!("node {} is refused: {reason}", id.0.escape_debug()));
+                return fx.send(&id, boot, ToNode::Refused { reason });
+            }
+        };
+        if let Some(known) = self.nodes.get(&id) {
+            if known.boot != boot {
+                self.lose_node(&id, "restarted", fx);
+            } else if known.devices.len() != registration.devices.len() {
+                self.lose_node(&id, "came back with other devices", fx);
+            }
+        }
+        let devices = match self.nodes.get(&id) {
+            Some(known) => known.devices.clone(),
+            None => registration.devices.iter().map(Device::new).collect(),
+        };
+        let heartbeat = self.nodes.get(&id).map_or(0, |known| known.heartbeat);
+        let (devices_count, names) = (devices.len(), models.keys().map(|m| m.to_string()).collect::<Vec<_>>());
+        let node = Node {
+            boot,
+            version: registration.version,
+            devices,
+            models,
+            last_seen: self.now,
+            session_closed: None,
+            heartbeat,
+        };
+        self.nodes.insert(id.clone(), node);
+        self.boots.insert(boot, id.clone());
+        fx.note(format!("node {id} joined: {devices_count} devices, models {}", names.join(", ")));
+        fx.send(&id, boot, ToNode::Welcome { heartbeat_ms: self.limits.heartbeat.as_millis() as u64 });
+        self.adopt_orphans(&id, boot, fx);
+        self.on_running(&id, registration.running, fx);
+        self.replan = true;
+    }
+
+    /// Attempts of the time before this scheduler started: those of this very process go on, those of an earlier
+    /// process of the node died with it.
+    fn adopt_orphans(&mut self, id: &NodeId, boot: BootId, fx: &mut Effects) {
+        let Some(devices) = self.nodes.get(id).map(|node| node.devices.len()) else { return };
+        let of_node: Vec<_> = self
+            .orphans
+            .iter()
+            .filter_map(|job| match &self.jobs.get(job)?.phase {
+                Phase::Running(lease) if lease.node == *id => {
+                    Some((*job, lease.key, lease.boot, lease.devices.clone()))
+                }
+                _ => None,
+            })
+            .collect();
+        for (job, key, lease_boot, lease_devices) in of_node {
+            self.orphans.remove(&job);
+            if lease_boot != boot {
+                self.lose_lease(job, "restarted", fx);
+                continue;
+            }
+            let Some(node) = self.nodes.get_mut(id) else { return };
+            let fits = lease_devices
+                .iter()
+                .all(|device| (device.0 as usize) < devices && node.devices[device.0 as usize].slot == Slot::Free);
+            if !fits {
+                self.lose_lease(job, "came back with other devices", fx);
+                continue;
+            }
+            for device in &lease_devices {
+                node.devices[device.0 as usize].slot = Slot::Leased(job);
+            }
+            if let Some(lease) = self.lease_mut(&key) {
+                lease.confirmation = Confirmation::Listed;
+            }
+        }
+    }
+
+    /// The registered models, or why the node may not join.
+    fn admit(
+        &self,
+        id: &NodeId,
+        boot: BootId,
+        registration: &Registration,
+    ) -> Result<BTreeMap<Arc<str>, NodeModel>, String> {
+        check_name("node name", &id.0)?;
+        if registration.store != self.store {
+            return Err(format!(
+                "the node puts results into {} but the farm's store is {}; start both with the same --store",
+                registration.store, self.store
+            ));
+        }
+        let devices = registration.devices.len();
+        if !(1..=MAX_DEVICES).contains(&devices) {
+            return Err(format!("{devices} devices; a node has 1..={MAX_DEVICES}"));
+        }
+        if let Some(other) = self.boots.get(&boot).filter(|other| *other != id) {
+            return Err(format!("this process joined as {other} before; it cannot be {id} as well"));
+        }
+        if let Some(known) = self.nodes.get(id)
+            && known.boot != boot
+            && self.is_alive(known)
+        {
+            return Err(format!("node {id} is already joined by another process that is alive; choose another --name"));
+        }
+        self.admit_models(id, registration)
+    }
+
+    fn admit_models(&self, id: &NodeId, registration: &Registration) -> Result<BTreeMap<Arc<str>, NodeModel>, String> {
+        let count = registration.models.len();
+        if count > MAX_MODELS {
+            return Err(format!("{count} models; a node has at most {MAX_MODELS}"));
+        }
+        let mut names = HashSet::new();
+        let mut models = BTreeMap::new();
+        for model in &registration.models {
+            check_name("model name", &model.name)?;
+            if !names.insert(&model.name) {
+                return Err(format!("model {} is registered twice", model.name));
+            }
+            let others = self.nodes.iter().filter(|(other, _)| *other != id);
+            for (other, node) in others {
+                if let Some(known) = node.models.get(model.name.as_str())
+                    && known.hash != model.hash
+                {
+                    return Err(format!(
+                        "model {} has hash {:.12} here but {:.12} on node {other}; give one of them another name",
+                        model.name, model.hash, known.hash
+                    ));
+                }
+            }
+            let defaults = serde_json::from_str(&model.defaults_json)
+                .map_err(|error| format!("generation defaults of model {} do not parse: {error}", model.name))?;
+            models.insert(Arc::from(model.name.as_str()), NodeModel { hash: model.hash.clone(), defaults });
+        }
+        Ok(models)
+    }
+}
+
+/// Names appear in logs, tables and messages.
+fn check_name(what: &str, name: &str) -> Result<(), String> {
+    if name.is_empty() || name.len() > MAX_NAME || name.chars().any(char::is_control) {
+        return Err(format!("{what} {:.40?} is not 1..={MAX_NAME} bytes without control characters", name));
+    }
+    Ok(())
+}

@@ -1,0 +1,18 @@
+//! The farm's scheduler: a durable queue, a pure planning core and the public HTTP API.
+//!
+//! | module | subject |
+//! |---|---|
+//! | [`core`] | what the farm decides: `(state, event, now) → effects` |
+//! | [`queue`] | the truth on disk |
+//! | [`actor`] | takes events in order, lets the core decide, commits, then speaks |
+//! | [`api`] | what `farmctl` and people talk to |
+//! | [`link`] | the way to the nodes |
+//! | [`listen`], [`run`] | the one port; start and stop |
+
+pub mod actor;
+pub mod api;
+pub mod core;
+pub mod link;
+pub mod listen;
+pub mod queue;
+pub mod run;

@@ -1,0 +1,6 @@
+//! The scheduler from outside: over HTTP on a real port, and as a process that is killed and started again.
+
+mod api;
+mod process;
+mod submit;
+mod support;
