@@ -32,7 +32,7 @@ fn memory_does_not_grow_with_the_number_of_frames() {
 
     // The sum over bytes is used, so that no decode can be left out.
     let decode = |latent_frames: usize| {
-        let shape = [12, latent_frames, 12, 16];
+        let shape = [12, latent_frames, 8, 16];
         let noise = normals(1, 0..shape.iter().product::<usize>() as u64);
         let latent = decoder.denormalize(&engine, &DitLatent(engine.upload(&noise, &shape).unwrap())).unwrap();
         reset_peak();

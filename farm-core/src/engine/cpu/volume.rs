@@ -33,7 +33,16 @@ pub fn group_norm_silu(pool: &Pool, x: &Tensor, weight: &Tensor, bias: &Tensor, 
     let block_len = NORM_BLOCK_PIXELS * channels;
     let blocks_per_frame = frame_len.div_ceil(block_len);
     let blocks = x.par_chunks(frame_len).flat_map(|frame| frame.par_chunks(block_len));
-    let sums: Vec<_> = pool.install(|| blocks.map(|block| wide(|| channel_sums(block, channels))).collect());
+    let sums: Vec<_> = pool.install(|| {
+        blocks
+            .map(|block| {
+                wide(
+                    #[inline(always)]
+                    || channel_sums(block, channels),
+                )
+            })
+            .collect()
+    });
     let frames: Vec<Affine> =
         sums.chunks(blocks_per_frame).map(|blocks| Affine::of_frame(blocks, height * width, groups, weight)).collect();
 
@@ -42,7 +51,14 @@ pub fn group_norm_silu(pool: &Pool, x: &Tensor, weight: &Tensor, bias: &Tensor, 
         out.par_chunks_mut(frame_len).zip(x.par_chunks(frame_len)).zip(&frames).flat_map(|((out, x), affine)| {
             out.par_chunks_mut(block_len).zip(x.par_chunks(block_len)).map(move |(out, x)| (out, x, affine))
         });
-    pool.install(|| by_block.for_each(|(out, x, affine)| wide(|| affine.apply(x, bias, out))));
+    pool.install(|| {
+        by_block.for_each(|(out, x, affine)| {
+            wide(
+                #[inline(always)]
+                || affine.apply(x, bias, out),
+            )
+        })
+    });
     from_vec(OP, out, &shape)
 }
 
