@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use farm_core::api::{AttemptView, LogLine, LogPage};
 use farm_core::id::{AttemptKey, AttemptNo, Epoch, JobId, NodeId, SubmissionId};
 use farm_core::job::state::JobState;
+use futures::TryStreamExt;
 use sqlx::sqlite::SqliteRow;
 use sqlx::{QueryBuilder, Row, query};
 
@@ -29,8 +30,13 @@ impl SqliteQueue {
     pub(super) async fn read_live_jobs(&self) -> Result<Vec<LiveJob>, QueueError> {
         let mut select = QueryBuilder::new(LIVE);
         select.push(" WHERE j.state IN ('queued', 'running') ORDER BY j.seq");
-        let rows = select.build().fetch_all(&self.writer).await?;
-        rows.iter().map(|row| live_job(row).map(|(_, job)| job)).collect()
+        // Row by row: a row takes several times the memory of what is kept of it.
+        let mut rows = select.build().fetch(&self.writer);
+        let mut jobs = Vec::new();
+        while let Some(row) = rows.try_next().await? {
+            jobs.push(live_job(&row)?.1);
+        }
+        Ok(jobs)
     }
 
     pub(super) async fn read_live_job(&self, job: JobId) -> Result<Option<(JobState, LiveJob)>, QueueError> {
