@@ -121,12 +121,11 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let engine = CpuEngine::new(threads)?;
     let pipeline = Pipeline::load(&engine, &checkpoint)?;
 
+    if args.noise.is_none() {
+        eprintln!("seed {seed}");
+    }
     let stop = stop_on_signals()?;
     let mut watcher = Watcher { bar: progress_bar(), stop, output: Output::create(kind, unfinished.path(), &spec)? };
-    watcher.bar.println(match args.noise {
-        Some(_) => "noise from the file".to_owned(),
-        None => format!("seed {seed}"),
-    });
     let outcome = match kind {
         Kind::Latent => pipeline.denoise(&engine, &spec, noise.as_deref(), &mut watcher).and_then(|denoised| {
             let bytes = to_safetensors(LATENT_KEY, &denoised.values, spec.latent_shape())?;

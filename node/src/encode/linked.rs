@@ -22,6 +22,8 @@ pub fn check() -> io::Result<()> {
 
 fn find_encoder() -> io::Result<ffmpeg::Codec> {
     ffmpeg::init()?;
+    // Its errors come back to us; what it says of a clip that went well is not for our users.
+    ffmpeg::log::set_level(ffmpeg::log::Level::Error);
     encoder::find_by_name(ENCODER).ok_or_else(|| {
         io::Error::new(io::ErrorKind::Unsupported, format!("this machine's libavcodec has no {ENCODER}"))
     })
