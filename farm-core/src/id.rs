@@ -9,7 +9,7 @@ use uuid::Uuid;
 /// One prompt line in the queue. A UUIDv7: unique without a coordinator, sorted by submission time.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(transparent)]
-pub struct JobId(pub Uuid);
+pub struct JobId(#[serde(with = "as_shown")] pub Uuid);
 
 impl JobId {
     #[allow(clippy::new_without_default)] // each call gives another id
@@ -46,7 +46,7 @@ impl FromStr for JobId {
 /// One upload of a prompt file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
-pub struct SubmissionId(pub Uuid);
+pub struct SubmissionId(#[serde(with = "as_shown")] pub Uuid);
 
 impl fmt::Display for SubmissionId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -68,7 +68,7 @@ impl fmt::Display for NodeId {
 /// One start of a node process. A new boot id proves that everything the old process ran is dead.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
-pub struct BootId(pub Uuid);
+pub struct BootId(#[serde(with = "as_shown")] pub Uuid);
 
 impl fmt::Display for BootId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -122,5 +122,35 @@ pub struct DeviceIndex(pub u32);
 impl fmt::Display for DeviceIndex {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.0)
+    }
+}
+
+/// In text the ids look as they do on a terminal and in the store's keys: 32 digits, no hyphens. In bytes they are bytes.
+mod as_shown {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+    use uuid::Uuid;
+
+    pub fn serialize<S: Serializer>(uuid: &Uuid, serializer: S) -> Result<S::Ok, S::Error> {
+        if serializer.is_human_readable() { serializer.collect_str(&uuid.simple()) } else { uuid.serialize(serializer) }
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Uuid, D::Error> {
+        Uuid::deserialize(deserializer)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_id_looks_the_same_in_json_in_keys_and_on_the_terminal() {
+        let job = JobId::new();
+        let json = serde_json::to_string(&job).unwrap();
+        assert_eq!(json, format!("\"{job}\""));
+        assert_eq!(serde_json::from_str::<JobId>(&json).unwrap(), job);
+        let config = bincode::config::standard();
+        let bytes = bincode::serde::encode_to_vec(job, config).unwrap();
+        assert_eq!(bincode::serde::decode_from_slice::<JobId, _>(&bytes, config).unwrap().0, job);
     }
 }
