@@ -25,11 +25,8 @@ lint:
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --locked -- -D warnings
 
-# A workspace build unites the features of all crates; each has to build without the others' help.
+# A workspace build unites the features of all crates; each program has to build without the others' help.
 alone:
-	cargo check --locked -p farm-core
-	cargo check --locked -p farm-core --features cluster
-	cargo check --locked -p farm-core --features store
 	cargo check --locked -p farmctl
 	cargo check --locked -p farm-scheduler
 	cargo check --locked -p farm-node --no-default-features
