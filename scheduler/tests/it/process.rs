@@ -45,10 +45,10 @@ impl Process {
         Self { http: Http::new(address.parse().unwrap(), None), child }
     }
 
-    /// `signal` by the `kill` program, and the exit code, if it was not the signal that ended it.
-    fn signal(&mut self, signal: &str) -> Option<i32> {
-        let id = self.child.id().to_string();
-        assert!(Command::new("kill").args([signal, &id]).status().unwrap().success());
+    /// Sends a signal and gives the exit code, if it was not the signal that ended it.
+    fn signal(&mut self, signal: i32) -> Option<i32> {
+        // SAFETY: plain numbers; the child is not reaped yet, so the number is its own.
+        assert_eq!(unsafe { libc::kill(self.child.id() as libc::pid_t, signal) }, 0);
         let status = self.child.wait().unwrap();
         assert!(status.code().is_some() || status.signal().is_some());
         status.code()
@@ -132,7 +132,7 @@ async fn a_scheduler_killed_in_mid_clip_goes_on_where_it_was() {
         })
         .await;
 
-    assert_eq!(first.signal("-KILL"), None);
+    assert_eq!(first.signal(libc::SIGKILL), None);
     node.wait_for(|event| matches!(event, ClusterEvent::Closed { .. })).await;
     let address = first.http.address.to_string();
     let mut second = Process::start(folder.path(), &address);
@@ -161,7 +161,7 @@ async fn a_scheduler_killed_in_mid_clip_goes_on_where_it_was() {
         })
         .await;
     assert_eq!((next.epoch, next.attempt), (Epoch(2), AttemptNo(1)));
-    assert_eq!(second.signal("-TERM"), Some(0));
+    assert_eq!(second.signal(libc::SIGTERM), Some(0));
 }
 
 #[test]
@@ -188,7 +188,7 @@ async fn a_data_folder_has_one_scheduler_and_ctrl_c_ends_it_cleanly() {
     assert!(second.contains("in use by another farm-scheduler"), "{second}");
     let page: JobPage = first.http.get("/v1/jobs").await;
     assert!(page.jobs.is_empty());
-    assert_eq!(first.signal("-INT"), Some(0));
+    assert_eq!(first.signal(libc::SIGINT), Some(0));
     let mut third = Process::start(folder.path(), "127.0.0.1:0");
-    assert_eq!(third.signal("-TERM"), Some(0));
+    assert_eq!(third.signal(libc::SIGTERM), Some(0));
 }
