@@ -45,10 +45,16 @@ fn memory_does_not_grow_with_the_number_of_frames() {
         }
         (frames, sum, peak_kib())
     };
-    let (short_frames, short_sum, short) = decode(6);
-    let (long_frames, long_sum, long) = decode(28);
+    // The allocator keeps what is freed in other pieces each time, a few percent of the peak: medians of three.
+    let [short, long] = [(6, 31), (28, 163)].map(|(latent_frames, frames)| {
+        let mut peaks = [(); 3].map(|()| {
+            let (made, sum, peak) = decode(latent_frames);
+            assert!(made == frames && sum > 0);
+            peak
+        });
+        peaks.sort();
+        peaks[1]
+    });
     println!("peak of 31 frames {short} KiB, of 163 frames {long} KiB");
-    assert_eq!((short_frames, long_frames), (31, 163));
-    assert!(short_sum > 0 && long_sum > short_sum);
     assert!(long as f64 <= 1.2 * short as f64, "31 frames peak at {short} KiB, 163 at {long} KiB");
 }
