@@ -18,8 +18,8 @@ use serde::Serialize;
 use crate::encode::{FrameSink, Mp4Sink};
 
 /// The goal for a clip of the bundled checkpoint with its own defaults, on two cores.
-const GOAL_SECONDS: f64 = 2.0;
-const GOAL_MIB: f64 = 256.0;
+const GOAL_SECONDS: f64 = 1.0;
+const GOAL_MIB: f64 = 128.0;
 
 #[derive(clap::Args)]
 pub struct Args {
