@@ -12,7 +12,7 @@ pub enum ToNode {
     Welcome { heartbeat_ms: u64 },
     /// Answer to a `Register` that cannot be accepted. The node shows `reason` and dials again later.
     Refused { reason: String },
-    /// The scheduler does not know this session (it restarted): register again.
+    /// The scheduler has no such node on its books (it restarted): register again.
     Reregister,
     /// Render a clip on the leased devices. Repeated until a heartbeat lists the attempt; a repeat is a no-op.
     Start(Box<StartAttempt>),
