@@ -4,7 +4,7 @@
 
 use std::path::Path;
 
-use farm_core::engine::Engine;
+use farm_core::engine::{Engine, SequenceOps};
 use farm_core::engine::cpu::CpuEngine;
 use farm_core::model::latent::VaeLatent;
 use farm_core::model::vae::VaeDecoder;
@@ -51,7 +51,7 @@ fn check_decoder(folder: &str, goldens: &str) {
         let (mut stream, mut out) = (decoder.stream(), Vec::new());
         for start in (0..frames).step_by(chunk) {
             let part = VaeLatent(engine.narrow(&latent, 0, start, chunk.min(frames - start)).unwrap());
-            let tap = &mut |name: &str, x: &<CpuEngine as Engine>::Tensor| {
+            let tap = &mut |name: &str, x: &<CpuEngine as SequenceOps>::Tensor| {
                 if chunk == frames
                     && let Some((_, expected)) = golden(&file, name)
                 {

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
-use farm_core::engine::Engine;
+use farm_core::engine::{Engine, SequenceOps};
 use farm_core::engine::cpu::CpuEngine;
 use farm_core::job::spec::GuidanceScale;
 use farm_core::model::dit::{Dit, TextConditioning};
@@ -22,7 +22,7 @@ const T5: f64 = 3e-5;
 const DIT: f64 = 1e-4;
 const SAMPLER: f64 = 1e-4;
 
-type Tensor = <CpuEngine as Engine>::Tensor;
+type Tensor = <CpuEngine as SequenceOps>::Tensor;
 
 /// A golden file; masks and ids become f32, which holds them exactly.
 struct Goldens(BTreeMap<String, (Vec<usize>, Vec<f32>)>);

@@ -76,12 +76,56 @@ pub struct AttentionOut<T> {
 /// The last two input frames of a causal convolution, `[2, H, W, C]`: all that a later time chunk needs of earlier ones.
 pub struct ConvCache<T>(pub T);
 
+/// What a transport has to know of a tensor that it carries.
+pub trait Transfer: Clone + Send + Sync + 'static {
+    fn sizes(&self) -> Vec<usize>;
+    /// Bytes of its values.
+    fn byte_len(&self) -> usize;
+}
+
+/// Tensors of a device and the attention over them: all that a group of ranks needs to know of its engines.
+///
+/// Every operation checks its shapes and returns [`EngineError::Shape`] rather than panicking. A dimension may be 0.
+pub trait SequenceOps: Send + Sync + 'static {
+    /// A device tensor. Cloning shares the storage.
+    type Tensor: Transfer;
+
+    fn shape(&self, x: &Self::Tensor) -> Vec<usize> {
+        x.sizes()
+    }
+    /// A view with another shape and the same number of elements.
+    fn reshape(&self, x: &Self::Tensor, shape: &[usize]) -> Result<Self::Tensor>;
+    /// Elements `start .. start + len` of dimension `dim`.
+    fn narrow(&self, x: &Self::Tensor, dim: usize, start: usize, len: usize) -> Result<Self::Tensor>;
+    /// Concatenation along dimension `dim`.
+    fn concat(&self, parts: &[&Self::Tensor], dim: usize) -> Result<Self::Tensor>;
+    /// The values as they travel between processes: row-major, little endian, in the engine's own type.
+    fn to_bytes(&self, x: &Self::Tensor) -> Result<Vec<u8>>;
+    /// The inverse of [`SequenceOps::to_bytes`].
+    fn from_bytes(&self, bytes: &[u8], shape: &[usize]) -> Result<Self::Tensor>;
+
+    /// Softmax attention with scale 1/√d of q `[Q, heads, d]` over the concatenation of the `keys`/`values` segments
+    /// `[K_i, heads, d]`, blockwise with an online softmax: nothing of size Q·K is stored.
+    fn attention(
+        &self,
+        q: &Self::Tensor,
+        keys: &[&Self::Tensor],
+        values: &[&Self::Tensor],
+    ) -> Result<AttentionOut<Self::Tensor>>;
+    /// Attention over the keys of both, from attention over each: with the larger of both log-sum-exps m and
+    /// w = e^(lse − m), `out = (wₐ·a + w_b·b) / (wₐ + w_b)` and `lse = m + ln(wₐ + w_b)`, all in f32 or better.
+    fn merge_attention(
+        &self,
+        a: &AttentionOut<Self::Tensor>,
+        b: &AttentionOut<Self::Tensor>,
+    ) -> Result<AttentionOut<Self::Tensor>>;
+}
+
 /// The operations of one device. See the module docs for conventions.
 ///
-/// Every operation checks its shapes and returns [`EngineError::Shape`] rather than panicking.
-pub trait Engine: Send + Sync + 'static {
-    /// A device tensor. Cloning shares the storage.
-    type Tensor: Clone + Send + Sync + 'static;
+/// A row of an output depends on the same row of the input only, to the last bit: whoever holds a part of the rows
+/// computes the same values as who holds them all.
+pub trait Engine: SequenceOps {
     /// A packed 3×3×3 convolution weight with its bias.
     type ConvWeight: Send + Sync + 'static;
 
@@ -99,17 +143,11 @@ pub trait Engine: Send + Sync + 'static {
     fn upload(&self, values: &[f32], shape: &[usize]) -> Result<Self::Tensor>;
     /// Copies values out, row-major.
     fn download(&self, x: &Self::Tensor) -> Result<Vec<f32>>;
-    fn shape(&self, x: &Self::Tensor) -> Vec<usize>;
-    /// A view with another shape and the same number of elements.
-    fn reshape(&self, x: &Self::Tensor, shape: &[usize]) -> Result<Self::Tensor>;
-    /// Elements `start .. start + len` of dimension `dim`.
-    fn narrow(&self, x: &Self::Tensor, dim: usize, start: usize, len: usize) -> Result<Self::Tensor>;
-    /// Concatenation along dimension 0.
-    fn concat_rows(&self, parts: &[&Self::Tensor]) -> Result<Self::Tensor>;
 
     // ---- shared by the networks ----
 
-    /// `x · Wᵀ + b`: `[M, K] × [N, K] (+ [N]) → [M, N]`. Bias is added after the full sum, one rounding.
+    /// `x · Wᵀ + b`: `[M, K] × [N, K] (+ [N]) → [M, N]`, or `[K] → [N]` for a single vector. Bias is added after the
+    /// full sum, one rounding. A vector may be summed in another order than a row of a matrix.
     fn linear(&self, x: &Self::Tensor, weight: &Self::Tensor, bias: Option<&Self::Tensor>) -> Result<Self::Tensor>;
     /// Element-wise `a + b` of equal shapes.
     fn add(&self, a: &Self::Tensor, b: &Self::Tensor) -> Result<Self::Tensor>;
@@ -157,14 +195,6 @@ pub trait Engine: Send + Sync + 'static {
         heads: usize,
         rope: Option<&RopeTable<Self::Tensor>>,
     ) -> Result<Qkv<Self::Tensor>>;
-    /// Softmax attention with scale 1/√d of q `[Q, heads, d]` over the concatenation of the `keys`/`values` segments
-    /// `[K_i, heads, d]`, blockwise with an online softmax: nothing of size Q·K is stored.
-    fn attention(
-        &self,
-        q: &Self::Tensor,
-        keys: &[&Self::Tensor],
-        values: &[&Self::Tensor],
-    ) -> Result<AttentionOut<Self::Tensor>>;
     /// `silu(first half) ⊙ second half`: `[M, 2F] → [M, F]`.
     fn swiglu(&self, x: &Self::Tensor) -> Result<Self::Tensor>;
     /// `layer_norm(x, 1e-6) · (1 + scale) + shift`, no affine: x `[M, D]`; scale, shift `[D]`.

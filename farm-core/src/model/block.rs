@@ -12,7 +12,7 @@ pub(super) struct Streams<E: Engine> {
     pub x: E::Tensor,
     /// Text tokens `[Lv, hidden_y]`, valid ones only; none in the null branch.
     pub y: Option<E::Tensor>,
-    /// `silu(c)` `[1, hidden_x]`, the same for all blocks.
+    /// `silu(c)` `[hidden_x]`, the same for all blocks.
     pub conditioning: E::Tensor,
 }
 

@@ -25,7 +25,7 @@ pub struct Dit<E: Engine> {
 
 /// A prompt as the transformer sees it, the same for every step.
 pub struct TextConditioning<E: Engine> {
-    /// Pooled caption `[1, hidden_x]`, added to the timestep embedding.
+    /// Pooled caption `[hidden_x]`, added to the timestep embedding.
     pooled: E::Tensor,
     /// Text stream `[Lv, hidden_y]`; none without text.
     y: Option<E::Tensor>,

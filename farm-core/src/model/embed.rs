@@ -23,9 +23,9 @@ impl<E: Engine> TimestepEmbedder<E> {
         })
     }
 
-    /// `[1, hidden_x]` of a timestep in 0..=1000.
+    /// `[hidden_x]` of a timestep in 0..=1000.
     pub fn apply(&self, engine: &E, timestep: f32) -> Result<E::Tensor, ModelError> {
-        let sinusoid = engine.upload(&sinusoid(timestep, self.width), &[1, self.width])?;
+        let sinusoid = engine.upload(&sinusoid(timestep, self.width), &[self.width])?;
         let hidden = engine.silu(&self.linear_1.apply(engine, &sinusoid)?)?;
         self.linear_2.apply(engine, &hidden)
     }
@@ -64,18 +64,17 @@ impl<E: Engine> CaptionPool<E> {
         })
     }
 
-    /// `[1, hidden_x]` of the features `[tokens, text_dim]`; no tokens gives the constant of the null branch.
+    /// `[hidden_x]` of the features `[tokens, text_dim]`; no tokens gives the constant of the null branch.
     pub fn apply(&self, engine: &E, features: Option<&E::Tensor>) -> Result<E::Tensor, ModelError> {
         let Some(features) = features else {
             // The query sees its own key only, a zero row, so the output is the value's bias.
             let Some(bias) = self.to_kv.bias() else {
                 return Err(ModelError::Input("caption pooling has no bias".into()));
             };
-            let value = engine.reshape(&engine.narrow(bias, 0, self.width, self.width)?, &[1, self.width])?;
-            return self.to_out.apply(engine, &value);
+            return self.to_out.apply(engine, &engine.narrow(bias, 0, self.width, self.width)?);
         };
-        let mean = engine.upload(&mean_row(&engine.download(features)?, self.width), &[1, self.width])?;
-        let rows = engine.concat_rows(&[&mean, features])?;
+        let mean = engine.upload(&mean_row(&engine.download(features)?, self.width), &[self.width])?;
+        let rows = engine.concat(&[&engine.reshape(&mean, &[1, self.width])?, features], 0)?;
         let tokens = engine.shape(&rows)[0];
         let head_dim = self.width / self.heads;
         let by_head = |x: &E::Tensor, rows| engine.reshape(x, &[rows, self.heads, head_dim]);
@@ -84,7 +83,7 @@ impl<E: Engine> CaptionPool<E> {
         let v = by_head(&engine.narrow(&kv, 1, self.width, self.width)?, tokens)?;
         let q = by_head(&self.to_q.apply(engine, &mean)?, 1)?;
         let pooled = engine.attention(&q, &[&k], &[&v])?.out;
-        self.to_out.apply(engine, &pooled)
+        self.to_out.apply(engine, &engine.reshape(&pooled, &[self.width])?)
     }
 }
 

@@ -38,7 +38,7 @@ impl<E: Engine> Linear<E> {
         Ok(Linear { weight: loader.engine.reshape(&weight, &[out, channels * 4])?, bias: Some(bias) })
     }
 
-    /// `[rows, input]` → `[rows, out]`.
+    /// `[rows, input]` → `[rows, out]`, or `[input]` → `[out]`.
     pub fn apply(&self, engine: &E, x: &E::Tensor) -> Result<E::Tensor, ModelError> {
         Ok(engine.linear(x, &self.weight, self.bias.as_ref())?)
     }
@@ -81,9 +81,9 @@ impl<E: Engine, const N: usize> Modulation<E, N> {
         Ok(Modulation { projection: Linear::load(loader, prefix, N * width, input)?, width })
     }
 
-    /// `silu(c)` `[1, input]` → the vectors `[width]` in stored order.
+    /// `silu(c)` `[input]` → the vectors `[width]` in stored order.
     pub fn apply(&self, engine: &E, conditioning: &E::Tensor) -> Result<[E::Tensor; N], ModelError> {
-        let all = engine.reshape(&self.projection.apply(engine, conditioning)?, &[N * self.width])?;
+        let all = self.projection.apply(engine, conditioning)?;
         let mut parts = Vec::with_capacity(N);
         for i in 0..N {
             parts.push(engine.narrow(&all, 0, i * self.width, self.width)?);

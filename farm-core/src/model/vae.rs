@@ -7,7 +7,7 @@
 //! frames, every later one `6m` (6 being the product of the temporal expansions): an up stage drops its first
 //! `expansion − 1` frames, but of the clip, not of a chunk.
 
-use crate::engine::{ConvCache, Engine};
+use crate::engine::{ConvCache, Engine, SequenceOps};
 use crate::model::ModelError;
 use crate::model::config::VaeConfig;
 use crate::model::latent::{DitLatent, VaeLatent};
@@ -55,7 +55,7 @@ struct UpStage<E: Engine> {
 }
 
 /// Looks at a stage's output, `[T, H, W, C]`, under its golden name. For comparing stage by stage.
-pub type Tap<'a, E> = &'a mut dyn FnMut(&str, &<E as Engine>::Tensor);
+pub type Tap<'a, E> = &'a mut dyn FnMut(&str, &<E as SequenceOps>::Tensor);
 
 impl<E: Engine> VaeDecoder<E> {
     pub fn load(loader: &Loader<'_, E>, config: &VaeConfig) -> Result<Self, ModelError> {

@@ -66,6 +66,45 @@ pub(super) fn t5_attention(pool: &Pool, qkv: [&Tensor; 3], bias: &Tensor, heads:
     from_vec(OP, out, &[rows, width])
 }
 
+/// In f64 per value, rounded once at the end.
+pub(super) fn merge(pool: &Pool, a: &AttentionOut<Tensor>, b: &AttentionOut<Tensor>) -> Result<AttentionOut<Tensor>> {
+    const OP: &str = "merge_attention";
+    let [rows, heads] = dims(OP, "lse [rows, heads]", &a.lse)?;
+    let [_, width] = dims(OP, "out [rows, heads·head_dim]", &a.out)?;
+    if heads == 0 || width % heads != 0 {
+        return Err(shape_error(OP, format!("out [{rows}, {heads}·head_dim]"), a.out.dims()));
+    }
+    expect(OP, "out", &a.out, &[rows, width])?;
+    expect(OP, "out", &b.out, &[rows, width])?;
+    expect(OP, "lse", &b.lse, &[rows, heads])?;
+    let (a_out, a_lse, b_out, b_lse) = (slice(OP, &a.out)?, slice(OP, &a.lse)?, slice(OP, &b.out)?, slice(OP, &b.lse)?);
+    let (a_out, a_lse, b_out, b_lse): (&[f32], &[f32], &[f32], &[f32]) = (&a_out, &a_lse, &b_out, &b_lse);
+    // The share of `a` in the result, and the log-sum-exp of both.
+    let weigh = |i: usize| {
+        let (a, b) = (f64::from(a_lse[i]), f64::from(b_lse[i]));
+        let max = a.max(b);
+        if max == f64::NEG_INFINITY {
+            // Neither has a key.
+            return (1.0, max);
+        }
+        let (wa, wb) = ((a - max).exp(), (b - max).exp());
+        (wa / (wa + wb), max + (wa + wb).ln())
+    };
+    let mut out = vec![0f32; rows * width];
+    let d = width / heads;
+    pool.rows(&mut out, width, 4, |row0, run| {
+        for (head, out) in (row0 * heads..).zip(run.chunks_exact_mut(d)) {
+            let (share, _) = weigh(head);
+            let at = head * d..(head + 1) * d;
+            for ((out, a), b) in out.iter_mut().zip(&a_out[at.clone()]).zip(&b_out[at]) {
+                *out = (share * f64::from(*a) + (1.0 - share) * f64::from(*b)) as f32;
+            }
+        }
+    });
+    let lse = (0..rows * heads).map(|i| weigh(i).1 as f32).collect();
+    Ok(AttentionOut { out: from_vec(OP, out, &[rows, width])?, lse: from_vec(OP, lse, &[rows, heads])? })
+}
+
 /// Output `[queries, heads·d]` and log-sum-exp `[queries, heads]`. A query without any key gives 0 and -∞, which is
 /// neutral when results are merged. `bias` is `[heads, queries, keys]` over a single segment.
 fn blockwise(

@@ -5,7 +5,7 @@ use std::ops::{Deref, Range};
 
 use candle_core::{CpuStorage, DType, Device, Storage, StorageRef, Tensor};
 
-use crate::engine::{EngineError, RawDtype, RawTensor, Result};
+use crate::engine::{EngineError, RawDtype, RawTensor, Result, Transfer};
 
 /// The values of a tensor, row-major. Holds a read lock on the storage, which nothing here ever writes.
 pub(super) struct Slice<'a> {
@@ -47,6 +47,33 @@ pub(super) fn from_vec(op: &'static str, values: Vec<f32>, shape: &[usize]) -> R
         return Err(shape_error(op, format!("{} values", shape.iter().product::<usize>()), &[values.len()]));
     }
     Tensor::from_vec(values, shape, &Device::Cpu).map_err(|error| candle(op, error))
+}
+
+impl Transfer for Tensor {
+    fn sizes(&self) -> Vec<usize> {
+        self.dims().to_vec()
+    }
+
+    fn byte_len(&self) -> usize {
+        4 * self.elem_count()
+    }
+}
+
+/// Row-major f32, little endian.
+pub(super) fn to_bytes(x: &Tensor) -> Result<Vec<u8>> {
+    let values = slice("to_bytes", x)?;
+    let mut bytes = Vec::with_capacity(4 * values.len());
+    values.iter().for_each(|value| bytes.extend_from_slice(&value.to_le_bytes()));
+    Ok(bytes)
+}
+
+/// The inverse of [`to_bytes`].
+pub(super) fn from_bytes(bytes: &[u8], shape: &[usize]) -> Result<Tensor> {
+    let (values, rest) = bytes.as_chunks::<4>();
+    if !rest.is_empty() {
+        return Err(shape_error("from_bytes", format!("4 bytes for each of {shape:?}"), &[bytes.len()]));
+    }
+    from_vec("from_bytes", values.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect(), shape)
 }
 
 /// An error of candle itself, with the operation named.

@@ -156,24 +156,35 @@ pub(super) fn embed_rows(table: &Tensor, ids: &[u32]) -> Result<Tensor> {
     from_vec(OP, out, &[ids.len(), d])
 }
 
-pub(super) fn concat_rows(parts: &[&Tensor]) -> Result<Tensor> {
-    const OP: &str = "concat_rows";
+pub(super) fn concat(parts: &[&Tensor], dim: usize) -> Result<Tensor> {
+    const OP: &str = "concat";
     let Some((first, rest)) = parts.split_first() else {
         return Err(shape_error(OP, "at least one part", &[0]));
     };
     let mut shape = first.dims().to_vec();
-    let Some(rows) = shape.first_mut() else {
-        return Err(shape_error(OP, "parts with rows", first.dims()));
-    };
+    if dim >= shape.len() {
+        return Err(shape_error(OP, format!("parts with a dimension {dim}"), first.dims()));
+    }
     for part in rest {
-        if part.dims().len() != first.dims().len() || part.dims()[1..] != first.dims()[1..] {
-            return Err(shape_error(OP, format!("rows of {:?}", first.dims()), part.dims()));
+        let (dims, expected) = (part.dims(), first.dims());
+        let fits = dims.len() == expected.len()
+            && dims.iter().zip(expected).enumerate().all(|(i, (got, want))| i == dim || got == want);
+        if !fits {
+            return Err(shape_error(OP, format!("{expected:?} but for dimension {dim}"), dims));
         }
-        *rows += part.dims()[0];
+        shape[dim] += dims[dim];
+    }
+    let outer: usize = shape[..dim].iter().product();
+    // Of every part: its values, and how many of them lie together.
+    let mut runs = Vec::with_capacity(parts.len());
+    for part in parts {
+        runs.push((slice(OP, part)?, part.dims()[dim..].iter().product::<usize>()));
     }
     let mut out = Vec::with_capacity(shape.iter().product());
-    for part in parts {
-        out.extend_from_slice(&slice(OP, part)?);
+    for i in 0..outer {
+        for (values, run) in &runs {
+            out.extend_from_slice(&values[i * run..(i + 1) * run]);
+        }
     }
     from_vec(OP, out, &shape)
 }

@@ -9,11 +9,18 @@ use super::data::{dims, expect, from_vec, shape_error, slice};
 use super::pool::Pool;
 use super::wide::{dot, wide};
 use crate::engine::Result;
+use crate::parallel::shard::Split;
 
 /// Rows and columns of a task. A task repacks its share of the weight and of x, which `ROWS`, `COLUMNS` multiplications
-/// per element outweigh.
-const ROWS: usize = 512;
+/// per element outweigh. Half of `ROWS` is more than [`MIN_OUTPUT`], so that no block of an output with few columns falls
+/// below it.
+const ROWS: usize = 528;
 const COLUMNS: usize = 512;
+/// gemm sums the products of a small output, and of a single row, in orders of their own; above this many values it
+/// does not. Fewer rows are padded with zeros.
+const MIN_OUTPUT: usize = 256;
+/// gemm cuts deeper sums into runs whose length depends on the other sizes as well. Up to this depth it cuts nothing.
+const DEPTH: usize = 512;
 
 /// A matrix in memory that is someone else's: element (i, j) at `i·row + j·column`.
 #[derive(Clone, Copy)]
@@ -106,45 +113,75 @@ impl Output {
 
 pub(super) fn linear(pool: &Pool, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     const OP: &str = "linear";
-    let [m, k] = dims(OP, "x [rows, in]", x)?;
     let [n, weight_k] = dims(OP, "weight [out, in]", weight)?;
-    if k != weight_k {
-        return Err(shape_error(OP, format!("weight [out, {k}] for x {:?}", x.dims()), weight.dims()));
+    let (&k, rows) = x.dims().split_last().ok_or_else(|| shape_error(OP, "x [rows, in] or [in]", x.dims()))?;
+    if k != weight_k || rows.len() > 1 {
+        return Err(shape_error(OP, format!("x [rows, {weight_k}] or [{weight_k}] for this weight"), x.dims()));
     }
     if let Some(bias) = bias {
         expect(OP, "bias", bias, &[n])?;
     }
     let bias_slice = bias.map(|b| slice(OP, b)).transpose()?;
     let bias = bias_slice.as_deref();
-    let (x, weight) = (slice(OP, x)?, slice(OP, weight)?);
-    let (x, weight): (&[f32], &[f32]) = (&x, &weight);
-
-    let mut out = vec![0f32; m * n];
-    if m == 1 {
-        // A matrix-vector product reads every weight once; gemm does it at a fraction of the memory's rate.
-        pool.rows(&mut out, 1, k, |start, run| one_row(x, &weight[start * k..], bias.map(|bias| &bias[start..]), run));
-        return from_vec(OP, out, &[m, n]);
+    let (values, weight) = (slice(OP, x)?, slice(OP, weight)?);
+    let (values, weight): (&[f32], &[f32]) = (&values, &weight);
+    match rows {
+        [m] => from_vec(OP, matrix(pool, values, *m, weight, [n, k], bias), &[*m, n]),
+        _ => from_vec(OP, vector(pool, values, weight, n, bias), &[n]),
     }
+}
+
+/// A matrix-vector product reads every weight once; gemm does it at a fraction of the memory's rate.
+fn vector(pool: &Pool, x: &[f32], weight: &[f32], n: usize, bias: Option<&[f32]>) -> Vec<f32> {
+    let mut out = vec![0f32; n];
+    let k = x.len();
+    pool.rows(&mut out, 1, k, |start, run| {
+        let bias = bias.map(|bias| &bias[start..]);
+        wide(
+            #[inline(always)]
+            || {
+                for (j, out) in run.iter_mut().enumerate() {
+                    let sum = dot(x, &weight[(start + j) * k..][..k]);
+                    *out = bias.map_or(sum, |bias| sum + bias[j]);
+                }
+            },
+        );
+    });
+    out
+}
+
+/// `[m, k] × [n, k] → [m, n]`. A row has the same bits for any number of rows: see [`MIN_OUTPUT`] and [`DEPTH`].
+fn matrix(
+    pool: &Pool,
+    x: &[f32],
+    m: usize,
+    weight: &[f32],
+    [n, k]: [usize; 2],
+    bias: Option<&[f32]>,
+) -> Vec<f32> {
+    if m == 0 || n == 0 {
+        return Vec::new();
+    }
+    let padded_rows = m.max(2).max(MIN_OUTPUT / n + 1);
+    if m < padded_rows {
+        let mut padded = vec![0f32; padded_rows * k];
+        padded[..m * k].copy_from_slice(x);
+        let mut out = matrix(pool, &padded, padded_rows, weight, [n, k], bias);
+        out.truncate(m * n);
+        return out;
+    }
+    let mut out = vec![0f32; m * n];
     let output = Output(out.as_mut_ptr());
     let grid: Vec<(Range<usize>, Range<usize>)> =
         blocks(m, ROWS).flat_map(|rows| blocks(n, COLUMNS).map(move |columns| (rows.clone(), columns))).collect();
     pool.run(grid, m * n * k, |(rows, columns)| {
-        let a = Matrix {
-            values: &x[rows.start * k..rows.end * k],
-            rows: rows.len(),
-            columns: k,
-            row_stride: k,
-            column_stride: 1,
-        };
-        let w = Matrix {
-            values: &weight[columns.start * k..columns.end * k],
-            rows: columns.len(),
-            columns: k,
-            row_stride: k,
-            column_stride: 1,
-        };
-        // Safety: rows and columns lie in [m, n], and no other task has this block.
-        unsafe { product_at(output.at(rows.start * n + columns.start), n, a, w.t(), 1.0, false) };
+        for depth in blocks(k, DEPTH) {
+            let (a, w) = (rows_of(x, k, &rows, &depth), rows_of(weight, k, &columns, &depth));
+            // Safety: rows and columns lie in [m, n], and no other task has this block.
+            let at = unsafe { output.at(rows.start * n + columns.start) };
+            // Safety: as above.
+            unsafe { product_at(at, n, a, w.t(), 1.0, depth.start > 0) };
+        }
         let Some(bias) = bias else { return };
         let bias = &bias[columns.clone()];
         wide(
@@ -160,24 +197,16 @@ pub(super) fn linear(pool: &Pool, x: &Tensor, weight: &Tensor, bias: Option<&Ten
             },
         );
     });
-    from_vec(OP, out, &[m, n])
+    out
 }
 
-/// `out[j] = x · weight[j] + bias[j]`.
-fn one_row(x: &[f32], weight: &[f32], bias: Option<&[f32]>, out: &mut [f32]) {
-    wide(
-        #[inline(always)]
-        || {
-            for (j, out) in out.iter_mut().enumerate() {
-                let sum = dot(x, &weight[j * x.len()..][..x.len()]);
-                *out = bias.map_or(sum, |bias| sum + bias[j]);
-            }
-        },
-    );
+/// The given rows and columns of a row-major matrix that is `k` wide.
+fn rows_of<'a>(values: &'a [f32], k: usize, rows: &Range<usize>, columns: &Range<usize>) -> Matrix<'a> {
+    let values = &values[rows.start * k + columns.start..(rows.end - 1) * k + columns.end];
+    Matrix { values, rows: rows.len(), columns: columns.len(), row_stride: k, column_stride: 1 }
 }
 
-/// `0..len` in equal runs of at most `max`.
+/// `0..len` in even runs of at most `max`.
 fn blocks(len: usize, max: usize) -> impl Iterator<Item = Range<usize>> {
-    let run = len.div_ceil(len.div_ceil(max).max(1)).max(1);
-    (0..len).step_by(run).map(move |start| start..(start + run).min(len))
+    Split::new(len, len.div_ceil(max)).ranges()
 }

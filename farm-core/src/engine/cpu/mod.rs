@@ -20,7 +20,7 @@ use candle_core::Tensor;
 
 use self::data::{candle, from_vec, shape_error, slice, widen_pieces};
 use self::pool::Pool;
-use crate::engine::{AttentionOut, ConvCache, Engine, EngineError, Qkv, RawTensor, Result, RopeTable};
+use crate::engine::{AttentionOut, ConvCache, Engine, EngineError, Qkv, RawTensor, Result, RopeTable, SequenceOps};
 
 /// One CPU device: a number of threads of its own.
 pub struct CpuEngine {
@@ -38,8 +38,46 @@ impl CpuEngine {
     }
 }
 
-impl Engine for CpuEngine {
+impl SequenceOps for CpuEngine {
     type Tensor = Tensor;
+
+    fn reshape(&self, x: &Tensor, shape: &[usize]) -> Result<Tensor> {
+        if shape.iter().product::<usize>() != x.elem_count() {
+            return Err(shape_error("reshape", format!("as many elements as {shape:?}"), x.dims()));
+        }
+        x.reshape(shape).map_err(|error| candle("reshape", error))
+    }
+
+    fn narrow(&self, x: &Tensor, dim: usize, start: usize, len: usize) -> Result<Tensor> {
+        if dim >= x.dims().len() || start.checked_add(len).is_none_or(|end| end > x.dims()[dim]) {
+            return Err(shape_error("narrow", format!("elements {start}..{start}+{len} of dimension {dim}"), x.dims()));
+        }
+        // A view along dimension 0; along others a copy, because every kernel here wants contiguous values.
+        x.narrow(dim, start, len).and_then(|x| x.contiguous()).map_err(|error| candle("narrow", error))
+    }
+
+    fn concat(&self, parts: &[&Tensor], dim: usize) -> Result<Tensor> {
+        elementwise::concat(parts, dim)
+    }
+
+    fn to_bytes(&self, x: &Tensor) -> Result<Vec<u8>> {
+        data::to_bytes(x)
+    }
+
+    fn from_bytes(&self, bytes: &[u8], shape: &[usize]) -> Result<Tensor> {
+        data::from_bytes(bytes, shape)
+    }
+
+    fn attention(&self, q: &Tensor, keys: &[&Tensor], values: &[&Tensor]) -> Result<AttentionOut<Tensor>> {
+        attention::attention(&self.pool, q, keys, values)
+    }
+
+    fn merge_attention(&self, a: &AttentionOut<Tensor>, b: &AttentionOut<Tensor>) -> Result<AttentionOut<Tensor>> {
+        attention::merge(&self.pool, a, b)
+    }
+}
+
+impl Engine for CpuEngine {
     type ConvWeight = conv::PackedConv;
 
     fn name(&self) -> String {
@@ -66,29 +104,6 @@ impl Engine for CpuEngine {
 
     fn download(&self, x: &Tensor) -> Result<Vec<f32>> {
         Ok(slice("download", x)?.to_vec())
-    }
-
-    fn shape(&self, x: &Tensor) -> Vec<usize> {
-        x.dims().to_vec()
-    }
-
-    fn reshape(&self, x: &Tensor, shape: &[usize]) -> Result<Tensor> {
-        if shape.iter().product::<usize>() != x.elem_count() {
-            return Err(shape_error("reshape", format!("as many elements as {shape:?}"), x.dims()));
-        }
-        x.reshape(shape).map_err(|error| candle("reshape", error))
-    }
-
-    fn narrow(&self, x: &Tensor, dim: usize, start: usize, len: usize) -> Result<Tensor> {
-        if dim >= x.dims().len() || start.checked_add(len).is_none_or(|end| end > x.dims()[dim]) {
-            return Err(shape_error("narrow", format!("elements {start}..{start}+{len} of dimension {dim}"), x.dims()));
-        }
-        // A view along dimension 0; along others a copy, because every kernel here wants contiguous values.
-        x.narrow(dim, start, len).and_then(|x| x.contiguous()).map_err(|error| candle("narrow", error))
-    }
-
-    fn concat_rows(&self, parts: &[&Tensor]) -> Result<Tensor> {
-        elementwise::concat_rows(parts)
     }
 
     // ---- shared by the networks ----
@@ -154,10 +169,6 @@ impl Engine for CpuEngine {
         rope: Option<&RopeTable<Tensor>>,
     ) -> Result<Qkv<Tensor>> {
         rope::split_qkv(&self.pool, packed, [q_norm, k_norm], heads, rope)
-    }
-
-    fn attention(&self, q: &Tensor, keys: &[&Tensor], values: &[&Tensor]) -> Result<AttentionOut<Tensor>> {
-        attention::attention(&self.pool, q, keys, values)
     }
 
     fn swiglu(&self, x: &Tensor) -> Result<Tensor> {

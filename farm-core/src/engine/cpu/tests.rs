@@ -1,7 +1,7 @@
 //! The kernels against scalar references in f64, and the promises of the module docs.
 
 use super::CpuEngine;
-use crate::engine::{Engine, EngineError, RawDtype, RawTensor, RopeTable};
+use crate::engine::{Engine, EngineError, RawDtype, RawTensor, RopeTable, SequenceOps};
 use candle_core::Tensor;
 
 /// Values in [-1, 1], different for every seed.
@@ -60,6 +60,71 @@ fn naive_attention(
         }
     }
     (out, lse)
+}
+
+#[test]
+fn a_row_of_linear_has_the_same_bits_for_any_number_of_rows() {
+    // Narrow outputs, deep sums, and more rows and columns than a block.
+    for [k, n] in [[7, 1], [48, 12], [600, 48], [1500, 9], [192, 256], [700, 600]] {
+        let (x, w, b) = (tensor(&[1100, k], 1), tensor(&[n, k], 2), tensor(&[n], 3));
+        let e = engine(2);
+        let whole = read(&e.linear(&x, &w, Some(&b)).unwrap());
+        for (start, rows) in [(0, 1), (1099, 1), (5, 2), (17, 3), (400, 64), (3, 65), (100, 513), (76, 1024), (9, 0)] {
+            let part = read(&e.linear(&e.narrow(&x, 0, start, rows).unwrap(), &w, Some(&b)).unwrap());
+            assert!(part == whole[start * n..(start + rows) * n], "{k} to {n}, rows {start}..{}", start + rows);
+        }
+    }
+}
+
+#[test]
+fn a_vector_is_projected_like_a_matrix_of_one_row() {
+    let (x, w, b) = (tensor(&[600], 1), tensor(&[700, 600], 2), tensor(&[700], 3));
+    let e = engine(2);
+    let vector = e.linear(&x, &w, Some(&b)).unwrap();
+    assert_eq!(vector.dims(), [700]);
+    let row = e.linear(&e.reshape(&x, &[1, 600]).unwrap(), &w, Some(&b)).unwrap();
+    let expected: Vec<f64> = read(&row).into_iter().map(f64::from).collect();
+    assert_close(&read(&vector), &expected, 2e-5);
+}
+
+#[test]
+fn merged_attention_is_attention_over_all_keys() {
+    let (heads, d, e) = (3, 8, engine(2));
+    let q = tensor(&[70, heads, d], 1);
+    let [k, v] = [2, 3].map(|seed| tensor(&[300, heads, d], seed));
+    let whole = e.attention(&q, &[&k], &[&v]).unwrap();
+    let part = |start, len| {
+        let [k, v] = [&k, &v].map(|x| e.narrow(x, 0, start, len).unwrap());
+        e.attention(&q, &[&k], &[&v]).unwrap()
+    };
+    // A part without keys changes nothing, on either side.
+    let empty = part(0, 0);
+    let parts = [empty, part(0, 1), part(1, 290), part(291, 0), part(291, 9)];
+    let merged = parts.into_iter().reduce(|a, b| e.merge_attention(&a, &b).unwrap()).unwrap();
+    let close = |got: &Tensor, expected: &Tensor| {
+        assert_close(&read(got), &read(expected).into_iter().map(f64::from).collect::<Vec<_>>(), 1e-6);
+    };
+    close(&merged.out, &whole.out);
+    close(&merged.lse, &whole.lse);
+    let none = e.merge_attention(&part(0, 0), &part(0, 0)).unwrap();
+    assert!(read(&none.lse).iter().all(|lse| *lse == f32::NEG_INFINITY) && read(&none.out).iter().all(|x| *x == 0.0));
+}
+
+#[test]
+fn concat_joins_along_any_dimension_and_bytes_come_back() {
+    let e = engine(1);
+    let (a, b) = (tensor(&[2, 3, 2], 1), tensor(&[2, 1, 2], 2));
+    let joined = e.concat(&[&a, &b], 1).unwrap();
+    assert_eq!(joined.dims(), [2, 4, 2]);
+    assert_eq!(read(&e.narrow(&joined, 1, 0, 3).unwrap()), read(&a));
+    assert_eq!(read(&e.narrow(&joined, 1, 3, 1).unwrap()), read(&b));
+    let none = e.narrow(&a, 0, 1, 0).unwrap();
+    assert_eq!(e.concat(&[&none, &a, &none], 0).unwrap().dims(), [2, 3, 2]);
+
+    let bytes = e.to_bytes(&e.narrow(&a, 0, 1, 1).unwrap()).unwrap();
+    assert_eq!(read(&e.from_bytes(&bytes, &[3, 2]).unwrap()), read(&a)[6..]);
+    assert_eq!(e.from_bytes(&e.to_bytes(&none).unwrap(), &[0, 3, 2]).unwrap().dims(), [0, 3, 2]);
+    assert!(e.from_bytes(&bytes[1..], &[3, 2]).is_err() && e.from_bytes(&bytes, &[3, 3]).is_err());
 }
 
 #[test]
@@ -359,11 +424,13 @@ fn wrong_shapes_are_errors_that_name_the_operation() {
         ("narrow", e.narrow(&x, 1, 4, 3)),
         ("narrow", e.narrow(&x, 2, 0, 1)),
         ("narrow", e.narrow(&x, 0, usize::MAX, 2)),
-        ("concat_rows", e.concat_rows(&[&x, &t(&[4, 5])])),
-        ("concat_rows", e.concat_rows(&[])),
+        ("concat", e.concat(&[&x, &t(&[4, 5])], 0)),
+        ("concat", e.concat(&[&x], 2)),
+        ("concat", e.concat(&[], 0)),
         ("linear", e.linear(&x, &t(&[3, 5]), None)),
         ("linear", e.linear(&x, &t(&[3, 6]), Some(&v))),
-        ("linear", e.linear(&v, &x, None)),
+        ("linear", e.linear(&v, &t(&[3, 5]), None)),
+        ("linear", e.linear(&t(&[1, 2, 6]), &x, None)),
         ("add", e.add(&x, &v)),
         ("embed_rows", e.embed_rows(&x, &[0, 4])),
         ("rms_norm", e.rms_norm(&x, &t(&[4]), 1e-6)),

@@ -1,0 +1,7 @@
+//! How one clip is spread over a group of devices (unified sequence parallelism, USP): guidance branches × ring ×
+//! Ulysses.
+//!
+//! [`topology`] and [`shard`] say who holds what and are plain arithmetic.
+
+pub mod shard;
+pub mod topology;
