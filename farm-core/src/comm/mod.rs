@@ -3,8 +3,15 @@
 //! [`Collective`] is what a transport offers: grouped sends and receives that are started and waited for, a barrier,
 //! and an end for everybody. The collective operations ([`Group`]) are written once over it.
 //!
-//! All ranks run the same program, so the n-th message from a rank to another is the n-th one received from it; there
-//! are no tags. A message is a tensor; its receiver says which shape it expects, and another one is an error.
+//! All ranks run the same program, so there are no tags: the n-th message that a rank starts to send to another is the
+//! n-th that this one starts to receive from it. Numbers are given when an exchange starts, so several may be under way
+//! and be waited for in any order. A message is a tensor; its receiver says which shape it expects, and another one is an
+//! error.
+
+mod inbox;
+pub mod local;
+#[cfg(test)]
+mod suite;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,6 +23,9 @@ pub enum CommError {
     Lost { rank: usize, why: String },
     #[error("rank {rank} was silent for {:.1} s", after.as_secs_f32())]
     Silent { rank: usize, after: Duration },
+    /// The rank lives, but the others waited for it longer than they may.
+    #[error("rank {rank} kept the others waiting for {:.1} s", after.as_secs_f32())]
+    Stalled { rank: usize, after: Duration },
     #[error("rank {rank} ended the group: {reason}")]
     Aborted { rank: usize, reason: String },
     #[error("rank {rank} sent {got}, expected {expected}; do all ranks render the same clip?")]
@@ -31,6 +41,7 @@ impl CommError {
         match self {
             Self::Lost { rank, .. }
             | Self::Silent { rank, .. }
+            | Self::Stalled { rank, .. }
             | Self::Aborted { rank, .. }
             | Self::Mismatch { rank, .. } => Some(*rank),
             Self::Transport(_) => None,
@@ -54,7 +65,8 @@ impl Default for Patience {
     }
 }
 
-/// An exchange under way. Dropping it unfinished leaves the group out of step, so a rank that does has to abort.
+/// An exchange under way. Its messages are its own, whatever other exchanges do meanwhile; dropping it unfinished
+/// discards what it would have received.
 #[must_use = "an exchange has to be waited for"]
 pub struct Exchange<'a, T>(Box<dyn FnOnce() -> Result<Vec<T>, CommError> + 'a>);
 
