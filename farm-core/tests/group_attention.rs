@@ -3,9 +3,12 @@
 
 mod ranks;
 
+use std::ops::Range;
+
 use farm_core::engine::cpu::CpuEngine;
 use farm_core::engine::{AttentionOut, Engine, EngineError, Qkv, SequenceOps, Transfer};
-use farm_core::parallel::attention::{JointShape, joint_attention, rows_of};
+use farm_core::parallel::attention::{JointOut, JointShape, joint_attention, rows_of};
+use farm_core::parallel::cost::sent_values_per_layer;
 use farm_core::parallel::group::RankGroup;
 use farm_core::parallel::topology::Topology;
 
@@ -136,27 +139,39 @@ impl<T> Inputs<T> {
         }
     }
 
+    /// Attention of this rank's rows.
+    fn on_rank<O: SequenceOps<Tensor = T>>(&self, ops: &O, group: &RankGroup<O>, text_asks: bool) -> JointOut<T> {
+        let [tokens, text] = rows_of(group.topology(), group.rank(), self.shape);
+        let part = |x: &T, rows: &Range<usize>| ops.narrow(x, 0, rows.start, rows.len()).unwrap();
+        let cut = |of: &Qkv<T>, rows| Qkv { q: part(&of.q, rows), k: part(&of.k, rows), v: part(&of.v, rows) };
+        let text_part = (!text.is_empty()).then(|| cut(&self.text, &text));
+        let visual = cut(&self.visual, &tokens);
+        joint_attention(ops, group, self.shape, &visual, text_part.as_ref(), text_asks).unwrap()
+    }
+
     /// Attention over the group, put together: all visual rows, then all text rows (none if they do not ask).
     fn over<O: SequenceOps<Tensor = T>>(&self, ops: &O, topology: Topology, text_asks: bool) -> [T; 2]
     where
         T: Transfer,
     {
-        let run = |group: &RankGroup<O>| {
-            let [tokens, text] = rows_of(topology, group.rank(), self.shape);
-            let part = |x: &T, rows: &std::ops::Range<usize>| ops.narrow(x, 0, rows.start, rows.len()).unwrap();
-            let cut = |of: &Qkv<T>, rows| Qkv { q: part(&of.q, rows), k: part(&of.k, rows), v: part(&of.v, rows) };
-            let text_part = (!text.is_empty()).then(|| cut(&self.text, &text));
-            let visual = cut(&self.visual, &tokens);
-            let out = joint_attention(ops, group, self.shape, &visual, text_part.as_ref(), text_asks).unwrap();
-            (out.visual, out.text)
-        };
+        let mut outs = on_ranks(topology, |group: &RankGroup<O>| self.on_rank(ops, group, text_asks));
         // Branches compute the same here; the second one's result is dropped.
-        let mut outs = on_ranks(topology, run);
         outs.truncate(topology.sequence_ranks());
-        let visual: Vec<&T> = outs.iter().map(|(visual, _)| visual).collect();
+        let visual: Vec<&T> = outs.iter().map(|out| &out.visual).collect();
         let nothing = ops.narrow(visual[0], 0, 0, 0).unwrap();
-        let text: Vec<&T> = [&nothing].into_iter().chain(outs.iter().filter_map(|(_, text)| text.as_ref())).collect();
+        let text: Vec<&T> = [&nothing].into_iter().chain(outs.iter().filter_map(|out| out.text.as_ref())).collect();
         [ops.concat(&visual, 0).unwrap(), ops.concat(&text, 0).unwrap()]
+    }
+
+    /// Bytes that each rank sends in one attention, as the transport counts them.
+    fn sent<O: SequenceOps<Tensor = T>>(&self, ops: &O, topology: Topology) -> Vec<u64>
+    where
+        T: Transfer,
+    {
+        on_ranks(topology, |group: &RankGroup<O>| {
+            self.on_rank(ops, group, true);
+            group.bytes_sent()
+        })
     }
 }
 
@@ -212,6 +227,30 @@ fn every_topology_equals_one_rank_in_f32_and_without_a_ring_to_the_bit() {
             }
         }
     });
+}
+
+#[test]
+fn ranks_send_what_the_formula_says() {
+    every_case(|tokens, heads, text| {
+        let inputs = Inputs::new(tokens, text, heads, |values, shape| Array { shape: shape.to_vec(), values });
+        for topology in topologies(12, heads, tokens) {
+            let sent = inputs.sent(&Exact, topology);
+            for (rank, sent) in sent.into_iter().enumerate() {
+                let expected = sent_values_per_layer(topology, rank, tokens, text, heads, HEAD_DIM);
+                assert_eq!(sent, 8 * expected, "{topology}, rank {rank}, {tokens} tokens, {heads} heads, {text} text");
+            }
+        }
+    });
+    // Even shards: the formula of the literature, 4·(N·De/P)·(U−1)/U + 2·(N·De/P)·(R−1).
+    for (ring, ulysses) in [(1, 2), (2, 1), (1, 4), (2, 2), (4, 1), (3, 2)] {
+        let (tokens, heads, ranks) = (96, 12, ring * ulysses);
+        let inputs = Inputs::new(tokens, 0, heads, |values, shape| Array { shape: shape.to_vec(), values });
+        let part = tokens * heads * HEAD_DIM / ranks;
+        let expected = 4 * part * (ulysses - 1) / ulysses + 2 * part * (ring - 1);
+        for sent in inputs.sent(&Exact, Topology::new(1, ring, ulysses).unwrap()) {
+            assert_eq!(sent, 8 * expected as u64, "ring {ring} x ulysses {ulysses}");
+        }
+    }
 }
 
 #[test]
