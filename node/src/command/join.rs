@@ -69,6 +69,12 @@ pub struct Devices {
     cpus: usize,
 }
 
+impl Devices {
+    pub fn count(self) -> usize {
+        self.cpus
+    }
+}
+
 impl FromStr for Devices {
     type Err = String;
     fn from_str(text: &str) -> Result<Self, String> {

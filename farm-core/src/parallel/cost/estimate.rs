@@ -106,8 +106,11 @@ impl Run<'_> {
                 // Of q, k, v and the result: packed and unpacked, each with a read and a write.
                 moved += self.value_bytes() * (4 * 4 * (tokens + text_rows) * model.hidden_x) as f64;
             }
-            // A merge reads two partial results and writes one.
-            moved += F32 * ((ring - 1) * 3 * segment * heads * model.head_dim) as f64;
+            if ring > 1 {
+                let values = segment * heads * model.head_dim;
+                // Each pass packs keys and values, and its merge reads two partial results and writes one.
+                moved += (ring - 1) as f64 * values as f64 * (4.0 * self.value_bytes() + 3.0 * F32);
+            }
             let linear = (model.linear_flops(layer, tokens, text_rows) / device.linear).max(weights);
             compute = compute.max(linear + moved / device.bandwidth);
             let flops = model.attention_flops(segment, self.clip.tokens + text, heads);
