@@ -47,6 +47,9 @@ pub struct Args {
     /// Denoising steps [default: the checkpoint's]
     #[arg(long)]
     pub steps: Option<u32>,
+    /// Text tokens of the prompt, its end mark among them; there is no negative prompt
+    #[arg(long, value_name = "N", default_value_t = MAX_TEXT_TOKENS)]
+    pub text_tokens: usize,
     #[command(flatten)]
     pub degrees: Degrees,
     /// Print the candidates as a JSON list
@@ -90,8 +93,9 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let (width, height) = (args.width.unwrap_or(defaults.width), args.height.unwrap_or(defaults.height));
     let num_frames = args.num_frames.unwrap_or(defaults.num_frames);
     let steps = args.steps.unwrap_or(defaults.num_inference_steps);
-    // A long prompt, and no negative one.
-    let clip = ClipShape::new(width, height, num_frames, steps, [MAX_TEXT_TOKENS, 0])?;
+    let text = args.text_tokens;
+    ensure!((1..=MAX_TEXT_TOKENS).contains(&text), "--text-tokens {text} is not in 1..={MAX_TEXT_TOKENS}");
+    let clip = ClipShape::new(width, height, num_frames, steps, [text, 0])?;
     let list = candidates(&model, &clip, &site, args.devices, args.degrees.into())?;
     let mut out = io::stdout().lock();
     if args.json {
@@ -100,7 +104,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         let hosts = if args.hosts > 1 { format!(" in {} hosts", args.hosts) } else { String::new() };
         writeln!(
             out,
-            "{width}x{height}, {num_frames} frames, {steps} steps: {} visual tokens on {} {}{hosts}",
+            "{width}x{height}, {num_frames} frames, {steps} steps: {} visual and {text} text tokens; {} x {}{hosts}",
             clip.tokens, args.devices, args.device
         )?;
         writeln!(out, "{}", table(&list))?;
@@ -132,16 +136,25 @@ fn site(args: &Args) -> anyhow::Result<Site> {
 
 fn table(list: &[Candidate]) -> String {
     let mut table = Table::new();
-    table.load_style(presets::NOTHING).set_header(["CFG", "RING", "ULYSSES", "WEIGHTS", "TIME", "SENT BY A RANK", "MEMORY", ""]);
+    table.load_style(presets::NOTHING).set_header([
+        "CFG",
+        "RING",
+        "ULYSSES",
+        "SHARD",
+        "TIME",
+        "SENT BY A RANK",
+        "MEMORY",
+        "",
+    ]);
     for Candidate { topology, shard, seconds, bytes, memory, fits } in list {
         table.add_row([
             topology.cfg().to_string(),
             topology.ring().to_string(),
             topology.ulysses().to_string(),
-            (if *shard { "shared" } else { "whole" }).into(),
+            (if *shard { "yes" } else { "no" }).into(),
             time(*seconds),
-            amount(*bytes),
-            amount(*memory),
+            amount(*bytes as f64),
+            amount(*memory as f64),
             (if *fits { "" } else { "does not fit" }).into(),
         ]);
     }
@@ -204,6 +217,7 @@ mod tests {
         );
         assert!(error(&format!("{} --ulysses 25", devices(25))).contains("25 ulysses ranks share 24 heads"));
         assert!(error(&format!("{} --width 100", devices(2))).contains("width 100"));
+        assert!(error(&format!("{} --text-tokens 257", devices(2))).contains("1..=256"));
         assert!(error(&format!("{} --hosts 2", devices(2))).contains("--link-between"));
         assert!(error(&format!("{} --hosts 3 --link-between 10gbe", devices(2))).contains("cannot be in 3 hosts"));
         assert!(error(&devices(0)).contains("degree of 0"));

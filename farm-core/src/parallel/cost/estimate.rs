@@ -28,8 +28,8 @@ pub(super) fn candidate(
         topology,
         shard,
         seconds: run.step_seconds() * clip.steps as f64,
-        bytes: run.step_values() * (site.device.value_bytes * clip.steps) as f64,
-        memory,
+        bytes: run.step_values() * (site.device.value_bytes * clip.steps) as u64,
+        memory: memory as u64,
         fits: memory <= USABLE_MEMORY * site.device.memory,
     }
 }
@@ -187,7 +187,7 @@ impl Run<'_> {
     }
 
     /// Values sent in a step by the rank that sends most.
-    fn step_values(&self) -> f64 {
+    fn step_values(&self) -> u64 {
         let model = self.model;
         let mut most = 0;
         for (ranks, texts) in self.teams() {
@@ -210,7 +210,7 @@ impl Run<'_> {
                 most = most.max(values);
             }
         }
-        most as f64
+        most
     }
 
     /// Bytes at the peak of a step on the rank that needs most. Rank 0 does, as the first ranks have the larger shares.
