@@ -28,8 +28,8 @@ pub(super) fn candidate(
         topology,
         shard,
         seconds: run.step_seconds() * clip.steps as f64,
-        bytes: run.step_values() * (site.device.value_bytes * clip.steps) as f64,
-        memory,
+        bytes: run.step_values() * (site.device.value_bytes * clip.steps) as u64,
+        memory: memory as u64,
         fits: memory <= USABLE_MEMORY * site.device.memory,
     }
 }
@@ -106,8 +106,11 @@ impl Run<'_> {
                 // Of q, k, v and the result: packed and unpacked, each with a read and a write.
                 moved += self.value_bytes() * (4 * 4 * (tokens + text_rows) * model.hidden_x) as f64;
             }
-            // A merge reads two partial results and writes one.
-            moved += F32 * ((ring - 1) * 3 * segment * heads * model.head_dim) as f64;
+            if ring > 1 {
+                let values = segment * heads * model.head_dim;
+                // Each pass packs keys and values, and its merge reads two partial results and writes one.
+                moved += (ring - 1) as f64 * values as f64 * (4.0 * self.value_bytes() + 3.0 * F32);
+            }
             let linear = (model.linear_flops(layer, tokens, text_rows) / device.linear).max(weights);
             compute = compute.max(linear + moved / device.bandwidth);
             let flops = model.attention_flops(segment, self.clip.tokens + text, heads);
@@ -184,7 +187,7 @@ impl Run<'_> {
     }
 
     /// Values sent in a step by the rank that sends most.
-    fn step_values(&self) -> f64 {
+    fn step_values(&self) -> u64 {
         let model = self.model;
         let mut most = 0;
         for (ranks, texts) in self.teams() {
@@ -207,7 +210,7 @@ impl Run<'_> {
                 most = most.max(values);
             }
         }
-        most as f64
+        most
     }
 
     /// Bytes at the peak of a step on the rank that needs most. Rank 0 does, as the first ranks have the larger shares.

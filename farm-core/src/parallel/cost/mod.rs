@@ -32,9 +32,9 @@ pub struct Candidate {
     /// Of the whole denoising.
     pub seconds: f64,
     /// Sent by the rank that sends most, over the whole clip.
-    pub bytes: f64,
+    pub bytes: u64,
     /// Bytes at the peak of the denoising, on the device that needs most.
-    pub memory: f64,
+    pub memory: u64,
     /// The devices have that much memory.
     pub fits: bool,
 }
@@ -48,8 +48,8 @@ struct Row {
     ulysses: usize,
     shard: bool,
     seconds: f64,
-    bytes: f64,
-    memory: f64,
+    bytes: u64,
+    memory: u64,
     fits: bool,
 }
 
@@ -118,8 +118,8 @@ pub fn candidates(
         all.extend(choices.into_iter().map(|shard| estimate::candidate(model, clip, site, topology, shard)));
     }
     all.sort_by(|a, b| {
-        let by_seconds = a.seconds.total_cmp(&b.seconds).then(a.bytes.total_cmp(&b.bytes));
-        let by_memory = a.memory.total_cmp(&b.memory);
+        let by_seconds = a.seconds.total_cmp(&b.seconds).then(a.bytes.cmp(&b.bytes));
+        let by_memory = a.memory.cmp(&b.memory);
         b.fits.cmp(&a.fits).then(if a.fits { by_seconds.then(by_memory) } else { by_memory.then(by_seconds) })
     });
     Ok(all)

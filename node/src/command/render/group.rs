@@ -16,10 +16,11 @@ use farm_core::job::state::Progress;
 use farm_core::model::ModelError;
 use farm_core::model::config::DitConfig;
 use farm_core::model::pipeline::{Pipeline, RenderObserver, Start};
-use farm_core::parallel::cost::{self, ClipShape, Overrides};
+use farm_core::parallel::cost::{self, ClipShape};
 use farm_core::parallel::group::RankGroup;
 use farm_core::parallel::topology::Topology;
 
+use crate::command::plan::Degrees;
 use crate::devices::{Devices, cpu_site};
 
 /// What a group waits for its last member to be started.
@@ -31,18 +32,8 @@ pub struct Args {
     /// Devices that render the clip together: cpu:K makes K ranks of this process
     #[arg(long, value_name = "cpu:K", default_value = "cpu:1")]
     pub devices: Devices,
-    /// Guidance branches computed apart, 1 or 2 [default: what the cost model finds fastest]
-    #[arg(long, value_name = "N")]
-    cfg: Option<usize>,
-    /// Ring degree: ranks that pass keys and values round [default: likewise]
-    #[arg(long, value_name = "N")]
-    ring: Option<usize>,
-    /// Ulysses degree: ranks that share the heads [default: likewise]
-    #[arg(long, value_name = "N")]
-    ulysses: Option<usize>,
-    /// Each rank keeps its part of the transformer's weights and gathers the others' block by block
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
-    shard: Option<bool>,
+    #[command(flatten)]
+    degrees: Degrees,
     /// This process is one rank of a group of processes, and the first of them writes the clip
     #[arg(long, value_name = "R", requires_all = ["world", "peers"], conflicts_with = "devices")]
     pub rank: Option<usize>,
@@ -94,9 +85,8 @@ impl Args {
             spec.num_inference_steps,
             [&spec.prompt, &spec.negative_prompt].map(|text| if text.is_empty() { 0 } else { TYPICAL_TEXT }),
         )?;
-        let fixed = Overrides { cfg: self.cfg, ring: self.ring, ulysses: self.ulysses, shard: self.shard };
         let site = cpu_site(threads, self.rank.is_some())?;
-        let best = cost::candidates(&model.shape(), &clip, &site, world, fixed)?;
+        let best = cost::candidates(&model.shape(), &clip, &site, world, self.degrees.into())?;
         let best = best.first().context("no way to spread the clip")?;
         Ok((best.topology, best.shard))
     }

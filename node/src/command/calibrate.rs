@@ -1,0 +1,316 @@
+//! `farm-node calibrate`: how fast this machine is, as entries for `farm-node plan --devices-file`.
+
+use std::collections::BTreeMap;
+use std::io::{self, Read, Write};
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, anyhow};
+use farm_core::comm::{Collective, Patience, local};
+use farm_core::engine::cpu::CpuEngine;
+use farm_core::engine::{Engine, SequenceOps};
+use farm_core::job::spec::GenerationDefaults;
+use farm_core::model::weights::checkpoint::Checkpoint;
+use farm_core::parallel::cost::devices::{DeviceEntry, Devices as Rates, LinkEntry};
+use farm_core::parallel::cost::{ClipShape, ModelShape};
+
+use crate::devices::Devices;
+
+/// Rows of a product, and rows of keys, at most: as fast per value as more of them, and quick.
+const MAX_ROWS: usize = 256;
+const MAX_KEYS: usize = 2048;
+/// For each quantity, after a first run that does not count.
+const BUDGET: Duration = Duration::from_secs(2);
+const MIN_RUNS: usize = 3;
+const MAX_RUNS: usize = 200;
+/// A message of a large clip; the largest caches do not hold a few of them.
+const LARGE_BYTES: usize = 16 << 20;
+const LARGE_RUNS: usize = 20;
+/// A message of one value, for the latency.
+const SMALL_RUNS: usize = 500;
+/// Any socket holds so much until it is read.
+const SOCKET_BYTES: usize = 4 << 10;
+/// A peer on this machine that says nothing for so long is broken.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+#[derive(clap::Args)]
+pub struct Args {
+    /// Devices that compute at the same time
+    #[arg(long, value_name = "cpu:K", default_value = "cpu:1")]
+    pub devices: Devices,
+    /// Compute threads of each device [default: the processor's cores divided among the devices]
+    #[arg(long, value_name = "N")]
+    pub threads: Option<NonZeroUsize>,
+    /// Measure at the sizes of this checkpoint [default: those of the published model]
+    #[arg(long, value_name = "DIR")]
+    pub model: Option<PathBuf>,
+    /// Where the entries go [default: standard output]
+    #[arg(long, value_name = "FILE")]
+    pub out: Option<PathBuf>,
+}
+
+pub fn run(args: Args) -> anyhow::Result<ExitCode> {
+    let devices = args.devices.cpus;
+    let threads = args.devices.threads(args.threads);
+    let (model, tokens, sizes) = sizes(args.model.as_deref())?;
+    let source = format!("farm-node calibrate: {devices} at once, {threads} threads each, sizes of {sizes}");
+    eprintln!("measuring {devices} devices of {threads} threads, about 10 seconds");
+
+    let engines = (0..devices).map(|_| CpuEngine::new(threads)).collect::<Result<Vec<_>, _>>()?;
+    let work = Work::new(&engines[0], &model, tokens)?;
+    let linear = work.linear_flops / median_of_all(&engines, |engine| work.linear(engine))?;
+    let attention = work.attention_flops / median_of_all(&engines, |engine| work.attention(engine))?;
+    let bandwidth = work.elementwise_bytes / median_of_all(&engines, |engine| work.elementwise(engine))?;
+    let device = DeviceEntry {
+        peak: None,
+        efficiency: None,
+        linear: Some(rounded(linear)),
+        attention: Some(rounded(attention)),
+        memory: rounded(memory_bytes()? / devices as f64),
+        bandwidth: rounded(bandwidth),
+        value_bytes: 4,
+        shared_weights: true,
+        source,
+    };
+    let link = |(bandwidth, latency): (f64, f64), what: &str| LinkEntry {
+        bandwidth: rounded(bandwidth),
+        latency: rounded(latency),
+        source: format!("farm-node calibrate: {what}"),
+    };
+    let local = link(local_link(&engines[0])?, "two threads of one process, which pass handles on tensors");
+    let tcp = link(tcp_link(&engines[0])?, "two sockets over loopback, tensors to bytes and back included");
+    let rates = Rates {
+        defaults: None,
+        device: BTreeMap::from([("cpu-here".into(), device)]),
+        link: BTreeMap::from([("local-here".into(), local), ("tcp-here".into(), tcp)]),
+    };
+    let text = toml::to_string(&rates)?;
+    match &args.out {
+        Some(path) => std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?,
+        None => io::stdout().write_all(text.as_bytes())?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Sizes to measure at, visual tokens of the checkpoint's own clip, and whose sizes they are.
+fn sizes(model: Option<&Path>) -> anyhow::Result<(ModelShape, usize, String)> {
+    let (shape, defaults, name) = match model {
+        None => (ModelShape::mochi1(), GenerationDefaults::default(), "the published model".into()),
+        Some(dir) => {
+            let checkpoint = Checkpoint::open(dir)?;
+            let dit = checkpoint.dit().with_context(|| format!("{} has no transformer", dir.display()))?;
+            (dit.config().shape(), checkpoint.generation_defaults().clone(), dir.display().to_string())
+        }
+    };
+    let GenerationDefaults { width, height, num_frames, .. } = defaults;
+    Ok((shape, ClipShape::new(width, height, num_frames, 1, [0, 0])?.tokens, name))
+}
+
+type Tensor = <CpuEngine as SequenceOps>::Tensor;
+
+/// Operations of one block on a part of its rows. The devices share the weights, as in a render.
+struct Work {
+    x: Tensor,
+    hidden: Tensor,
+    gated: Tensor,
+    vector: Tensor,
+    qkv: Tensor,
+    down: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    linear_flops: f64,
+    attention_flops: f64,
+    elementwise_bytes: f64,
+}
+
+impl Work {
+    fn new(engine: &CpuEngine, model: &ModelShape, tokens: usize) -> anyhow::Result<Self> {
+        let (rows, keys) = (tokens.min(MAX_ROWS), tokens.min(MAX_KEYS));
+        let (d, f) = (model.hidden_x, model.ffn_x);
+        let tensor = |shape: &[usize]| {
+            // Any values that are not all alike.
+            let values: Vec<f32> = (0..shape.iter().product()).map(|i: usize| (i % 61) as f32 / 61.0 - 0.5).collect();
+            engine.upload(&values, shape)
+        };
+        Ok(Self {
+            x: tensor(&[rows, d])?,
+            hidden: tensor(&[rows, f])?,
+            gated: tensor(&[rows, 2 * f])?,
+            vector: tensor(&[d])?,
+            qkv: tensor(&[3 * d, d])?,
+            down: tensor(&[d, f])?,
+            queries: tensor(&[rows, model.heads, model.head_dim])?,
+            keys: tensor(&[keys, model.heads, model.head_dim])?,
+            linear_flops: (2 * rows * (3 * d * d + d * f)) as f64,
+            attention_flops: model.attention_flops(rows, keys, model.heads),
+            elementwise_bytes: (4 * rows * (2 * d + 3 * d + 3 * f)) as f64,
+        })
+    }
+
+    /// A wide product and a deep one.
+    fn linear(&self, engine: &CpuEngine) -> anyhow::Result<()> {
+        engine.linear(&self.x, &self.qkv, None)?;
+        engine.linear(&self.hidden, &self.down, None)?;
+        Ok(())
+    }
+
+    fn attention(&self, engine: &CpuEngine) -> anyhow::Result<()> {
+        engine.attention(&self.queries, &[&self.keys], &[&self.keys])?;
+        Ok(())
+    }
+
+    /// A norm, a residual and a gate: what stands between the products.
+    fn elementwise(&self, engine: &CpuEngine) -> anyhow::Result<()> {
+        engine.modulated_rms_norm(&self.x, &self.vector)?;
+        engine.gated_residual(&self.x, &self.x, &self.vector)?;
+        engine.swiglu(&self.gated)?;
+        Ok(())
+    }
+}
+
+/// Median seconds of `work` on a device while all devices do the same.
+fn median_of_all(engines: &[CpuEngine], work: impl Fn(&CpuEngine) -> anyhow::Result<()> + Sync) -> anyhow::Result<f64> {
+    let runs = runs_in_budget(&engines[0], engines.len(), &work)?;
+    let samples = thread::scope(|scope| {
+        let devices: Vec<_> = engines
+            .iter()
+            .map(|engine| {
+                scope.spawn(|| {
+                    (0..runs)
+                        .map(|_| {
+                            let started = Instant::now();
+                            work(engine).map(|()| started.elapsed().as_secs_f64())
+                        })
+                        .collect::<Vec<_>>()
+                })
+            })
+            .collect();
+        devices.into_iter().map(|device| device.join().map_err(|_| anyhow!("a device's thread panicked"))).collect()
+    });
+    let samples: anyhow::Result<Vec<_>> = samples;
+    let samples = samples?.into_iter().flatten().collect::<anyhow::Result<Vec<f64>>>()?;
+    Ok(median(samples))
+}
+
+/// As many runs as the budget has room for, from one on an idle machine.
+fn runs_in_budget(
+    engine: &CpuEngine,
+    devices: usize,
+    work: &impl Fn(&CpuEngine) -> anyhow::Result<()>,
+) -> anyhow::Result<usize> {
+    work(engine)?;
+    let started = Instant::now();
+    work(engine)?;
+    // At worst the devices take turns.
+    let one = started.elapsed().as_secs_f64().max(1e-9) * devices as f64;
+    Ok(((BUDGET.as_secs_f64() / one) as usize).clamp(MIN_RUNS, MAX_RUNS))
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+/// Three digits: the next ones differ with every run.
+fn rounded(value: f64) -> f64 {
+    if value <= 0.0 || !value.is_finite() {
+        return value;
+    }
+    let digit = 10f64.powi(value.log10().floor() as i32 - 2);
+    // Division by a whole number is exact in decimal, multiplication by a fraction is not.
+    if digit < 1.0 { (value / digit).round() / (1.0 / digit).round() } else { (value / digit).round() * digit }
+}
+
+fn memory_bytes() -> anyhow::Result<f64> {
+    let text = std::fs::read_to_string("/proc/meminfo").context("the size of the memory is read from /proc")?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:")).context("/proc/meminfo has no MemTotal")?;
+    let kib: f64 = line.trim().trim_end_matches(" kB").parse().with_context(|| format!("MemTotal is {line:?}"))?;
+    Ok(1024.0 * kib)
+}
+
+/// A small message for the latency, and a large one for the rate.
+fn messages(engine: &CpuEngine) -> anyhow::Result<[Tensor; 2]> {
+    let tensor = |values: usize| engine.upload(&vec![1.0; values], &[values]);
+    Ok([tensor(1)?, tensor(LARGE_BYTES / 4)?])
+}
+
+/// Bytes/s and seconds of latency of an exchange of two ranks, from medians.
+fn link_of(
+    mut exchange: impl FnMut(&Tensor) -> anyhow::Result<()>,
+    [small, large]: &[Tensor; 2],
+) -> anyhow::Result<(f64, f64)> {
+    let mut seconds = |message: &Tensor, runs: usize| -> anyhow::Result<f64> {
+        exchange(message)?;
+        let mut samples = Vec::with_capacity(runs);
+        for _ in 0..runs {
+            let started = Instant::now();
+            exchange(message)?;
+            samples.push(started.elapsed().as_secs_f64());
+        }
+        Ok(median(samples))
+    };
+    let latency = seconds(small, SMALL_RUNS)?;
+    Ok((LARGE_BYTES as f64 / seconds(large, LARGE_RUNS)?, latency))
+}
+
+/// Runs `exchange` on two ends in step: one on a thread of its own.
+fn both_ends<End: Send>(
+    [mut mine, mut other]: [End; 2],
+    engine: &CpuEngine,
+    exchange: impl Fn(&mut End, &Tensor) -> anyhow::Result<()> + Sync,
+) -> anyhow::Result<(f64, f64)> {
+    let messages = messages(engine)?;
+    thread::scope(|scope| {
+        let peer = scope.spawn(|| link_of(|message| exchange(&mut other, message), &messages));
+        let measured = link_of(|message| exchange(&mut mine, message), &messages);
+        // The other end waits for this one; without it, it gets an error.
+        drop(mine);
+        peer.join().map_err(|_| anyhow!("the peer's thread panicked"))??;
+        measured
+    })
+}
+
+fn local_link(engine: &CpuEngine) -> anyhow::Result<(f64, f64)> {
+    let patience = Patience { silence: PATIENCE, stall: PATIENCE };
+    let ranks: Vec<_> = local::ranks::<Tensor>(2, patience);
+    let ends: [_; 2] = ranks.try_into().map_err(|_| anyhow!("a group of two has two ranks"))?;
+    both_ends(ends, engine, |rank, message| {
+        let peer = 1 - rank.rank();
+        rank.start(vec![(peer, message.clone())], vec![(peer, engine.shape(message))])?.wait()?;
+        Ok(())
+    })
+}
+
+fn tcp_link(engine: &CpuEngine) -> anyhow::Result<(f64, f64)> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("cannot listen on loopback")?;
+    let near = TcpStream::connect(listener.local_addr()?)?;
+    let (far, _) = listener.accept()?;
+    for stream in [&near, &far] {
+        stream.set_nodelay(true)?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_write_timeout(Some(PATIENCE))?;
+    }
+    both_ends([near, far], engine, |stream, message| {
+        let bytes = engine.to_bytes(message)?;
+        let mut received = vec![0; bytes.len()];
+        if bytes.len() <= SOCKET_BYTES {
+            stream.write_all(&bytes)?;
+            stream.read_exact(&mut received)?;
+            engine.from_bytes(&received, &engine.shape(message))?;
+            return Ok(());
+        }
+        // Both ends send and receive at the same time, as ranks do.
+        let mut writer = stream.try_clone()?;
+        thread::scope(|scope| -> anyhow::Result<()> {
+            let sent = scope.spawn(move || writer.write_all(&bytes));
+            stream.read_exact(&mut received)?;
+            Ok(sent.join().map_err(|_| anyhow!("the sending thread panicked"))??)
+        })?;
+        engine.from_bytes(&received, &engine.shape(message))?;
+        Ok(())
+    })
+}
