@@ -28,7 +28,7 @@ const FORMING: Duration = Duration::from_secs(120);
 
 #[derive(clap::Args)]
 #[command(next_help_heading = "Several devices")]
-pub struct Args {
+pub struct GroupArgs {
     /// Devices that render the clip together: cpu:K makes K ranks of this process
     #[arg(long, value_name = "cpu:K", default_value = "cpu:1")]
     pub devices: Devices,
@@ -64,7 +64,7 @@ fn parse_patience(text: &str) -> Result<f64, String> {
     }
 }
 
-impl Args {
+impl GroupArgs {
     /// Rank of this process among processes; 0 for a group of threads.
     pub fn rank(&self) -> usize {
         self.rank.unwrap_or(0)
@@ -115,7 +115,7 @@ impl Clip<'_> {
     /// that one.
     pub fn run(
         &self,
-        args: &Args,
+        args: &GroupArgs,
         lead: impl FnOnce(&CpuEngine, &RankGroup<CpuEngine>) -> Result<(), ModelError>,
         follower: &mut dyn RenderObserver,
     ) -> anyhow::Result<Result<(), ModelError>> {
@@ -151,7 +151,7 @@ impl Clip<'_> {
 
     fn run_threads(
         &self,
-        args: &Args,
+        args: &GroupArgs,
         lead: impl FnOnce(&CpuEngine, &RankGroup<CpuEngine>) -> Result<(), ModelError>,
     ) -> anyhow::Result<Result<(), ModelError>> {
         let engines =

@@ -71,9 +71,9 @@ pub struct Args {
     #[arg(long, value_enum, default_value_t = Precision::Fp32)]
     pub precision: Precision,
     #[command(flatten)]
-    pub group: group::Args,
+    pub group: group::GroupArgs,
     #[command(flatten)]
-    pub resume: resume::Args,
+    pub resume: resume::ResumeArgs,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]

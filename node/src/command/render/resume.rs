@@ -17,7 +17,7 @@ use crate::checkpoints::{Checkpoints, Slot};
 
 #[derive(clap::Args)]
 #[command(next_help_heading = "Resuming")]
-pub struct Args {
+pub struct ResumeArgs {
     /// Where the latent is saved while the clip is denoised: a folder or s3://bucket/prefix. The same command started
     /// again, on any number of devices, goes on from there; a finished clip leaves nothing behind
     #[arg(long, value_name = "URL")]
@@ -27,7 +27,7 @@ pub struct Args {
     checkpoint_steps: u32,
 }
 
-impl Args {
+impl ResumeArgs {
     pub fn wanted(&self) -> bool {
         self.checkpoints.is_some()
     }
@@ -64,7 +64,7 @@ pub struct Saved {
 
 impl Saved {
     /// None if none are asked for.
-    pub fn open(args: &Args, spec: &RenderSpec, identity: &Identity) -> anyhow::Result<Option<Self>> {
+    pub fn open(args: &ResumeArgs, spec: &RenderSpec, identity: &Identity) -> anyhow::Result<Option<Self>> {
         let Some(url) = &args.checkpoints else { return Ok(None) };
         let url = url.to_str().context("the URL of the checkpoints is not UTF-8")?;
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
