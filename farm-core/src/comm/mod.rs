@@ -12,12 +12,15 @@ mod inbox;
 pub mod local;
 #[cfg(test)]
 mod suite;
+pub mod tcp;
 
 use std::sync::Arc;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 /// Why an exchange failed. Every rank of the group gets an error, and it names the rank that caused it.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
 pub enum CommError {
     #[error("rank {rank} is gone: {why}")]
     Lost { rank: usize, why: String },

@@ -1,5 +1,7 @@
 //! `farm-node render`: one clip, no farm.
 
+mod group;
+
 use std::collections::BTreeMap;
 use std::io;
 use std::num::NonZeroUsize;
@@ -18,8 +20,11 @@ use farm_core::model::latent::{LATENT_KEY, NOISE_KEY, from_safetensors, to_safet
 use farm_core::model::pipeline::{Pipeline, RenderObserver, Residency, Start};
 use farm_core::model::weights::checkpoint::Checkpoint;
 use farm_core::parallel::group::RankGroup;
+use farm_core::parallel::topology::Topology;
 use indicatif::{ProgressBar, ProgressStyle};
+use sha2::{Digest, Sha256};
 
+use self::group::{Clip, Follower};
 use crate::encode::{self, FrameSink, Mp4Sink, RawSink};
 
 #[derive(clap::Args)]
@@ -34,8 +39,8 @@ pub struct Args {
     #[arg(long, value_name = "DIR")]
     pub model: PathBuf,
     /// Where the clip goes: .mp4, .rgb (raw RGB24 frames) or .safetensors (the final latent)
-    #[arg(long, value_name = "FILE")]
-    pub out: PathBuf,
+    #[arg(long, value_name = "FILE", required_unless_present = "rank")]
+    pub out: Option<PathBuf>,
     /// Pixels, a multiple of 16 [default: the checkpoint's]
     #[arg(long)]
     pub width: Option<u32>,
@@ -57,12 +62,15 @@ pub struct Args {
     /// Noise to start from instead of the seed's: safetensors, key `noise`, f32 [1, 12, T, height/8, width/8]
     #[arg(long, value_name = "FILE")]
     pub noise: Option<PathBuf>,
-    /// Compute threads; the clip has the same bits for any number [default: one per core]
+    /// Compute threads of each device; the clip has the same bits for any number [default: the processor's cores
+    /// divided among the devices]
     #[arg(long, value_name = "N")]
     pub threads: Option<NonZeroUsize>,
     /// Arithmetic of the networks
     #[arg(long, value_enum, default_value_t = Precision::Fp32)]
     pub precision: Precision,
+    #[command(flatten)]
+    pub group: group::Args,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -99,54 +107,107 @@ impl Kind {
 }
 
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
-    let kind = Kind::of(&args.out)?;
-    if kind == Kind::Mp4 {
-        encode::check()?;
-    }
     let Precision::Fp32 = args.precision;
-    // Beside the target, so that the finished file is moved and not copied, and removed on any way out.
-    let folder = args.out.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let unfinished = tempfile::Builder::new()
-        .prefix(".farm-node-render-")
-        .tempfile_in(folder)
-        .with_context(|| format!("cannot write to {}", folder.display()))?;
-
+    let target = match (&args.out, args.group.rank()) {
+        (Some(out), 0) => Some(Target::create(out)?),
+        (None, 0) => bail!("rank 0 writes the clip: give it --out"),
+        (Some(out), rank) => bail!("rank {rank} writes nothing; leave {} to rank 0", out.display()),
+        (None, _) => None,
+    };
     let checkpoint = Checkpoint::open(&args.model)?;
     for note in checkpoint.notes() {
         eprintln!("note: {note}");
     }
+    if args.group.rank.is_some() && args.seed.is_none() {
+        bail!("the ranks of a group have to agree on the seed: give all of them the same --seed");
+    }
     let seed = args.seed.unwrap_or_else(rand::random);
     let spec = RenderSpec::resolve(&request(&args), checkpoint.generation_defaults(), seed)?;
     let noise = args.noise.as_deref().map(|path| read_noise(path, &spec)).transpose()?;
-    let threads = args.threads.or_else(|| std::thread::available_parallelism().ok()).map_or(1, NonZeroUsize::get);
-    let engine = CpuEngine::new(threads)?;
-    let pipeline = Pipeline::open(&engine, checkpoint, Residency::WhileUsed)?;
-    let solo = RankGroup::solo()?;
-    let start = noise.map_or(Start::Seed, Start::Noise);
+    let threads = args.group.devices.threads(args.threads);
+    let dit = checkpoint.dit().with_context(|| format!("{} has no transformer", args.model.display()))?;
+    let (topology, sharded) = args.group.plan(dit.config(), &spec, threads)?;
+    let identity = match args.group.rank {
+        Some(_) => format!("{}; {}", checkpoint.content_hash()?, sha256(&serde_json::to_vec(&spec)?)),
+        None => String::new(),
+    };
+    let residency = if sharded { Residency::Sharded } else { Residency::WhileUsed };
+    let pipeline = Pipeline::open(&CpuEngine::new(threads)?, checkpoint, residency)?;
+    pipeline.check_group(topology, &spec)?;
 
-    if args.noise.is_none() {
+    if args.noise.is_none() && args.group.rank() == 0 {
         eprintln!("seed {seed}");
     }
+    if topology != Topology::SOLO {
+        eprintln!("{topology}{}", if sharded { ", weights sharded" } else { "" });
+    }
     let stop = stop_on_signals()?;
-    let mut watcher = Watcher { bar: progress_bar(), stop, output: Output::create(kind, unfinished.path(), &spec)? };
-    let outcome = match kind {
-        Kind::Latent => pipeline.denoise(&engine, &solo, &spec, &start, &mut watcher).and_then(|denoised| {
-            let bytes = to_safetensors(LATENT_KEY, &denoised.values, spec.latent_shape())?;
-            std::fs::write(unfinished.path(), bytes).map_err(ModelError::Output)
-        }),
-        Kind::Mp4 | Kind::Rgb => pipeline
-            .render(&engine, &solo, &spec, &start, &mut watcher)
-            .and_then(|_| watcher.output.finish().map_err(ModelError::Output)),
+    let start = noise.map_or(Start::Seed, Start::Noise);
+    let clip = Clip { pipeline: &pipeline, topology, spec: &spec, identity, threads, stop: &stop };
+    let bar = progress_bar();
+    let mut follower = Follower { stop: stop.clone() };
+    let outcome = match &target {
+        None => clip.run(&args.group, |_, _| Ok(()), &mut follower)?,
+        Some(target) => {
+            let output = Output::create(target.kind, target.unfinished.path(), &spec)?;
+            let mut watcher = Watcher { bar: bar.clone(), stop: stop.clone(), output };
+            let lead = |engine: &CpuEngine, group: &RankGroup<CpuEngine>| match target.kind {
+                Kind::Latent => {
+                    let denoised = pipeline.denoise(engine, group, &spec, &start, &mut watcher)?;
+                    let bytes = to_safetensors(LATENT_KEY, &denoised.values, spec.latent_shape())?;
+                    std::fs::write(target.unfinished.path(), bytes).map_err(ModelError::Output)
+                }
+                Kind::Mp4 | Kind::Rgb => {
+                    pipeline.render(engine, group, &spec, &start, &mut watcher)?;
+                    watcher.output.finish().map_err(ModelError::Output)
+                }
+            };
+            clip.run(&args.group, lead, &mut follower)?
+        }
     };
-    watcher.bar.finish_and_clear();
+    bar.finish_and_clear();
     match outcome {
         // 130, as a shell says of a program that Ctrl-C ended.
         Err(ModelError::Stopped) => return Ok(ExitCode::from(130)),
         outcome => outcome?,
     }
-    publish(unfinished, &args.out)?;
-    println!("{}", args.out.display());
+    if let Some(target) = target {
+        println!("{}", target.publish()?.display());
+    }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Hex.
+fn sha256(bytes: &[u8]) -> String {
+    format!("{:x}", Sha256::digest(bytes))
+}
+
+/// The file that is being made. It lies beside its place until it is finished, so that it is moved and not copied, and
+/// removed on any way out.
+struct Target {
+    kind: Kind,
+    out: PathBuf,
+    unfinished: tempfile::NamedTempFile,
+}
+
+impl Target {
+    fn create(out: &Path) -> anyhow::Result<Self> {
+        let kind = Kind::of(out)?;
+        if kind == Kind::Mp4 {
+            encode::check()?;
+        }
+        let folder = out.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let unfinished = tempfile::Builder::new()
+            .prefix(".farm-node-render-")
+            .tempfile_in(folder)
+            .with_context(|| format!("cannot write to {}", folder.display()))?;
+        Ok(Self { kind, out: out.to_owned(), unfinished })
+    }
+
+    fn publish(self) -> anyhow::Result<PathBuf> {
+        publish(self.unfinished, &self.out)?;
+        Ok(self.out)
+    }
 }
 
 fn request(args: &Args) -> RenderRequest {
