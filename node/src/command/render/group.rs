@@ -26,6 +26,8 @@ use crate::devices::{Devices, cpu_site};
 const FORMING: Duration = Duration::from_secs(120);
 
 #[derive(clap::Args)]
+// Derived from the name `Args`, the group would clash with that of the whole command.
+#[group(skip)]
 #[command(next_help_heading = "Several devices")]
 pub struct Args {
     /// Devices that render the clip together: cpu:K makes K ranks of this process
