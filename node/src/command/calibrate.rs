@@ -299,3 +299,28 @@ fn tcp_link(engine: &Arc<CpuEngine>) -> anyhow::Result<(f64, f64)> {
     let [mine, other] = &ranks[..] else { bail!("a group of two has {} ranks", ranks.len()) };
     link_rates([mine, other], engine)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn figures_have_three_digits_and_read_well() {
+        assert_eq!([rounded(33_456_789_012.0), rounded(123.4)], [33_500_000_000.0, 123.0]);
+        assert_eq!(rounded(0.000_016_149).to_string(), "0.0000161");
+        assert_eq!(rounded(0.0), 0.0);
+    }
+
+    #[test]
+    fn half_of_the_runs_took_longer_than_the_median() {
+        assert_eq!(median(vec![9.0, 1.0, 2.0]), 2.0);
+    }
+
+    #[test]
+    fn both_kinds_of_link_are_measured() {
+        let engine = Arc::new(CpuEngine::new(1).unwrap());
+        for (bandwidth, latency) in [local_link(&engine).unwrap(), tcp_link(&engine).unwrap()] {
+            assert!(bandwidth > 0.0 && bandwidth.is_finite() && latency > 0.0 && latency < 1.0);
+        }
+    }
+}
