@@ -1,15 +1,17 @@
 //! `farm-node calibrate`: how fast this machine is, as entries for `farm-node plan --devices-file`.
 
 use std::collections::BTreeMap;
-use std::io::{self, Read, Write};
-use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::io::{self, Write};
+use std::net::{Ipv4Addr, TcpListener};
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, anyhow};
+use anyhow::{Context, anyhow, bail};
+use farm_core::comm::tcp::{self, TcpOptions};
 use farm_core::comm::{Collective, Patience, local};
 use farm_core::engine::cpu::CpuEngine;
 use farm_core::engine::{Engine, SequenceOps};
@@ -24,7 +26,7 @@ use crate::devices::Devices;
 const MAX_ROWS: usize = 256;
 const MAX_KEYS: usize = 2048;
 /// For each quantity, after a first run that does not count.
-const BUDGET: Duration = Duration::from_secs(2);
+const BUDGET: Duration = Duration::from_secs(1);
 const MIN_RUNS: usize = 3;
 const MAX_RUNS: usize = 200;
 /// A message of a large clip; the largest caches do not hold a few of them.
@@ -32,10 +34,8 @@ const LARGE_BYTES: usize = 16 << 20;
 const LARGE_RUNS: usize = 20;
 /// A message of one value, for the latency.
 const SMALL_RUNS: usize = 500;
-/// Any socket holds so much until it is read.
-const SOCKET_BYTES: usize = 4 << 10;
 /// A peer on this machine that says nothing for so long is broken.
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Patience = Patience { silence: Duration::from_secs(10), stall: Duration::from_secs(10) };
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -54,13 +54,12 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
-    let devices = args.devices.cpus;
-    let threads = args.devices.threads(args.threads);
+    let (devices, threads) = (args.devices.cpus, args.devices.threads(args.threads));
     let (model, tokens, sizes) = sizes(args.model.as_deref())?;
     let source = format!("farm-node calibrate: {devices} at once, {threads} threads each, sizes of {sizes}");
-    eprintln!("measuring {devices} devices of {threads} threads, about 10 seconds");
+    eprintln!("measuring {devices} devices of {threads} threads, about 5 seconds");
 
-    let engines = (0..devices).map(|_| CpuEngine::new(threads)).collect::<Result<Vec<_>, _>>()?;
+    let engines = (0..devices).map(|_| CpuEngine::new(threads).map(Arc::new)).collect::<Result<Vec<_>, _>>()?;
     let work = Work::new(&engines[0], &model, tokens)?;
     let linear = work.linear_flops / median_of_all(&engines, |engine| work.linear(engine))?;
     let attention = work.attention_flops / median_of_all(&engines, |engine| work.attention(engine))?;
@@ -81,8 +80,11 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         latency: rounded(latency),
         source: format!("farm-node calibrate: {what}"),
     };
-    let local = link(local_link(&engines[0])?, "two threads of one process, which pass handles on tensors");
-    let tcp = link(tcp_link(&engines[0])?, "two sockets over loopback, tensors to bytes and back included");
+    let local = link(local_link(&engines[0])?, "two ranks of one process, which pass handles on tensors");
+    let tcp = link(
+        tcp_link(&engines[0])?,
+        "two ranks over loopback, as between processes, tensors to bytes and back included",
+    );
     let rates = Rates {
         defaults: None,
         device: BTreeMap::from([("cpu-here".into(), device)]),
@@ -173,7 +175,10 @@ impl Work {
 }
 
 /// Median seconds of `work` on a device while all devices do the same.
-fn median_of_all(engines: &[CpuEngine], work: impl Fn(&CpuEngine) -> anyhow::Result<()> + Sync) -> anyhow::Result<f64> {
+fn median_of_all(
+    engines: &[Arc<CpuEngine>],
+    work: impl Fn(&CpuEngine) -> anyhow::Result<()> + Sync,
+) -> anyhow::Result<f64> {
     let runs = runs_in_budget(&engines[0], engines.len(), &work)?;
     let samples = thread::scope(|scope| {
         let devices: Vec<_> = engines
@@ -232,85 +237,90 @@ fn memory_bytes() -> anyhow::Result<f64> {
     Ok(1024.0 * kib)
 }
 
-/// A small message for the latency, and a large one for the rate.
-fn messages(engine: &CpuEngine) -> anyhow::Result<[Tensor; 2]> {
-    let tensor = |values: usize| engine.upload(&vec![1.0; values], &[values]);
-    Ok([tensor(1)?, tensor(LARGE_BYTES / 4)?])
-}
-
-/// Bytes/s and seconds of latency of an exchange of two ranks, from medians.
-fn link_of(
-    mut exchange: impl FnMut(&Tensor) -> anyhow::Result<()>,
-    [small, large]: &[Tensor; 2],
-) -> anyhow::Result<(f64, f64)> {
-    let mut seconds = |message: &Tensor, runs: usize| -> anyhow::Result<f64> {
-        exchange(message)?;
+/// Bytes/s and seconds of latency of exchanges between two ranks of a group.
+fn link_rates(ranks: [&dyn Collective<Tensor>; 2], engine: &CpuEngine) -> anyhow::Result<(f64, f64)> {
+    let message = |values: usize| engine.upload(&vec![1.0; values], &[values]);
+    let (small, large) = (message(1)?, message(LARGE_BYTES / 4)?);
+    // Both ranks do the same in step, and both send and receive.
+    let median_exchange = |rank: &dyn Collective<Tensor>, message: &Tensor, runs: usize| -> anyhow::Result<f64> {
+        let peer = 1 - rank.rank();
         let mut samples = Vec::with_capacity(runs);
-        for _ in 0..runs {
+        for _ in 0..=runs {
             let started = Instant::now();
-            exchange(message)?;
+            rank.start(vec![(peer, message.clone())], vec![(peer, engine.shape(message))])?.wait()?;
             samples.push(started.elapsed().as_secs_f64());
         }
-        Ok(median(samples))
+        // The first one finds everything asleep.
+        Ok(median(samples.split_off(1)))
     };
-    let latency = seconds(small, SMALL_RUNS)?;
-    Ok((LARGE_BYTES as f64 / seconds(large, LARGE_RUNS)?, latency))
-}
-
-/// Runs `exchange` on two ends in step: one on a thread of its own.
-fn both_ends<End: Send>(
-    [mut mine, mut other]: [End; 2],
-    engine: &CpuEngine,
-    exchange: impl Fn(&mut End, &Tensor) -> anyhow::Result<()> + Sync,
-) -> anyhow::Result<(f64, f64)> {
-    let messages = messages(engine)?;
+    let both =
+        |rank| anyhow::Ok([median_exchange(rank, &small, SMALL_RUNS)?, median_exchange(rank, &large, LARGE_RUNS)?]);
     thread::scope(|scope| {
-        let peer = scope.spawn(|| link_of(|message| exchange(&mut other, message), &messages));
-        let measured = link_of(|message| exchange(&mut mine, message), &messages);
-        // The other end waits for this one; without it, it gets an error.
-        drop(mine);
+        let [mine, other] = ranks;
+        let peer = scope.spawn(move || both(other));
+        let [latency, seconds] = both(mine)?;
         peer.join().map_err(|_| anyhow!("the peer's thread panicked"))??;
-        measured
+        Ok((LARGE_BYTES as f64 / seconds, latency))
     })
 }
 
 fn local_link(engine: &CpuEngine) -> anyhow::Result<(f64, f64)> {
-    let patience = Patience { silence: PATIENCE, stall: PATIENCE };
-    let ranks: Vec<_> = local::ranks::<Tensor>(2, patience);
-    let ends: [_; 2] = ranks.try_into().map_err(|_| anyhow!("a group of two has two ranks"))?;
-    both_ends(ends, engine, |rank, message| {
-        let peer = 1 - rank.rank();
-        rank.start(vec![(peer, message.clone())], vec![(peer, engine.shape(message))])?.wait()?;
-        Ok(())
-    })
+    let ranks = local::ranks(2, PATIENCE);
+    let [mine, other] = &ranks[..] else { bail!("a group of two has {} ranks", ranks.len()) };
+    link_rates([mine, other], engine)
 }
 
-fn tcp_link(engine: &CpuEngine) -> anyhow::Result<(f64, f64)> {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("cannot listen on loopback")?;
-    let near = TcpStream::connect(listener.local_addr()?)?;
-    let (far, _) = listener.accept()?;
-    for stream in [&near, &far] {
-        stream.set_nodelay(true)?;
-        stream.set_read_timeout(Some(PATIENCE))?;
-        stream.set_write_timeout(Some(PATIENCE))?;
+fn tcp_link(engine: &Arc<CpuEngine>) -> anyhow::Result<(f64, f64)> {
+    let listen = || TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("cannot listen on loopback");
+    let listeners = [listen()?, listen()?];
+    let peers = listeners.iter().map(|listener| Ok(listener.local_addr()?.to_string()));
+    let peers = peers.collect::<anyhow::Result<Vec<_>>>()?;
+    let connect = |(rank, listener)| {
+        let group = "calibrate".into();
+        let (peers, cancel) = (peers.clone(), Arc::default());
+        let options = TcpOptions {
+            rank,
+            peers,
+            listen: None,
+            group,
+            patience: PATIENCE,
+            connect_within: PATIENCE.stall,
+            tls: None,
+            cancel,
+        };
+        tcp::connect_on(engine.clone(), options, Some(listener))
+    };
+    let ranks = thread::scope(|scope| {
+        let connecting: Vec<_> =
+            listeners.into_iter().enumerate().map(|rank| scope.spawn(move || connect(rank))).collect();
+        let join = |rank: thread::ScopedJoinHandle<_>| rank.join().map_err(|_| anyhow!("a rank's thread panicked"));
+        connecting.into_iter().map(|rank| Ok(join(rank)??)).collect::<anyhow::Result<Vec<_>>>()
+    })?;
+    let [mine, other] = &ranks[..] else { bail!("a group of two has {} ranks", ranks.len()) };
+    link_rates([mine, other], engine)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn figures_have_three_digits_and_read_well() {
+        assert_eq!([rounded(33_456_789_012.0), rounded(123.4)], [33_500_000_000.0, 123.0]);
+        assert_eq!(rounded(0.000_016_149).to_string(), "0.0000161");
+        assert_eq!(rounded(0.0), 0.0);
     }
-    both_ends([near, far], engine, |stream, message| {
-        let bytes = engine.to_bytes(message)?;
-        let mut received = vec![0; bytes.len()];
-        if bytes.len() <= SOCKET_BYTES {
-            stream.write_all(&bytes)?;
-            stream.read_exact(&mut received)?;
-            engine.from_bytes(&received, &engine.shape(message))?;
-            return Ok(());
+
+    #[test]
+    fn half_of_the_runs_took_longer_than_the_median() {
+        assert_eq!(median(vec![9.0, 1.0, 2.0]), 2.0);
+    }
+
+    #[test]
+    fn both_kinds_of_link_are_measured() {
+        let engine = Arc::new(CpuEngine::new(1).unwrap());
+        for (bandwidth, latency) in [local_link(&engine).unwrap(), tcp_link(&engine).unwrap()] {
+            assert!(bandwidth > 0.0 && bandwidth.is_finite() && latency > 0.0 && latency < 1.0);
         }
-        // Both ends send and receive at the same time, as ranks do.
-        let mut writer = stream.try_clone()?;
-        thread::scope(|scope| -> anyhow::Result<()> {
-            let sent = scope.spawn(move || writer.write_all(&bytes));
-            stream.read_exact(&mut received)?;
-            Ok(sent.join().map_err(|_| anyhow!("the sending thread panicked"))??)
-        })?;
-        engine.from_bytes(&received, &engine.shape(message))?;
-        Ok(())
-    })
+    }
 }

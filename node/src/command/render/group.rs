@@ -27,6 +27,8 @@ use crate::devices::{Devices, cpu_site};
 const FORMING: Duration = Duration::from_secs(120);
 
 #[derive(clap::Args)]
+// Derived from the name `Args`, the group would clash with that of the whole command.
+#[group(skip)]
 #[command(next_help_heading = "Several devices")]
 pub struct GroupArgs {
     /// Devices that render the clip together: cpu:K makes K ranks of this process
@@ -86,8 +88,8 @@ impl GroupArgs {
             [&spec.prompt, &spec.negative_prompt].map(|text| if text.is_empty() { 0 } else { TYPICAL_TEXT }),
         )?;
         let site = cpu_site(threads, self.rank.is_some())?;
-        let best = cost::candidates(&model.shape(), &clip, &site, world, self.degrees.into())?;
-        let best = best.first().context("no way to spread the clip")?;
+        let all = cost::candidates(&model.shape(), &clip, &site, world, self.degrees.into())?;
+        let best = cost::choose(&all).context("no way to spread the clip")?;
         Ok((best.topology, best.shard))
     }
 
