@@ -73,7 +73,7 @@ impl SequenceOps for Exact {
         Ok(x.values.iter().flat_map(|value| value.to_le_bytes()).collect())
     }
 
-    fn from_bytes(&self, bytes: &[u8], shape: &[usize]) -> Result<Array> {
+    fn tensor_of_bytes(&self, bytes: &[u8], shape: &[usize]) -> Result<Array> {
         let values = bytes.as_chunks().0.iter().map(|value| f64::from_le_bytes(*value)).collect();
         Ok(Array { shape: shape.to_vec(), values })
     }

@@ -193,15 +193,17 @@ fn a_group_that_loses_a_rank_names_it_and_the_rest_finish_the_same_clip() {
                 assert!(!status.success() && last.contains(&format!("rank {victim} ")), "{case}: rank {rank}: {last}");
             }
             told_latest = told_latest.max(broken.elapsed());
-            if let Fault::CutLink = fault {
-                let status = ranks[victim].end(Duration::from_secs(PATIENCE) + SLACK);
-                assert!(!status.success(), "{case}: the rank that was cut off: {:?}", ranks[victim].said);
-                network.set_link(hosts[victim], true);
-            }
-            // The leader of the next group has to know how far this one came, the victim's last words included.
-            if victim == 0 {
-                ranks[0].signal(libc::SIGKILL);
-                ranks[0].end(SLACK);
+            match fault {
+                Fault::CutLink => {
+                    let status = ranks[victim].end(Duration::from_secs(PATIENCE) + SLACK);
+                    assert!(!status.success(), "{case}: the rank that was cut off: {:?}", ranks[victim].said);
+                    network.set_link(hosts[victim], true);
+                }
+                // Its last words count: how far it came, if it was the leader.
+                Fault::Kill | Fault::Freeze => {
+                    ranks[victim].signal(libc::SIGKILL);
+                    ranks[victim].end(SLACK);
+                }
             }
             reached = ranks[0].said.iter().filter_map(|line| step_of(line)).max().unwrap();
             hosts.remove(victim);

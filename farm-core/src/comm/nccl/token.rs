@@ -64,7 +64,7 @@ impl SequenceOps for Tokens {
         Ok(token.bytes.clone())
     }
 
-    fn from_bytes(&self, bytes: &[u8], shape: &[usize]) -> Result<Token> {
+    fn tensor_of_bytes(&self, bytes: &[u8], shape: &[usize]) -> Result<Token> {
         Ok(Token { shape: shape.to_vec(), bytes: bytes.to_vec() })
     }
 

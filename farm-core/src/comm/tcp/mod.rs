@@ -191,7 +191,7 @@ impl<E: SequenceOps> Collective<E::Tensor> for TcpRank<E> {
         Ok(Exchange::new(move || {
             let packets = inboxes.finish(me, tickets, &receivers, pending)?;
             let unpack = |(packet, from): (Packet, usize)| {
-                self.engine.from_bytes(&packet.bytes, &packet.shape).map_err(|error| {
+                self.engine.tensor_of_bytes(&packet.bytes, &packet.shape).map_err(|error| {
                     let (expected, got) = (format!("{:?}", packet.shape), error.to_string());
                     inboxes.fail(CommError::Mismatch { rank: from, expected, got })
                 })

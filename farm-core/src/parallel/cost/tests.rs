@@ -160,6 +160,20 @@ fn between_hosts_the_slow_link_is_shared_and_counts() {
 }
 
 #[test]
+fn a_ring_is_taken_only_if_it_gains_enough() {
+    let of = |ring: usize, ulysses: usize, seconds, fits| {
+        let topology = Topology::new(1, ring, ulysses).unwrap();
+        Candidate { topology, shard: false, seconds, bytes: 0, memory: 0, fits }
+    };
+    let taken = |candidates: &[Candidate]| choose(candidates).unwrap().topology.ring();
+    assert_eq!(taken(&[of(4, 1, 10.0, true), of(2, 2, 10.1, true), of(1, 4, 10.9, true)]), 1);
+    assert_eq!(taken(&[of(4, 1, 10.0, true), of(1, 4, 11.1, true)]), 4);
+    assert_eq!(taken(&[of(1, 4, 10.0, true), of(2, 2, 10.0, true)]), 1);
+    assert_eq!(taken(&[of(4, 1, 10.0, true), of(1, 4, 10.0, false)]), 4, "one that does not fit is no choice");
+    assert_eq!(choose(&[]), None);
+}
+
+#[test]
 fn a_candidate_is_stored_flat_and_read_back() {
     let candidate = one(&site(), 2, 1, 3, true);
     let json = serde_json::to_value(candidate).unwrap();
