@@ -5,9 +5,8 @@
 
 use std::collections::HashMap;
 
-use super::volume::Shares;
 use super::{Candidate, ClipShape, LinkRates, ModelShape, Site};
-use crate::parallel::shard::Split;
+use crate::parallel::shard::{Shares, Split};
 use crate::parallel::topology::Topology;
 
 /// Part of a device's memory that a group may fill; the rest is for the driver, its kernels and gaps between blocks.
@@ -98,9 +97,9 @@ impl Run<'_> {
         let mut compute: f64 = 0.0;
         let mut attention: f64 = 0.0;
         for rank in ranks {
-            let [tokens, text_rows] = shares.rows(*rank);
+            let [tokens, text_rows] = shares.row_counts(*rank);
             let segment: usize = shares.segment(self.topology.coords(*rank).ring).iter().sum();
-            let heads = shares.heads(*rank);
+            let heads = shares.heads(*rank).len();
             let mut moved = self.value_bytes() * model.elementwise_values(tokens, text_rows);
             if ulysses > 1 {
                 // Of q, k, v and the result: packed and unpacked, each with a read and a write.
@@ -175,7 +174,7 @@ impl Run<'_> {
             let values = (tokens * self.model.velocity_values()) as u64;
             peers.into_iter().filter(|peer| *peer != rank).map(|peer| (peer, values)).collect()
         };
-        let [tokens, _] = self.shares(0).rows(rank);
+        let [tokens, _] = self.shares(0).row_counts(rank);
         [others(self.topology.sequence_peers(rank), tokens), others(self.topology.cfg_peers(rank), self.clip.tokens)]
     }
 
@@ -230,10 +229,10 @@ impl Run<'_> {
 
         let text = self.clip.text[0].max(self.clip.text[1]);
         let shares = self.shares(text);
-        let [tokens, text_rows] = shares.rows(0);
+        let [tokens, text_rows] = shares.row_counts(0);
         let rows = (tokens + text_rows) as f64;
         let d = model.hidden_x as f64;
-        let segment = shares.segment(0).iter().sum::<usize>() as f64 * (shares.heads(0) * model.head_dim) as f64;
+        let segment = shares.segment(0).iter().sum::<usize>() as f64 * (shares.heads(0).len() * model.head_dim) as f64;
         // Gathered weights serve both branches of a step before they go.
         let branches = if self.shard && self.topology.cfg() == 1 { 2.0 } else { 1.0 };
         let streams = branches * rows * d * bytes;
