@@ -1,6 +1,7 @@
 //! `farm-node`: a render node of the farm, and the commands that work on one machine without a farm.
 
 mod attempt;
+mod checkpoints;
 mod command;
 mod cpu_device;
 mod device_pool;

@@ -10,6 +10,8 @@
 
 mod inbox;
 pub mod local;
+#[cfg(feature = "cuda")]
+pub mod nccl;
 #[cfg(test)]
 mod suite;
 pub mod tcp;

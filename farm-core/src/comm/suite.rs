@@ -31,8 +31,12 @@ pub(super) fn together<T: 'static, R: Send>(ranks: Vec<Rank<T>>, work: impl Fn(R
     })
 }
 
-/// Tests of every rule below for the transport that `$transport` makes.
+/// Tests of every rule below for the transport that `$transport` makes; or runs the rules that are named.
 macro_rules! transport_suite {
+    (run $transport:expr; $($rule:ident),* $(,)?) => {{
+        let transport = $transport;
+        $($crate::comm::suite::$rule(&transport);)*
+    }};
     ($transport:expr; $($rule:ident),* $(,)?) => {
         $(#[test]
         fn $rule() {

@@ -213,7 +213,7 @@ fn garbage_ends_the_group_and_names_its_sender() {
     let nested = [head.clone(), head.clone()].concat();
     let overflow = [head, Frame::Part { bytes: 5 }.encode(), vec![0; 5]].concat();
     for bytes in [unknown, part, waits, blames, long, nested, overflow] {
-        let (ranks, mut puppet) = with_puppet(PATIENT);
+        let (ranks, mut puppet) = with_puppet(WATCHFUL);
         puppet.say(&bytes);
         let error = all_failed(together(ranks, |rank| rank.barrier()));
         let CommError::Lost { rank: 2, why } = error else { panic!("{error}") };
@@ -223,7 +223,7 @@ fn garbage_ends_the_group_and_names_its_sender() {
 
 #[test]
 fn a_message_of_the_wrong_length_names_its_sender() {
-    let (ranks, mut puppet) = with_puppet(PATIENT);
+    let (ranks, mut puppet) = with_puppet(WATCHFUL);
     let head = Frame::Message { shape: vec![2], bytes: 4 }.encode();
     puppet.say(&[head, Frame::Part { bytes: 4 }.encode(), vec![0; 4]].concat());
     let error = all_failed(together(ranks, |rank| rank.start(Vec::new(), vec![(2, vec![2])])?.wait().map(|_| ())));
@@ -232,7 +232,7 @@ fn a_message_of_the_wrong_length_names_its_sender() {
 
 #[test]
 fn an_end_in_the_middle_of_a_message_is_heard() {
-    let (ranks, mut puppet) = with_puppet(PATIENT);
+    let (ranks, mut puppet) = with_puppet(WATCHFUL);
     let head = Frame::Message { shape: vec![2], bytes: 8 }.encode();
     let error = CommError::Lost { rank: 1, why: "the puppet says so".into() };
     puppet.say(&[head, Frame::Part { bytes: 4 }.encode(), vec![0; 4], Frame::End(error.clone()).encode()].concat());

@@ -16,10 +16,11 @@ use farm_core::job::state::Progress;
 use farm_core::model::ModelError;
 use farm_core::model::config::DitConfig;
 use farm_core::model::pipeline::{Pipeline, RenderObserver, Start};
-use farm_core::parallel::cost::{self, ClipShape, Overrides};
+use farm_core::parallel::cost::{self, ClipShape};
 use farm_core::parallel::group::RankGroup;
 use farm_core::parallel::topology::Topology;
 
+use crate::command::plan::Degrees;
 use crate::devices::{Devices, cpu_site};
 
 /// What a group waits for its last member to be started.
@@ -29,22 +30,12 @@ const FORMING: Duration = Duration::from_secs(120);
 // Derived from the name `Args`, the group would clash with that of the whole command.
 #[group(skip)]
 #[command(next_help_heading = "Several devices")]
-pub struct Args {
+pub struct GroupArgs {
     /// Devices that render the clip together: cpu:K makes K ranks of this process
     #[arg(long, value_name = "cpu:K", default_value = "cpu:1")]
     pub devices: Devices,
-    /// Guidance branches computed apart, 1 or 2 [default: what the cost model finds fastest]
-    #[arg(long, value_name = "N")]
-    cfg: Option<usize>,
-    /// Ring degree: ranks that pass keys and values round [default: likewise]
-    #[arg(long, value_name = "N")]
-    ring: Option<usize>,
-    /// Ulysses degree: ranks that share the heads [default: likewise]
-    #[arg(long, value_name = "N")]
-    ulysses: Option<usize>,
-    /// Each rank keeps its part of the transformer's weights and gathers the others' block by block
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
-    shard: Option<bool>,
+    #[command(flatten)]
+    degrees: Degrees,
     /// This process is one rank of a group of processes, and the first of them writes the clip
     #[arg(long, value_name = "R", requires_all = ["world", "peers"], conflicts_with = "devices")]
     pub rank: Option<usize>,
@@ -75,7 +66,7 @@ fn parse_patience(text: &str) -> Result<f64, String> {
     }
 }
 
-impl Args {
+impl GroupArgs {
     /// Rank of this process among processes; 0 for a group of threads.
     pub fn rank(&self) -> usize {
         self.rank.unwrap_or(0)
@@ -96,9 +87,8 @@ impl Args {
             spec.num_inference_steps,
             [&spec.prompt, &spec.negative_prompt].map(|text| if text.is_empty() { 0 } else { TYPICAL_TEXT }),
         )?;
-        let fixed = Overrides { cfg: self.cfg, ring: self.ring, ulysses: self.ulysses, shard: self.shard };
         let site = cpu_site(threads, self.rank.is_some())?;
-        let best = cost::candidates(&model.shape(), &clip, &site, world, fixed)?;
+        let best = cost::candidates(&model.shape(), &clip, &site, world, self.degrees.into())?;
         let best = best.first().context("no way to spread the clip")?;
         Ok((best.topology, best.shard))
     }
@@ -127,7 +117,7 @@ impl Clip<'_> {
     /// that one.
     pub fn run(
         &self,
-        args: &Args,
+        args: &GroupArgs,
         lead: impl FnOnce(&CpuEngine, &RankGroup<CpuEngine>) -> Result<(), ModelError>,
         follower: &mut dyn RenderObserver,
     ) -> anyhow::Result<Result<(), ModelError>> {
@@ -163,7 +153,7 @@ impl Clip<'_> {
 
     fn run_threads(
         &self,
-        args: &Args,
+        args: &GroupArgs,
         lead: impl FnOnce(&CpuEngine, &RankGroup<CpuEngine>) -> Result<(), ModelError>,
     ) -> anyhow::Result<Result<(), ModelError>> {
         let engines =

@@ -1,6 +1,7 @@
 //! `farm-node render`: one clip, no farm.
 
 mod group;
+mod resume;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -16,15 +17,15 @@ use farm_core::engine::cpu::CpuEngine;
 use farm_core::job::spec::{GuidanceScale, RenderRequest, RenderSpec};
 use farm_core::job::state::{Progress, Stage};
 use farm_core::model::ModelError;
-use farm_core::model::latent::{LATENT_KEY, NOISE_KEY, from_safetensors, to_safetensors};
+use farm_core::model::latent::{LATENT_KEY, LatentCheckpoint, NOISE_KEY, from_safetensors, to_safetensors};
 use farm_core::model::pipeline::{Pipeline, RenderObserver, Residency, Start};
 use farm_core::model::weights::checkpoint::Checkpoint;
 use farm_core::parallel::group::RankGroup;
 use farm_core::parallel::topology::Topology;
 use indicatif::{ProgressBar, ProgressStyle};
-use sha2::{Digest, Sha256};
 
 use self::group::{Clip, Follower};
+use self::resume::{Identity, Saved};
 use crate::encode::{self, FrameSink, Mp4Sink, RawSink};
 
 #[derive(clap::Args)]
@@ -70,7 +71,9 @@ pub struct Args {
     #[arg(long, value_enum, default_value_t = Precision::Fp32)]
     pub precision: Precision,
     #[command(flatten)]
-    pub group: group::Args,
+    pub group: group::GroupArgs,
+    #[command(flatten)]
+    pub resume: resume::ResumeArgs,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -127,9 +130,15 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let threads = args.group.devices.threads(args.threads);
     let dit = checkpoint.dit().with_context(|| format!("{} has no transformer", args.model.display()))?;
     let (topology, sharded) = args.group.plan(dit.config(), &spec, threads)?;
-    let identity = match args.group.rank {
-        Some(_) => format!("{}; {}", checkpoint.content_hash()?, sha256(&serde_json::to_vec(&spec)?)),
-        None => String::new(),
+    // Only of use, and only worth reading every byte, if it is shared or stored.
+    let identity = if args.group.rank.is_some() || args.resume.wanted() {
+        Identity::of(&checkpoint, &spec)?
+    } else {
+        Identity::default()
+    };
+    let saved = match &target {
+        Some(_) => Saved::open(&args.resume, &spec, &identity)?,
+        None => None,
     };
     let residency = if sharded { Residency::Sharded } else { Residency::WhileUsed };
     let pipeline = Pipeline::open(&CpuEngine::new(threads)?, checkpoint, residency)?;
@@ -142,7 +151,14 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         eprintln!("{topology}{}", if sharded { ", weights sharded" } else { "" });
     }
     let stop = stop_on_signals()?;
-    let start = noise.map_or(Start::Seed, Start::Noise);
+    let start = match saved.as_ref().and_then(Saved::latest) {
+        Some(checkpoint) => {
+            eprintln!("resuming after step {} of {}", checkpoint.step, spec.num_inference_steps);
+            Start::Checkpoint(checkpoint)
+        }
+        None => noise.map_or(Start::Seed, Start::Noise),
+    };
+    let identity = identity.to_string();
     let clip = Clip { pipeline: &pipeline, topology, spec: &spec, identity, threads, stop: &stop };
     let bar = progress_bar();
     let mut follower = Follower { stop: stop.clone() };
@@ -150,7 +166,8 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         None => clip.run(&args.group, |_, _| Ok(()), &mut follower)?,
         Some(target) => {
             let output = Output::create(target.kind, target.unfinished.path(), &spec)?;
-            let mut watcher = Watcher { bar: bar.clone(), stop: stop.clone(), output };
+            let saved = saved.as_ref();
+            let mut watcher = Watcher { bar: bar.clone(), stop: stop.clone(), output, saved, shown: None };
             let lead = |engine: &CpuEngine, group: &RankGroup<CpuEngine>| match target.kind {
                 Kind::Latent => {
                     let denoised = pipeline.denoise(engine, group, &spec, &start, &mut watcher)?;
@@ -171,15 +188,13 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         Err(ModelError::Stopped) => return Ok(ExitCode::from(130)),
         outcome => outcome?,
     }
+    if let Some(saved) = saved {
+        saved.clear();
+    }
     if let Some(target) = target {
         println!("{}", target.publish()?.display());
     }
     Ok(ExitCode::SUCCESS)
-}
-
-/// Hex.
-fn sha256(bytes: &[u8]) -> String {
-    format!("{:x}", Sha256::digest(bytes))
 }
 
 /// The file that is being made. It lies beside its place until it is finished, so that it is moved and not copied, and
@@ -302,14 +317,26 @@ impl Output {
     }
 }
 
-struct Watcher {
+struct Watcher<'a> {
     bar: ProgressBar,
     stop: Arc<AtomicBool>,
     output: Output,
+    saved: Option<&'a Saved>,
+    /// The last line for those who see no bar.
+    shown: Option<(Stage, u32)>,
 }
 
-impl RenderObserver for Watcher {
+impl RenderObserver for Watcher<'_> {
     fn progress(&mut self, progress: Progress) -> ControlFlow<()> {
+        // A log gets a line for every step, and for the beginning of the other stages.
+        let line = (progress.stage, if progress.stage == Stage::Denoise { progress.done } else { 0 });
+        if self.bar.is_hidden() && self.shown != Some(line) {
+            self.shown = Some(line);
+            match progress.stage {
+                Stage::Denoise => eprintln!("denoise {}/{}", progress.done, progress.total),
+                stage => eprintln!("{}", stage.as_str()),
+            }
+        }
         self.bar.set_prefix(progress.stage.as_str());
         self.bar.set_length(progress.total.into());
         self.bar.set_position(progress.done.into());
@@ -325,6 +352,16 @@ impl RenderObserver for Watcher {
 
     fn warning(&mut self, message: &str) {
         self.bar.suspend(|| eprintln!("warning: {message}"));
+    }
+
+    fn wants_checkpoint(&mut self, step: u32, _steps: u32) -> bool {
+        self.saved.is_some_and(|saved| saved.wants(step))
+    }
+
+    fn checkpoint(&mut self, checkpoint: LatentCheckpoint) {
+        if let Some(saved) = self.saved {
+            saved.put(checkpoint);
+        }
     }
 
     fn frames(&mut self, rgb24: &[u8], _count: usize) -> io::Result<()> {
