@@ -22,6 +22,9 @@ pub use self::shape::{ClipShape, ModelShape};
 pub use self::volume::sent_values_per_layer;
 use crate::parallel::topology::{MAX_RANKS, Topology, TopologyError};
 
+/// How much faster a group with a ring has to be than one without.
+const RING_GAIN: f64 = 1.1;
+
 /// One way to spread a clip over a group, and what it is predicted to cost.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(into = "Row", try_from = "Row")]
@@ -125,10 +128,21 @@ pub fn candidates(
     Ok(all)
 }
 
-/// The best way to spread a clip over exactly `devices` devices; none if no degrees are legal or none fits into memory.
+/// The candidate that is used unless a person decides: the first, unless one without a ring is nearly as fast, because
+/// without a ring the clip has the same bits as on one device.
+///
+/// `candidates` are those of [`candidates`], best first. None of an empty list.
+pub fn choose(candidates: &[Candidate]) -> Option<Candidate> {
+    let best = candidates.first()?;
+    let exact = candidates.iter().find(|candidate| candidate.topology.ring() == 1 && candidate.fits == best.fits);
+    Some(*exact.filter(|exact| exact.seconds <= RING_GAIN * best.seconds).unwrap_or(best))
+}
+
+/// The way to spread a clip over exactly `devices` devices that [`choose`] takes; none if no degrees are legal or none
+/// fits into memory.
 pub fn predict(model: &ModelShape, clip: &ClipShape, site: &Site, devices: usize) -> Option<Candidate> {
     let all = candidates(model, clip, site, devices, Overrides::default()).ok()?;
-    all.into_iter().next().filter(|best| best.fits)
+    choose(&all).filter(|best| best.fits)
 }
 
 /// The error of the topology nearest to what was asked for, when there is no legal one.

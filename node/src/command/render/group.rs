@@ -88,8 +88,8 @@ impl GroupArgs {
             [&spec.prompt, &spec.negative_prompt].map(|text| if text.is_empty() { 0 } else { TYPICAL_TEXT }),
         )?;
         let site = cpu_site(threads, self.rank.is_some())?;
-        let best = cost::candidates(&model.shape(), &clip, &site, world, self.degrees.into())?;
-        let best = best.first().context("no way to spread the clip")?;
+        let all = cost::candidates(&model.shape(), &clip, &site, world, self.degrees.into())?;
+        let best = cost::choose(&all).context("no way to spread the clip")?;
         Ok((best.topology, best.shard))
     }
 
