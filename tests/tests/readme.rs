@@ -135,6 +135,12 @@ impl Walk {
             self.start(line);
             return String::new();
         }
+        if let Some(line) = line.strip_suffix(" &") {
+            let mut command = self.program("bash");
+            command.args(["-euc", &format!("exec {}", self.real(line))]);
+            self.running.push(Running(command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()));
+            return String::new();
+        }
         let expected = match line.split_once("# exit status ") {
             Some((_, status)) => status.trim().parse().unwrap(),
             None => 0,
