@@ -300,4 +300,18 @@ mod tests {
             assert!(matches!(reader.part(1, total, &mut message).await, Err(Fault::Closed)));
         });
     }
+
+    proptest::proptest! {
+        /// Neither an overflow nor a panic, whatever comes after a head that looks like one.
+        #[test]
+        fn any_bytes_are_frames_or_a_fault(kind in 0u8..8, len in 0u32..100, rest: Vec<u8>, flood: bool) {
+            let mut bytes = vec![kind];
+            bytes.extend(if flood { u32::MAX - len } else { len }.to_le_bytes());
+            bytes.extend(rest);
+            match read(&bytes) {
+                Ok(frames) => proptest::prop_assert!(!frames.is_empty()),
+                Err(fault) => proptest::prop_assert!(!matches!(fault, Fault::Silent | Fault::Io(_))),
+            }
+        }
+    }
 }

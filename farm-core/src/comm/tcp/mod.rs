@@ -50,6 +50,7 @@ pub struct TcpOptions {
     pub patience: Patience,
     /// The time that the group has to form.
     pub connect_within: Duration,
+    /// Without it, who reaches the port and knows the group's name is taken for a rank, and can read along.
     pub tls: Option<TlsFiles>,
     /// Set from elsewhere, ends the forming of the group.
     pub cancel: Arc<AtomicBool>,
