@@ -17,6 +17,7 @@
 pub mod effects;
 pub mod events;
 pub mod farm;
+mod gang;
 mod place;
 mod register;
 mod report;
