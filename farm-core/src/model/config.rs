@@ -1,5 +1,7 @@
 //! Sizes of the networks. All of them are read from the checkpoint; nothing here is a constant of the published model.
 
+use crate::parallel::cost::ModelShape;
+
 /// T5 v1.1 encoder sizes (`text_encoder/config.json`).
 #[derive(Clone, Debug, PartialEq)]
 pub struct T5Config {
@@ -34,6 +36,24 @@ pub struct DitConfig {
     pub time_dim: usize,
     /// Heads of the caption pooling, 8 in every published layout.
     pub pool_heads: usize,
+}
+
+impl DitConfig {
+    /// What the cost model has to know.
+    pub fn shape(&self) -> ModelShape {
+        ModelShape {
+            layers: self.num_layers,
+            heads: self.num_heads,
+            head_dim: self.head_dim,
+            hidden_x: self.hidden_x,
+            hidden_y: self.hidden_y,
+            ffn_x: self.ffn_x,
+            ffn_y: self.ffn_y,
+            text_dim: self.text_dim,
+            time_dim: self.time_dim,
+            channels: self.in_channels,
+        }
+    }
 }
 
 /// VAE decoder sizes, in decoding order (from latent to pixels).
