@@ -4,8 +4,8 @@
 use std::fs;
 use std::path::Path;
 
-use farm_core::engine::{Engine, SequenceOps};
 use farm_core::engine::cpu::CpuEngine;
+use farm_core::engine::{Engine, SequenceOps};
 use farm_core::model::latent::{DitLatent, VaeLatent};
 use farm_core::model::noise::normals;
 use farm_core::model::vae::VaeDecoder;

@@ -4,8 +4,8 @@
 
 use std::path::Path;
 
-use farm_core::engine::{Engine, SequenceOps};
 use farm_core::engine::cpu::CpuEngine;
+use farm_core::engine::{Engine, SequenceOps};
 use farm_core::model::latent::VaeLatent;
 use farm_core::model::vae::VaeDecoder;
 use farm_core::model::weights::Loader;

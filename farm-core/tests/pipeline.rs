@@ -13,12 +13,17 @@ use farm_core::job::state::{Progress, Stage};
 use farm_core::model::ModelError;
 use farm_core::model::latent::DitLatent;
 use farm_core::model::noise::normals;
-use farm_core::model::pipeline::{Pipeline, RenderObserver};
+use farm_core::model::pipeline::{Pipeline, RenderObserver, Residency, Start};
 use farm_core::model::weights::checkpoint::Checkpoint;
+use farm_core::parallel::group::RankGroup;
 
 fn pipeline(engine: &CpuEngine) -> Pipeline<CpuEngine> {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../assets/mochi-tiny");
-    Pipeline::load(engine, &Checkpoint::open(&dir).unwrap()).unwrap()
+    Pipeline::open(engine, Checkpoint::open(&dir).unwrap(), Residency::Kept).unwrap()
+}
+
+fn solo() -> RankGroup<CpuEngine> {
+    RankGroup::solo().unwrap()
 }
 
 fn spec(pipeline: &Pipeline<CpuEngine>, prompt: &str) -> RenderSpec {
@@ -89,7 +94,7 @@ fn a_clip_has_its_frames_and_tells_how_far_it_is() {
     let pipeline = pipeline(&engine);
     let mut record = Record::default();
     let spec = spec(&pipeline, "a red ball moving left");
-    let rendered = pipeline.render(&engine, &spec, None, &mut record).unwrap();
+    let rendered = pipeline.render(&engine, &solo(), &spec, &Start::Seed, &mut record).unwrap();
     assert_eq!(record.counts.iter().sum::<usize>(), 13);
     use Stage::{Decode, Denoise, Text};
     let expected = [(Text, 0, 1), (Denoise, 0, 3), (Denoise, 1, 3), (Denoise, 2, 3), (Denoise, 3, 3)];
@@ -110,13 +115,13 @@ fn threads_shared_weights_and_noise_from_outside_change_no_bit() {
     let pipeline = pipeline(&engine);
     let spec = spec(&pipeline, "a blue triangle staying still on a navy background");
     let mut expected = Record::default();
-    pipeline.render(&engine, &spec, None, &mut expected).unwrap();
+    pipeline.render(&engine, &solo(), &spec, &Start::Seed, &mut expected).unwrap();
 
     let noise = normals(spec.seed, 0..12 * 3 * 6 * 4);
     for threads in [2, 3] {
         let other = CpuEngine::new(threads).unwrap();
         let mut got = Record::default();
-        pipeline.render(&other, &spec, Some(&noise), &mut got).unwrap();
+        pipeline.render(&other, &solo(), &spec, &Start::Noise(noise.clone()), &mut got).unwrap();
         assert_eq!(got.latent, expected.latent, "{threads} threads");
         assert_eq!(got.rgb24, expected.rgb24, "{threads} threads");
     }
@@ -132,13 +137,13 @@ fn empty_and_over_long_prompts_are_rendered() {
     let engine = CpuEngine::new(1).unwrap();
     let pipeline = pipeline(&engine);
     let mut record = Record::default();
-    pipeline.render(&engine, &spec(&pipeline, ""), None, &mut record).unwrap();
+    pipeline.render(&engine, &solo(), &spec(&pipeline, ""), &Start::Seed, &mut record).unwrap();
     assert!(record.warnings.is_empty() && record.rgb24.len() == 13 * 48 * 32 * 3);
 
     let mut record = Record::default();
     let mut spec = spec(&pipeline, &"red ".repeat(400));
     spec.negative_prompt = "blue ".repeat(300);
-    pipeline.denoise(&engine, &spec, None, &mut record).unwrap();
+    pipeline.denoise(&engine, &solo(), &spec, &Start::Seed, &mut record).unwrap();
     let [prompt, negative] = &record.warnings[..] else { panic!("{:?}", record.warnings) };
     assert!(prompt.starts_with("the prompt has ") && prompt.ends_with("the first 255 are used"), "{prompt}");
     assert!(negative.starts_with("the negative prompt has "), "{negative}");
@@ -152,13 +157,14 @@ fn a_render_stops_at_every_report_and_on_a_full_disk() {
     for stop_at in [(Stage::Text, 0), (Stage::Denoise, 0), (Stage::Denoise, 2), (Stage::Decode, 0), (Stage::Decode, 7)]
     {
         let mut record = Record { stop_at: Some(stop_at), ..Record::default() };
-        let result = pipeline.render(&engine, &spec, None, &mut record);
+        let result = pipeline.render(&engine, &solo(), &spec, &Start::Seed, &mut record);
         assert!(matches!(result, Err(ModelError::Stopped)), "{stop_at:?}");
         let (stage, done, _) = *record.progress.last().unwrap();
         assert_eq!((stage, done), stop_at);
     }
     let mut record = Record { full: true, ..Record::default() };
-    assert!(matches!(pipeline.render(&engine, &spec, None, &mut record), Err(ModelError::Output(_))));
-    let error = pipeline.denoise(&engine, &spec, Some(&[0.0; 5]), &mut Record::default()).err().unwrap().to_string();
-    assert!(error.contains("noise has 5 values"), "{error}");
+    assert!(matches!(pipeline.render(&engine, &solo(), &spec, &Start::Seed, &mut record), Err(ModelError::Output(_))));
+    let start = Start::Noise(vec![0.0; 5]);
+    let error = pipeline.denoise(&engine, &solo(), &spec, &start, &mut Record::default()).err().unwrap().to_string();
+    assert!(error.contains("start with 5 values"), "{error}");
 }

@@ -10,11 +10,12 @@ use farm_core::job::spec::GuidanceScale;
 use farm_core::model::ModelError;
 use farm_core::model::dit::{Dit, TextConditioning};
 use farm_core::model::noise::normals;
-use farm_core::model::sampler::{BranchOrder, Sampler};
+use farm_core::model::sampler::Sampler;
 use farm_core::model::schedule::SigmaSchedule;
 use farm_core::model::t5::T5Encoder;
 use farm_core::model::weights::Loader;
 use farm_core::model::weights::checkpoint::Checkpoint;
+use farm_core::parallel::group::RankGroup;
 
 const SHAPE: [usize; 4] = [12, 2, 6, 10];
 
@@ -23,6 +24,7 @@ struct Model {
     t5: T5Encoder<CpuEngine>,
     dit: Dit<CpuEngine>,
     vocab: u32,
+    solo: RankGroup<CpuEngine>,
 }
 
 impl Model {
@@ -36,12 +38,13 @@ impl Model {
             dit: Dit::load(&Loader { engine: &engine, source: dit }, dit.config()).unwrap(),
             vocab: t5.config().vocab_size as u32,
             engine,
+            solo: RankGroup::solo().unwrap(),
         }
     }
 
     fn text(&self, ids: &[u32]) -> TextConditioning<CpuEngine> {
         let features = self.t5.encode(&self.engine, ids).unwrap();
-        self.dit.text_conditioning(&self.engine, Some(&features)).unwrap()
+        self.dit.text_conditioning(&self.engine, &self.solo, Some(&features)).unwrap()
     }
 
     /// Four steps of one prompt against another.
@@ -52,16 +55,16 @@ impl Model {
     ) -> Result<Vec<f32>, ModelError> {
         let sampler = Sampler {
             dit: &self.dit,
-            geometry: &self.dit.geometry(&self.engine, SHAPE)?,
+            geometry: &self.dit.geometry(&self.engine, &self.solo, SHAPE)?,
             cond: &self.text(&[5, 9, 33, 1]),
             uncond: &self.text(&[7, 1]),
             schedule: &SigmaSchedule::linear_quadratic(4, 0.025, None)?,
             guidance,
-            order: BranchOrder::Together,
+            group: &self.solo,
         };
         let count = SHAPE.iter().product::<usize>() as u64;
         let noise = self.engine.upload(&normals(1, 0..count), &SHAPE)?;
-        let latent = sampler.run(&self.engine, &noise, &mut |done, total, _| on_step(done, total))?;
+        let latent = sampler.run(&self.engine, &noise, 0, &mut |done, total, _| on_step(done, total))?;
         Ok(self.engine.download(&latent)?)
     }
 }
@@ -129,13 +132,27 @@ fn prompts_and_latents_that_do_not_fit_the_checkpoint_are_refused() {
     refused(model.t5.encode(e, &[]), "without any token");
     refused(model.t5.encode(e, &[1, model.vocab]), "vocabulary");
     for shape in [[11, 2, 6, 10], [12, 0, 6, 10], [12, 2, 5, 10], [12, 2, 6, 0]] {
-        refused(model.dit.geometry(e, shape), "latent has shape");
+        refused(model.dit.geometry(e, &model.solo, shape), "latent has shape");
     }
     for shape in [[0, 64], [3, 63]] {
         let features = e.upload(&vec![0.0; shape[0] * shape[1]], &shape).unwrap();
-        refused(model.dit.text_conditioning(e, Some(&features)), "text features");
+        refused(model.dit.text_conditioning(e, &model.solo, Some(&features)), "text features");
     }
-    let geometry = model.dit.geometry(e, SHAPE).unwrap();
+    let geometry = model.dit.geometry(e, &model.solo, SHAPE).unwrap();
     let other = e.upload(&vec![0.0; 12 * 2 * 6 * 8], &[12, 2, 6, 8]).unwrap();
-    refused(model.dit.velocities(e, &geometry, &other, 0.0, &[&model.text(&[1])]), "expected");
+    refused(model.dit.velocities(e, &model.solo, &geometry, &other, 0.0, &[&model.text(&[1])]), "expected");
+}
+
+#[test]
+fn a_branch_has_the_same_bits_alone_and_beside_another() {
+    let model = Model::open(2);
+    let e = &model.engine;
+    let geometry = model.dit.geometry(e, &model.solo, SHAPE).unwrap();
+    let z = e.upload(&normals(3, 0..SHAPE.iter().product::<usize>() as u64), &SHAPE).unwrap();
+    let (cond, uncond) = (model.text(&[5, 9, 1]), model.dit.text_conditioning(e, &model.solo, None).unwrap());
+    let of = |branches: &[_]| -> Vec<Vec<f32>> {
+        let velocities = model.dit.velocities(e, &model.solo, &geometry, &z, 500.0, branches).unwrap();
+        velocities.iter().map(|v| e.download(v).unwrap()).collect()
+    };
+    assert!(of(&[&cond, &uncond]) == [of(&[&cond]), of(&[&uncond])].concat());
 }

@@ -9,7 +9,8 @@ use farm_core::engine::Engine;
 use farm_core::engine::cpu::CpuEngine;
 use farm_core::job::state::{FailureKind, Progress};
 use farm_core::model::ModelError;
-use farm_core::model::pipeline::RenderObserver;
+use farm_core::model::pipeline::{RenderObserver, Start};
+use farm_core::parallel::group::RankGroup;
 
 use crate::device_thread::{Device, Monitor, RenderError, Rendered, Work};
 use crate::encode::{FrameSink, Mp4Sink};
@@ -40,8 +41,9 @@ impl Device for CpuDevice {
         let sink = Mp4Sink::create(&work.clip, work.spec.width, work.spec.height)
             .map_err(|error| RenderError::device(format!("cannot begin the mp4: {error}")))?;
         let mut clip = Clip { sink, monitor: &work.monitor, warnings: Vec::new() };
+        let solo = RankGroup::solo().map_err(RenderError::device)?;
         let mut seconds = pipeline
-            .render(&self.engine, &work.spec, None, &mut clip)
+            .render(&self.engine, &solo, &work.spec, &Start::Seed, &mut clip)
             .map_err(|error| match error {
                 ModelError::Stopped => RenderError::Stopped,
                 ModelError::Input(message) => RenderError::Failed { kind: FailureKind::Input, message },

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
 use farm_core::engine::cpu::CpuEngine;
-use farm_core::model::pipeline::Pipeline;
+use farm_core::model::pipeline::{Pipeline, Residency};
 use farm_core::model::weights::checkpoint::Checkpoint;
 use farm_core::wire::to_scheduler::ModelInfo;
 
@@ -48,7 +48,7 @@ fn shelve(engine: &CpuEngine, name: &str, dir: &Path) -> anyhow::Result<Shelved>
     }
     let hash = checkpoint.content_hash()?.to_owned();
     let defaults_json = serde_json::to_string(checkpoint.generation_defaults())?;
-    let pipeline = Pipeline::load(engine, &checkpoint)?;
+    let pipeline = Pipeline::open(engine, checkpoint, Residency::Kept)?;
     tracing::info!(model = name, %hash, dir = %dir.display(), "model loaded");
     Ok(Shelved { info: ModelInfo { name: name.to_owned(), hash, defaults_json }, pipeline })
 }

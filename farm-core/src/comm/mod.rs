@@ -3,8 +3,15 @@
 //! [`Collective`] is what a transport offers: grouped sends and receives that are started and waited for, a barrier,
 //! and an end for everybody. The collective operations ([`Group`]) are written once over it.
 //!
-//! All ranks run the same program, so the n-th message from a rank to another is the n-th one received from it; there
-//! are no tags. A message is a tensor; its receiver says which shape it expects, and another one is an error.
+//! All ranks run the same program, so there are no tags: the n-th message that a rank starts to send to another is the
+//! n-th that this one starts to receive from it. Numbers are given when an exchange starts, so several may be under way
+//! and be waited for in any order. A message is a tensor; its receiver says which shape it expects, and another one is an
+//! error.
+
+mod inbox;
+pub mod local;
+#[cfg(test)]
+mod suite;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,6 +23,9 @@ pub enum CommError {
     Lost { rank: usize, why: String },
     #[error("rank {rank} was silent for {:.1} s", after.as_secs_f32())]
     Silent { rank: usize, after: Duration },
+    /// The rank lives, but the others waited for it longer than they may.
+    #[error("rank {rank} kept the others waiting for {:.1} s", after.as_secs_f32())]
+    Stalled { rank: usize, after: Duration },
     #[error("rank {rank} ended the group: {reason}")]
     Aborted { rank: usize, reason: String },
     #[error("rank {rank} sent {got}, expected {expected}; do all ranks render the same clip?")]
@@ -31,6 +41,7 @@ impl CommError {
         match self {
             Self::Lost { rank, .. }
             | Self::Silent { rank, .. }
+            | Self::Stalled { rank, .. }
             | Self::Aborted { rank, .. }
             | Self::Mismatch { rank, .. } => Some(*rank),
             Self::Transport(_) => None,
@@ -54,7 +65,8 @@ impl Default for Patience {
     }
 }
 
-/// An exchange under way. Dropping it unfinished leaves the group out of step, so a rank that does has to abort.
+/// An exchange under way. Its messages are its own, whatever other exchanges do meanwhile; dropping it unfinished
+/// discards what it would have received.
 #[must_use = "an exchange has to be waited for"]
 pub struct Exchange<'a, T>(Box<dyn FnOnce() -> Result<Vec<T>, CommError> + 'a>);
 
@@ -90,6 +102,36 @@ pub trait Collective<T>: Send + Sync {
 
     /// Bytes of messages this rank has sent so far, without framing.
     fn bytes_sent(&self) -> u64;
+}
+
+/// The group of one rank, which has nobody to talk to.
+pub struct Solo;
+
+impl<T> Collective<T> for Solo {
+    fn rank(&self) -> usize {
+        0
+    }
+
+    fn world(&self) -> usize {
+        1
+    }
+
+    fn start(&self, sends: Vec<(usize, T)>, receives: Vec<(usize, Vec<usize>)>) -> Result<Exchange<'_, T>, CommError> {
+        match sends.len() + receives.len() {
+            0 => Ok(Exchange::new(|| Ok(Vec::new()))),
+            _ => Err(CommError::Transport("a group of one has no other rank".into())),
+        }
+    }
+
+    fn barrier(&self) -> Result<(), CommError> {
+        Ok(())
+    }
+
+    fn abort(&self, _reason: &str) {}
+
+    fn bytes_sent(&self) -> u64 {
+        0
+    }
 }
 
 /// Some ranks of a [`Collective`], in an order of their own: the collective operations among them.
@@ -128,14 +170,25 @@ impl<T: Clone> Group<T> {
         for (i, message) in messages.into_iter().enumerate() {
             if i == self.me { own = Some(message) } else { sends.push((self.members[i], message)) }
         }
-        self.gather(own, sends, shapes)
+        self.with_own("all-to-all", self.comm.start(sends, self.from_others(shapes))?.wait()?, own)
     }
 
     /// Every member's message, in their order; member `i`'s has `shapes[i]`.
     pub fn all_gather_v(&self, message: T, shapes: &[Vec<usize>]) -> Result<Vec<T>, CommError> {
+        let gathering = self.start_all_gather_v(message.clone(), shapes)?;
+        self.finish_all_gather_v(message, gathering)
+    }
+
+    /// The first half of [`Group::all_gather_v`].
+    pub fn start_all_gather_v(&self, message: T, shapes: &[Vec<usize>]) -> Result<Exchange<'_, T>, CommError> {
         self.expect_members("all-gather", shapes.len())?;
         let sends = self.others().map(|member| (member, message.clone())).collect();
-        self.gather(Some(message), sends, shapes)
+        self.comm.start(sends, self.from_others(shapes))
+    }
+
+    /// The second half, with the same `message`.
+    pub fn finish_all_gather_v(&self, message: T, gathering: Exchange<'_, T>) -> Result<Vec<T>, CommError> {
+        self.with_own("all-gather", gathering.wait()?, Some(message))
     }
 
     /// The message of member `root`, which is the only one to give one.
@@ -173,13 +226,15 @@ impl<T: Clone> Group<T> {
         self.members.iter().copied().filter(move |member| *member != own)
     }
 
-    /// Sends, receives from everybody else, and puts one's own message in its place.
-    fn gather(&self, own: Option<T>, sends: Vec<(usize, T)>, shapes: &[Vec<usize>]) -> Result<Vec<T>, CommError> {
+    fn from_others(&self, shapes: &[Vec<usize>]) -> Vec<(usize, Vec<usize>)> {
         let others = self.members.iter().zip(shapes).enumerate().filter(|(i, _)| *i != self.me);
-        let receives = others.map(|(_, (member, shape))| (*member, shape.clone())).collect();
-        let mut received = self.comm.start(sends, receives)?.wait()?;
+        others.map(|(_, (member, shape))| (*member, shape.clone())).collect()
+    }
+
+    /// Puts one's own message in its place among those of the others.
+    fn with_own(&self, op: &str, mut received: Vec<T>, own: Option<T>) -> Result<Vec<T>, CommError> {
         received.extend(own);
-        self.expect_members("gather", received.len())?;
+        self.expect_members(op, received.len())?;
         // The last is one's own.
         received[self.me..].rotate_right(1);
         Ok(received)

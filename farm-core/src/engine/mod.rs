@@ -17,6 +17,7 @@
 pub mod cpu;
 
 use std::fmt;
+use std::ops::Range;
 
 /// What an engine cannot do. Carries the operation and the shapes, so that the caller can name the tensor.
 #[derive(Debug, thiserror::Error)]
@@ -174,9 +175,14 @@ pub trait Engine: SequenceOps {
 
     // ---- AsymmDiT ----
 
-    /// cos and sin of `t·P[0] + row·P[1] + col·P[2]` for every token of a `(t, rows, cols)` grid.
+    /// cos and sin of `t·P[0] + row·P[1] + col·P[2]` for a run of tokens of a `(t, rows, cols)` grid.
     /// `frequencies` is `[3, heads, head_dim / 2]`; angles, cos and sin in f32.
-    fn rope_table(&self, frequencies: &Self::Tensor, grid: [usize; 3]) -> Result<RopeTable<Self::Tensor>>;
+    fn rope_table(
+        &self,
+        frequencies: &Self::Tensor,
+        grid: [usize; 3],
+        tokens: Range<usize>,
+    ) -> Result<RopeTable<Self::Tensor>>;
     /// Latent `[C, T, h, w]` → patches `[T·h/2·w/2, C·4]`, inner order (c, di, dj).
     fn patchify(&self, latent: &Self::Tensor) -> Result<Self::Tensor>;
     /// Patches `[T·h/2·w/2, 4·C]`, inner order (p1, p2, c) → latent `[C, T, h, w]`. `grid` is `(T, h/2, w/2)`.

@@ -4,14 +4,18 @@ use crate::engine::{Engine, Qkv, RopeTable};
 use crate::model::ModelError;
 use crate::model::config::DitConfig;
 use crate::model::layers::{FeedForward, Linear, Modulation, Observer};
-use crate::model::weights::Loader;
+use crate::model::weights::Tensors;
+use crate::parallel::attention::{JointShape, joint_attention};
+use crate::parallel::group::RankGroup;
 
-/// What a block reads and writes, for one branch of the guidance.
+/// What a block reads and writes, for one branch of the guidance: the rows of this rank.
 pub(super) struct Streams<E: Engine> {
-    /// Visual tokens `[N, hidden_x]`.
+    /// Visual tokens `[rows, hidden_x]`.
     pub x: E::Tensor,
-    /// Text tokens `[Lv, hidden_y]`, valid ones only; none in the null branch.
+    /// Text tokens `[rows, hidden_y]`, valid ones only; none in the null branch, or if all are with other ranks.
     pub y: Option<E::Tensor>,
+    /// Text tokens of all ranks.
+    pub text_rows: usize,
     /// `silu(c)` `[hidden_x]`, the same for all blocks.
     pub conditioning: E::Tensor,
 }
@@ -25,6 +29,16 @@ pub(super) struct Block<E: Engine> {
     y: Projections<E>,
     text: TextUpdate<E>,
     heads: usize,
+    head_dim: usize,
+}
+
+/// What the blocks of one call share.
+pub(super) struct Sequence<'a, E: Engine> {
+    pub group: &'a RankGroup<E>,
+    /// Visual tokens of all ranks.
+    pub tokens: usize,
+    /// Of this rank's tokens.
+    pub rope: &'a RopeTable<E::Tensor>,
 }
 
 /// The q, k, v projection of one stream with its norms.
@@ -44,7 +58,7 @@ enum TextUpdate<E: Engine> {
 
 impl<E: Engine> Projections<E> {
     fn load(
-        loader: &Loader<'_, E>,
+        loader: &dyn Tensors<E>,
         block: usize,
         stream: char,
         width: usize,
@@ -77,7 +91,7 @@ impl<E: Engine> Projections<E> {
 }
 
 impl<E: Engine> Block<E> {
-    pub fn load(loader: &Loader<'_, E>, config: &DitConfig, block: usize) -> Result<Self, ModelError> {
+    pub fn load(loader: &dyn Tensors<E>, config: &DitConfig, block: usize) -> Result<Self, ModelError> {
         let (d, dy) = (config.hidden_x, config.hidden_y);
         let name = |part: &str| format!("blocks.{block}.{part}");
         let text = if block + 1 == config.num_layers {
@@ -97,6 +111,7 @@ impl<E: Engine> Block<E> {
             y: Projections::load(loader, block, 'y', dy, config)?,
             text,
             heads: config.num_heads,
+            head_dim: config.head_dim,
         })
     }
 
@@ -105,33 +120,33 @@ impl<E: Engine> Block<E> {
         &self,
         engine: &E,
         streams: &mut Streams<E>,
-        rope: &RopeTable<E::Tensor>,
+        sequence: &Sequence<'_, E>,
         name: &str,
         observe: Observer<'_, E::Tensor>,
     ) -> Result<(), ModelError> {
         let [scale_msa, gate_msa, scale_mlp, gate_mlp] = self.mod_x.apply(engine, &streams.conditioning)?;
-        let x = self.x.apply(engine, &streams.x, &scale_msa, self.heads, Some(rope))?;
+        let x = self.x.apply(engine, &streams.x, &scale_msa, self.heads, Some(sequence.rope))?;
         let text = match &streams.y {
             Some(y) => Some(self.text_step(engine, y, &streams.conditioning)?),
             None => None,
         };
-        // Visual keys first; the order only matters for rounding.
-        let (keys, values) = match &text {
-            Some(text) => (vec![&x.k, &text.qkv.k], vec![&x.v, &text.qkv.v]),
-            None => (vec![&x.k], vec![&x.v]),
-        };
+        let shape =
+            JointShape { visual: sequence.tokens, text: streams.text_rows, heads: self.heads, head_dim: self.head_dim };
+        let text_asks = matches!(self.text, TextUpdate::Full { .. });
+        let own_text = text.as_ref().map(|text| &text.qkv);
+        let out = joint_attention(engine, sequence.group, shape, &x, own_text, text_asks)?;
 
-        let attended = self.proj_x.apply(engine, &engine.attention(&x.q, &keys, &values)?.out)?;
+        let attended = self.proj_x.apply(engine, &out.visual)?;
         observe(&format!("{name}.attn_x"), &attended);
         let updated = engine.gated_residual(&streams.x, &attended, &gate_msa)?;
         streams.x = residual_mlp(engine, &updated, &self.mlp_x, &scale_mlp, &gate_mlp)?;
         observe(&format!("{name}.x"), &streams.x);
 
-        if let (Some(y), Some(text)) = (&mut streams.y, &text)
+        if let (Some(y), Some(text), Some(attended)) = (&mut streams.y, &text, &out.text)
             && let Some(update) = &text.update
         {
             let [gate_msa, scale_mlp, gate_mlp] = &update.modulation;
-            let attended = update.proj.apply(engine, &engine.attention(&text.qkv.q, &keys, &values)?.out)?;
+            let attended = update.proj.apply(engine, attended)?;
             let updated = engine.gated_residual(y, &attended, gate_msa)?;
             *y = residual_mlp(engine, &updated, update.mlp, scale_mlp, gate_mlp)?;
         }

@@ -7,6 +7,7 @@ use std::collections::HashMap;
 
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 
+use crate::job::spec::RenderSpec;
 use crate::model::ModelError;
 
 /// A latent as the transformer knows it: `[C, T, h, w]`, normalised.
@@ -24,10 +25,19 @@ pub const NOISE_KEY: &str = "noise";
 
 /// A safetensors file with one tensor, `key`: f32 `[1, C, T, h, w]`. `values` are those of `[C, T, h, w]`.
 pub fn to_safetensors(key: &str, values: &[f32], shape: [usize; 4]) -> Result<Vec<u8>, ModelError> {
+    file(key, values, shape, None)
+}
+
+fn file(
+    key: &str,
+    values: &[f32],
+    shape: [usize; 4],
+    metadata: Option<HashMap<String, String>>,
+) -> Result<Vec<u8>, ModelError> {
     let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
     let failed = |error| ModelError::Input(format!("latent of shape {shape:?} cannot be stored: {error}"));
     let view = TensorView::new(Dtype::F32, [&[1], &shape[..]].concat(), &bytes).map_err(failed)?;
-    safetensors::serialize(HashMap::from([(key, view)]), None).map_err(failed)
+    safetensors::serialize(HashMap::from([(key, view)]), metadata).map_err(failed)
 }
 
 /// The values of tensor `key`, which has to be f32 `[1, C, T, h, w]` with `[C, T, h, w] = shape` and finite throughout.
@@ -49,6 +59,54 @@ pub fn from_safetensors(bytes: &[u8], key: &str, shape: [usize; 4]) -> Result<Ve
     match values.iter().position(|v| !v.is_finite()) {
         Some(index) => Err(ModelError::Input(format!("tensor {key:?} holds {} at element {index}", values[index]))),
         None => Ok(values),
+    }
+}
+
+/// Where a denoise can go on: the latent `[C, T, h, w]` after `step` steps.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LatentCheckpoint {
+    pub step: u32,
+    pub values: Vec<f32>,
+}
+
+/// Says in a file's metadata what it is.
+const CHECKPOINT_FORMAT: (&str, &str) = ("format", "farm latent checkpoint 1");
+
+impl LatentCheckpoint {
+    /// A safetensors file like that of a finished latent, with the step and all that the latent depends on (the request
+    /// and the model's content hash) in its metadata.
+    pub fn to_bytes(&self, spec: &RenderSpec, model_hash: &str) -> Result<Vec<u8>, ModelError> {
+        let request = serde_json::to_string(spec).map_err(|error| ModelError::Input(error.to_string()))?;
+        let (format, version) = CHECKPOINT_FORMAT;
+        let metadata = [
+            (format, version.to_owned()),
+            ("step", self.step.to_string()),
+            ("request", request),
+            ("model", model_hash.to_owned()),
+        ];
+        let metadata = metadata.map(|(key, value)| (key.to_owned(), value));
+        file(LATENT_KEY, &self.values, spec.latent_shape(), Some(HashMap::from(metadata)))
+    }
+
+    /// Errors if the file is damaged, or of another clip.
+    pub fn from_bytes(bytes: &[u8], spec: &RenderSpec, model_hash: &str) -> Result<Self, ModelError> {
+        let bad = |what: String| ModelError::Input(format!("latent checkpoint: {what}"));
+        let (_, header) = SafeTensors::read_metadata(bytes).map_err(|error| bad(error.to_string()))?;
+        let metadata = header.metadata().clone().unwrap_or_default();
+        let get = |key: &str| metadata.get(key).ok_or_else(|| bad(format!("no {key:?} in its metadata")));
+        let (format, version) = CHECKPOINT_FORMAT;
+        if get(format)? != version {
+            return Err(bad(format!("its format is {:?}, not {version:?}", get(format)?)));
+        }
+        let of: RenderSpec = serde_json::from_str(get("request")?).map_err(|error| bad(error.to_string()))?;
+        if of != *spec || get("model")? != model_hash {
+            return Err(bad("it is of another clip or another model".into()));
+        }
+        let step: u32 = get("step")?.parse().map_err(|_| bad("its step is no number".into()))?;
+        if step == 0 || step >= spec.num_inference_steps {
+            return Err(bad(format!("step {step} of {}", spec.num_inference_steps)));
+        }
+        Ok(Self { step, values: from_safetensors(bytes, LATENT_KEY, spec.latent_shape())? })
     }
 }
 
@@ -80,5 +138,28 @@ mod tests {
         with_nan[7] = f32::NAN;
         let bytes = to_safetensors("z", &with_nan, SHAPE).unwrap();
         assert!(error(&bytes, "z", SHAPE).contains("NaN at element 7"));
+    }
+
+    fn spec(seed: u64) -> RenderSpec {
+        let request = r#"{"prompt": "a", "width": 32, "height": 16, "num_frames": 7, "num_inference_steps": 8}"#;
+        RenderSpec::resolve(&serde_json::from_str(request).unwrap(), &Default::default(), seed).unwrap()
+    }
+
+    #[test]
+    fn a_checkpoint_is_read_back_for_its_own_clip_only() {
+        let checkpoint = LatentCheckpoint { step: 3, values: values() };
+        let bytes = checkpoint.to_bytes(&spec(1), "hash").unwrap();
+        assert_eq!(LatentCheckpoint::from_bytes(&bytes, &spec(1), "hash").unwrap(), checkpoint);
+        let error =
+            |bytes: &[u8], spec, hash| LatentCheckpoint::from_bytes(bytes, &spec, hash).unwrap_err().to_string();
+        assert!(error(&bytes, spec(2), "hash").contains("another clip"));
+        assert!(error(&bytes, spec(1), "other").contains("another model"));
+        for cut in [0, 7, 20, bytes.len() - 1] {
+            assert!(LatentCheckpoint::from_bytes(&bytes[..cut], &spec(1), "hash").is_err(), "{cut}");
+        }
+        let latent = to_safetensors(LATENT_KEY, &values(), SHAPE).unwrap();
+        assert!(error(&latent, spec(1), "hash").contains("no \"format\""));
+        let finished = LatentCheckpoint { step: 8, values: values() }.to_bytes(&spec(1), "hash").unwrap();
+        assert!(error(&finished, spec(1), "hash").contains("step 8 of 8"));
     }
 }

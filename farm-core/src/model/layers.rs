@@ -2,7 +2,7 @@
 
 use crate::engine::Engine;
 use crate::model::ModelError;
-use crate::model::weights::Loader;
+use crate::model::weights::Tensors;
 
 /// A look at the values inside a network, by the names of the reference tensors (`block0.x`, …). Called for every value
 /// of note in the order of computation; costs nothing but the call.
@@ -16,14 +16,14 @@ pub(crate) struct Linear<E: Engine> {
 
 impl<E: Engine> Linear<E> {
     /// `{prefix}.weight` `[out, input]` and `{prefix}.bias` `[out]`.
-    pub fn load(loader: &Loader<'_, E>, prefix: &str, out: usize, input: usize) -> Result<Self, ModelError> {
+    pub fn load(loader: &dyn Tensors<E>, prefix: &str, out: usize, input: usize) -> Result<Self, ModelError> {
         let bias = loader.tensor(&format!("{prefix}.bias"), &[out])?;
         Ok(Linear { bias: Some(bias), ..Self::load_without_bias(loader, prefix, out, input)? })
     }
 
     /// `{prefix}.weight` `[out, input]`.
     pub fn load_without_bias(
-        loader: &Loader<'_, E>,
+        loader: &dyn Tensors<E>,
         prefix: &str,
         out: usize,
         input: usize,
@@ -32,10 +32,15 @@ impl<E: Engine> Linear<E> {
     }
 
     /// `{prefix}.weight` `[out, channels, 2, 2]`, a convolution of 2×2 patches, as a matrix over `channels · 4` values.
-    pub fn load_patches(loader: &Loader<'_, E>, prefix: &str, out: usize, channels: usize) -> Result<Self, ModelError> {
+    pub fn load_patches(
+        loader: &dyn Tensors<E>,
+        prefix: &str,
+        out: usize,
+        channels: usize,
+    ) -> Result<Self, ModelError> {
         let weight = loader.tensor(&format!("{prefix}.weight"), &[out, channels, 2, 2])?;
         let bias = loader.tensor(&format!("{prefix}.bias"), &[out])?;
-        Ok(Linear { weight: loader.engine.reshape(&weight, &[out, channels * 4])?, bias: Some(bias) })
+        Ok(Linear { weight: loader.engine().reshape(&weight, &[out, channels * 4])?, bias: Some(bias) })
     }
 
     /// `[rows, input]` → `[rows, out]`, or `[input]` → `[out]`.
@@ -56,7 +61,7 @@ pub(crate) struct FeedForward<E: Engine> {
 
 impl<E: Engine> FeedForward<E> {
     /// `{prefix}.w1` `[2·hidden, width]` and `{prefix}.w2` `[width, hidden]`.
-    pub fn load(loader: &Loader<'_, E>, prefix: &str, width: usize, hidden: usize) -> Result<Self, ModelError> {
+    pub fn load(loader: &dyn Tensors<E>, prefix: &str, width: usize, hidden: usize) -> Result<Self, ModelError> {
         Ok(FeedForward {
             w1: Linear::load_without_bias(loader, &format!("{prefix}.w1"), 2 * hidden, width)?,
             w2: Linear::load_without_bias(loader, &format!("{prefix}.w2"), width, hidden)?,
@@ -77,7 +82,7 @@ pub(crate) struct Modulation<E: Engine, const N: usize> {
 
 impl<E: Engine, const N: usize> Modulation<E, N> {
     /// `{prefix}` projects `input` to `N · width`.
-    pub fn load(loader: &Loader<'_, E>, prefix: &str, width: usize, input: usize) -> Result<Self, ModelError> {
+    pub fn load(loader: &dyn Tensors<E>, prefix: &str, width: usize, input: usize) -> Result<Self, ModelError> {
         Ok(Modulation { projection: Linear::load(loader, prefix, N * width, input)?, width })
     }
 

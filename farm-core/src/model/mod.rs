@@ -4,6 +4,7 @@
 //! one copy of the weights.
 
 mod block;
+mod blocks;
 pub mod config;
 pub mod dit;
 mod embed;
@@ -23,6 +24,9 @@ pub mod weights;
 pub enum ModelError {
     #[error(transparent)]
     Engine(#[from] crate::engine::EngineError),
+    /// A rank of the group failed; which one, the error says.
+    #[error(transparent)]
+    Comm(#[from] crate::comm::CommError),
     #[error(transparent)]
     Weights(#[from] weights::WeightError),
     /// The request cannot be rendered with this checkpoint, on any machine.
@@ -34,4 +38,14 @@ pub enum ModelError {
     /// The caller asked to stop.
     #[error("stopped")]
     Stopped,
+}
+
+impl From<crate::parallel::attention::ParallelError> for ModelError {
+    fn from(error: crate::parallel::attention::ParallelError) -> Self {
+        use crate::parallel::attention::ParallelError;
+        match error {
+            ParallelError::Engine(error) => Self::Engine(error),
+            ParallelError::Comm(error) => Self::Comm(error),
+        }
+    }
 }

@@ -3,6 +3,7 @@
 use std::io;
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use crate::api::StageSeconds;
@@ -10,16 +11,19 @@ use crate::engine::{Engine, EngineError};
 use crate::job::spec::{FRAME_STEP, GenerationDefaults, RenderSpec};
 use crate::job::state::{Progress, Stage};
 use crate::model::ModelError;
-use crate::model::dit::{Dit, TextConditioning};
-use crate::model::latent::{DitLatent, VaeLatent};
+use crate::model::config::DitConfig;
+use crate::model::dit::Dit;
+use crate::model::latent::{DitLatent, LatentCheckpoint, VaeLatent};
 use crate::model::noise;
-use crate::model::sampler::{BranchOrder, Sampler};
+use crate::model::sampler::Sampler;
 use crate::model::schedule::SigmaSchedule;
 use crate::model::t5::T5Encoder;
 use crate::model::tokenizer::{MAX_IDS, Tokenizer};
 use crate::model::vae::VaeDecoder;
-use crate::model::weights::Loader;
 use crate::model::weights::checkpoint::Checkpoint;
+use crate::model::weights::{self, Loader};
+use crate::parallel::group::RankGroup;
+use crate::parallel::topology::Topology;
 
 /// Latent frames decoded at once. One is least memory, and no slower: its volumes are the likeliest to stay in cache.
 const DECODE_CHUNK: usize = 1;
@@ -35,6 +39,14 @@ pub trait RenderObserver {
     /// Something the user should know, for example a prompt that was cut.
     fn warning(&mut self, message: &str);
 
+    /// Whether [`RenderObserver::checkpoint`] is to be called after `step` of `steps` steps.
+    fn wants_checkpoint(&mut self, _step: u32, _steps: u32) -> bool {
+        false
+    }
+
+    /// Where this denoise can be taken up again.
+    fn checkpoint(&mut self, _checkpoint: LatentCheckpoint) {}
+
     /// The finished latent `[C, T, h, w]`, DiT-normalised, before it is decoded.
     fn latent(&mut self, _values: &[f32], _shape: [usize; 4]) -> io::Result<()> {
         Ok(())
@@ -44,16 +56,61 @@ pub trait RenderObserver {
     fn frames(&mut self, rgb24: &[u8], count: usize) -> io::Result<()>;
 }
 
-/// The weights of all stages of a checkpoint, loaded at once, so that a checkpoint that opens is one that renders.
-/// Shared by the devices of a process (`Arc`); each call names its engine.
+/// What the first step starts from.
+#[derive(Clone, Debug)]
+pub enum Start {
+    /// The noise of the request's seed.
+    Seed,
+    /// Values of `[12, T, h, w]`.
+    Noise(Vec<f32>),
+    Checkpoint(LatentCheckpoint),
+}
+
+/// The networks of a checkpoint, shared by the devices of a process (`Arc`); each call names its engine.
 pub struct Pipeline<E: Engine> {
-    tokenizer: Tokenizer,
-    t5: T5Encoder<E>,
-    dit: Dit<E>,
-    vae: VaeDecoder<E>,
-    defaults: GenerationDefaults,
+    checkpoint: Checkpoint,
+    text: Part<TextStage<E>>,
+    dit: Part<Dit<E>>,
+    vae: Part<VaeDecoder<E>>,
+    residency: Residency,
     /// Seconds that the last decode took per pixel of its frames, as bits of an f32; 0 before the first. For ETAs only.
     decode_pace: AtomicU32,
+}
+
+/// How long weights stay in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Residency {
+    /// All networks are loaded at once and stay: a checkpoint that opens is one that renders, again and again.
+    Kept,
+    /// Each network is loaded for its stage and dropped after it, and only by ranks that have the stage.
+    WhileUsed,
+    /// As `WhileUsed`, and each rank keeps its share of the transformer's blocks only.
+    Sharded,
+}
+
+/// Prompt → features.
+struct TextStage<E: Engine> {
+    tokenizer: Tokenizer,
+    t5: T5Encoder<E>,
+}
+
+/// A network that is or is not in memory.
+struct Part<T>(Mutex<Option<Arc<T>>>);
+
+impl<T> Part<T> {
+    /// The network, loaded by the first who asks while the others wait.
+    fn get(&self, load: impl FnOnce() -> Result<T, ModelError>) -> Result<Arc<T>, ModelError> {
+        let mut part = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*part {
+            Some(part) => Ok(part.clone()),
+            None => Ok(part.insert(Arc::new(load()?)).clone()),
+        }
+    }
+
+    /// Drops it once the last who uses it is done.
+    fn release(&self) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
 }
 
 /// What a render leaves behind besides its frames.
@@ -81,52 +138,64 @@ pub struct Decoded {
 }
 
 impl<E: Engine> Pipeline<E> {
-    /// Loads every network of `checkpoint` onto `engine`.
-    pub fn load(engine: &E, checkpoint: &Checkpoint) -> Result<Self, ModelError> {
+    /// Checks that `checkpoint` has all networks of a clip; `Kept` loads them onto `engine`.
+    pub fn open(engine: &E, checkpoint: Checkpoint, residency: Residency) -> Result<Self, ModelError> {
         let lacks = |what: &str| {
             let dir = checkpoint.dir().display();
             ModelError::Input(format!("{dir} has no {what}, and a clip needs one"))
         };
-        let (dit, vae) = (
-            checkpoint.dit().ok_or_else(|| lacks("transformer"))?,
-            checkpoint.vae().ok_or_else(|| lacks("vae decoder"))?,
-        );
-        let t5 = checkpoint.t5().ok_or_else(|| lacks("text encoder"))?;
-        let tokenizer = checkpoint.tokenizer_dir().ok_or_else(|| lacks("tokenizer"))?;
-
-        let time: usize = vae.config().temporal_expansions.iter().product();
-        let space: usize = vae.config().spatial_expansions.iter().product();
+        checkpoint.dit().ok_or_else(|| lacks("transformer"))?;
+        checkpoint.t5().ok_or_else(|| lacks("text encoder"))?;
+        checkpoint.tokenizer_dir().ok_or_else(|| lacks("tokenizer"))?;
+        let vae = checkpoint.vae().ok_or_else(|| lacks("vae decoder"))?.config();
+        let time: usize = vae.temporal_expansions.iter().product();
+        let space: usize = vae.spatial_expansions.iter().product();
         if (time, space) != (FRAME_STEP as usize, SPATIAL_FACTOR) {
             return Err(ModelError::Input(format!(
                 "the vae makes {time} frames and {space}x{space} pixels of a latent value, clips are made of {FRAME_STEP} \
                  and {SPATIAL_FACTOR}x{SPATIAL_FACTOR}"
             )));
         }
-        Ok(Self {
-            tokenizer: Tokenizer::open(tokenizer).map_err(|error| ModelError::Input(error.to_string()))?,
-            t5: T5Encoder::load(&Loader { engine, source: t5 }, t5.config())?,
-            dit: Dit::load(&Loader { engine, source: dit }, dit.config())?,
-            vae: VaeDecoder::load(&Loader { engine, source: vae }, vae.config())?,
-            defaults: checkpoint.generation_defaults().clone(),
+        let pipeline = Self {
+            checkpoint,
+            text: Part(Mutex::new(None)),
+            dit: Part(Mutex::new(None)),
+            vae: Part(Mutex::new(None)),
+            residency,
             decode_pace: AtomicU32::new(0),
-        })
+        };
+        if residency == Residency::Kept {
+            pipeline.text(engine)?;
+            pipeline.whole_dit(engine)?;
+            pipeline.vae(engine)?;
+        }
+        Ok(pipeline)
     }
 
     /// What a request that leaves values out is resolved with.
     pub fn defaults(&self) -> &GenerationDefaults {
-        &self.defaults
+        self.checkpoint.generation_defaults()
     }
 
-    /// Renders a clip. `noise` (values of `[12, T, h, w]`) takes the place of the seed's.
+    /// Whether a group can render a clip: cheap, and without any weight.
+    pub fn check_group(&self, topology: Topology, spec: &RenderSpec) -> Result<(), ModelError> {
+        let heads = self.dit_part()?.config().num_heads;
+        let [_, t, h, w] = spec.latent_shape();
+        let fits = topology.check(topology.world(), heads, t * (h / 2) * (w / 2));
+        fits.map_err(|error| ModelError::Input(error.to_string()))
+    }
+
+    /// Renders a clip. Of a group, this is for the leader; the other ranks call [`Pipeline::denoise`].
     pub fn render(
         &self,
         engine: &E,
+        group: &RankGroup<E>,
         spec: &RenderSpec,
-        noise: Option<&[f32]>,
+        start: &Start,
         observer: &mut dyn RenderObserver,
     ) -> Result<Rendered, ModelError> {
         let started = Instant::now();
-        let denoised = self.denoise(engine, spec, noise, observer)?;
+        let denoised = self.denoise(engine, group, spec, start, observer)?;
         observer.latent(&denoised.values, spec.latent_shape()).map_err(ModelError::Output)?;
         let (text, denoise) = (denoised.text_seconds, denoised.denoise_seconds);
         let Decoded { decode_seconds: decode, encode_seconds: encode } =
@@ -135,66 +204,169 @@ impl<E: Engine> Pipeline<E> {
         Ok(Rendered { seconds: StageSeconds { text, denoise, decode, encode, upload: 0.0, total } })
     }
 
-    /// The first half of [`Pipeline::render`]: the latent.
+    /// The first half of [`Pipeline::render`]: the latent, on every rank of the group. Text, noise and start are the
+    /// leader's; what other ranks pass as `start` is not looked at.
+    ///
+    /// If it fails on one rank it fails on all.
     pub fn denoise(
         &self,
         engine: &E,
+        group: &RankGroup<E>,
         spec: &RenderSpec,
-        noise: Option<&[f32]>,
+        start: &Start,
         observer: &mut dyn RenderObserver,
     ) -> Result<Denoised<E>, ModelError> {
-        let shape = spec.latent_shape();
-        let elements = shape.iter().product::<usize>();
-        if let Some(noise) = noise
-            && noise.len() != elements
+        let denoised = self.denoise_rank(engine, group, spec, start, observer);
+        if let Err(error) = &denoised
+            && !matches!(error, ModelError::Comm(_))
         {
-            let got = noise.len();
-            return Err(ModelError::Input(format!("noise has {got} values, a latent of {shape:?} has {elements}")));
+            group.abort(&error.to_string());
         }
-        let geometry = self.dit.geometry(engine, shape)?;
+        denoised
+    }
+
+    fn denoise_rank(
+        &self,
+        engine: &E,
+        group: &RankGroup<E>,
+        spec: &RenderSpec,
+        start: &Start,
+        observer: &mut dyn RenderObserver,
+    ) -> Result<Denoised<E>, ModelError> {
+        self.check_group(group.topology(), spec)?;
         let schedule = SigmaSchedule::linear_quadratic(
             spec.num_inference_steps as usize,
             spec.threshold_noise,
             spec.linear_steps.map(|n| n as usize),
         )?;
-
         let started = Instant::now();
         go_on(observer.progress(Progress { stage: Stage::Text, done: 0, total: 1, eta_seconds: None }))?;
-        let cond = self.encode_text(engine, "prompt", &spec.prompt, observer)?;
-        let uncond = self.encode_text(engine, "negative prompt", &spec.negative_prompt, observer)?;
+        let inputs = if group.is_leader() { Some(self.inputs(engine, spec, start, observer)?) } else { None };
+        let Inputs { first, latent, features: [cond, uncond] } = self.share(engine, group, spec, inputs)?;
         let text_seconds = started.elapsed().as_secs_f64();
 
         let started = Instant::now();
-        let noise = match noise {
-            Some(noise) => engine.upload(noise, &shape)?,
-            None => engine.upload(&noise::normals(spec.seed, 0..elements as u64), &shape)?,
+        let dit = match self.residency {
+            Residency::Sharded => {
+                let part = self.dit_part()?;
+                Arc::new(Dit::load_sharded(&Loader { engine, source: part }, part.config(), group)?)
+            }
+            Residency::Kept | Residency::WhileUsed => self.whole_dit(engine)?,
         };
+        let geometry = dit.geometry(engine, group, spec.latent_shape())?;
         let sampler = Sampler {
-            dit: &self.dit,
+            dit: &dit,
             geometry: &geometry,
-            cond: &cond,
-            uncond: &uncond,
+            cond: &dit.text_conditioning(engine, group, cond.as_ref())?,
+            uncond: &dit.text_conditioning(engine, group, uncond.as_ref())?,
             schedule: &schedule,
             guidance: &spec.guidance_scale,
-            order: BranchOrder::Sequential,
+            group,
         };
         let pixels = f64::from(spec.width) * f64::from(spec.height);
         let decode_seconds = self.decode_seconds_per_pixel().map(|pace| pace * pixels * f64::from(spec.num_frames));
         let mut pace = Pace::default();
-        let latent = sampler.run(engine, &noise, &mut |done, total, _| {
-            let steps = pace.seconds_for(done, total - done);
+        let mut unreadable = None;
+        let latent = sampler.run(engine, &latent, first, &mut |done, total, z| {
+            let steps = pace.seconds_for(done - first, total - done);
             let eta = steps.map(|steps| (steps + decode_seconds.unwrap_or(0.0)) as f32);
-            let (done, total) = (done as u32, total as u32);
-            observer.progress(Progress { stage: Stage::Denoise, done, total, eta_seconds: eta })
-        })?;
+            let (step, steps) = (done as u32, total as u32);
+            if done > first && done < total && group.is_leader() && observer.wants_checkpoint(step, steps) {
+                match engine.download(z) {
+                    Ok(values) => observer.checkpoint(LatentCheckpoint { step, values }),
+                    Err(error) => {
+                        unreadable = Some(error);
+                        return ControlFlow::Break(());
+                    }
+                }
+            }
+            observer.progress(Progress { stage: Stage::Denoise, done: step, total: steps, eta_seconds: eta })
+        });
+        if let Some(error) = unreadable {
+            return Err(error.into());
+        }
+        let latent = latent?;
         let values = engine.download(&latent)?;
         if let Some(index) = values.iter().position(|v| !v.is_finite()) {
             // Decoded, it would be a black clip that looks like a result.
             let message = format!("the latent holds {} at element {index}", values[index]);
             return Err(EngineError::Backend { op: "denoise", message }.into());
         }
+        if self.residency != Residency::Kept {
+            self.dit.release();
+        }
         let denoise_seconds = started.elapsed().as_secs_f64();
         Ok(Denoised { latent: DitLatent(latent), values, text_seconds, denoise_seconds })
+    }
+
+    /// What the leader brings along.
+    fn inputs(
+        &self,
+        engine: &E,
+        spec: &RenderSpec,
+        start: &Start,
+        observer: &mut dyn RenderObserver,
+    ) -> Result<Inputs<E>, ModelError> {
+        let shape = spec.latent_shape();
+        let elements = shape.iter().product::<usize>();
+        let (first, latent) = match start {
+            Start::Seed => (0, &noise::normals(spec.seed, 0..elements as u64)),
+            Start::Noise(values) => (0, values),
+            Start::Checkpoint(checkpoint) => (checkpoint.step as usize, &checkpoint.values),
+        };
+        if latent.len() != elements || first > spec.num_inference_steps as usize {
+            let (got, steps) = (latent.len(), spec.num_inference_steps);
+            return Err(ModelError::Input(format!(
+                "a start with {got} values before step {first}; this clip has {steps} steps and a latent of {shape:?}, \
+                 {elements} values"
+            )));
+        }
+        let latent = engine.upload(latent, &shape)?;
+        let cond = self.encode_text(engine, "prompt", &spec.prompt, observer)?;
+        let uncond = self.encode_text(engine, "negative prompt", &spec.negative_prompt, observer)?;
+        if self.residency != Residency::Kept {
+            self.text.release();
+        }
+        Ok(Inputs { first, latent, features: [cond, uncond] })
+    }
+
+    /// Gives the leader's inputs to all ranks: whatever a rank would compute itself, it might compute differently.
+    fn share(
+        &self,
+        engine: &E,
+        group: &RankGroup<E>,
+        spec: &RenderSpec,
+        inputs: Option<Inputs<E>>,
+    ) -> Result<Inputs<E>, ModelError> {
+        let rows = |features: &Option<E::Tensor>| features.as_ref().map_or(0, |x| engine.shape(x)[0]);
+        // First step and rows of both texts: small whole numbers, which f32 holds exactly.
+        let sizes = match &inputs {
+            Some(Inputs { first, features, .. }) => {
+                let sizes = [*first, rows(&features[0]), rows(&features[1])];
+                Some(engine.upload(&sizes.map(|size| size as f32), &[sizes.len()])?)
+            }
+            None => None,
+        };
+        let sizes = engine.download(&group.world.broadcast(0, sizes, &[3])?)?;
+        let [first, cond, uncond] = [0, 1, 2].map(|i| sizes[i] as usize);
+        if first > spec.num_inference_steps as usize || cond.max(uncond) > MAX_IDS {
+            return Err(ModelError::Input(format!(
+                "the leader starts at step {first} with {cond} and {uncond} tokens"
+            )));
+        }
+        let (latent, features) = match inputs {
+            Some(Inputs { latent, features: [cond, uncond], .. }) => (Some(latent), [cond, uncond]),
+            None => (None, [None, None]),
+        };
+        let latent = group.world.broadcast(0, latent, &spec.latent_shape())?;
+        let width = self.dit_part()?.config().text_dim;
+        let mut shared = [None, None];
+        for ((features, rows), shared) in features.into_iter().zip([cond, uncond]).zip(&mut shared) {
+            if rows > 0 {
+                *shared = Some(group.world.broadcast(0, features, &[rows, width])?);
+            }
+        }
+        Ok(Inputs { first, latent, features: shared })
     }
 
     /// The second half of [`Pipeline::render`]: frames of a latent, handed over as they come.
@@ -206,14 +378,15 @@ impl<E: Engine> Pipeline<E> {
     ) -> Result<Decoded, ModelError> {
         let started = Instant::now();
         let mut encode_seconds = 0.0;
-        let latent = self.vae.denormalize(engine, latent)?.0;
+        let vae = self.vae(engine)?;
+        let latent = vae.denormalize(engine, latent)?.0;
         let &[latent_frames, height, width, _] = &engine.shape(&latent)[..] else {
             return Err(ModelError::Input("a latent to decode has four dimensions".into()));
         };
         let total = FRAME_STEP as usize * latent_frames.saturating_sub(1) + 1;
         let pixels = (SPATIAL_FACTOR * height * SPATIAL_FACTOR * width) as f64;
 
-        let (mut stream, mut done, mut pace) = (self.vae.stream(), 0, Pace::default());
+        let (mut stream, mut done, mut pace) = (vae.stream(), 0, Pace::default());
         let mut progress = |done: usize, observer: &mut dyn RenderObserver| {
             let timed = pace.seconds_for(done, total - done);
             let eta = timed.or_else(|| Some(self.decode_seconds_per_pixel()? * pixels * (total - done) as f64));
@@ -240,33 +413,77 @@ impl<E: Engine> Pipeline<E> {
         let decode_seconds = started.elapsed().as_secs_f64() - encode_seconds;
         let per_pixel = decode_seconds / (pixels * done.max(1) as f64);
         self.decode_pace.store((per_pixel as f32).to_bits(), Ordering::Relaxed);
+        if self.residency != Residency::Kept {
+            self.vae.release();
+        }
         Ok(Decoded { decode_seconds, encode_seconds })
     }
 
-    /// An empty text is no text at all, positive or negative: the reference masks its lone end of the sentence too.
+    /// Features `[tokens, text_dim]`. An empty text is no text at all, positive or negative: the reference masks its
+    /// lone end of the sentence too.
     fn encode_text(
         &self,
         engine: &E,
         name: &str,
         text: &str,
         observer: &mut dyn RenderObserver,
-    ) -> Result<TextConditioning<E>, ModelError> {
+    ) -> Result<Option<E::Tensor>, ModelError> {
         if text.is_empty() {
-            return self.dit.text_conditioning(engine, None);
+            return Ok(None);
         }
-        let encoding = self.tokenizer.encode(text).map_err(|error| ModelError::Input(error.to_string()))?;
+        let stage = self.text(engine)?;
+        let encoding = stage.tokenizer.encode(text).map_err(|error| ModelError::Input(error.to_string()))?;
         if let Some(tokens) = encoding.truncated {
             let kept = MAX_IDS - 1;
             observer.warning(&format!("the {name} has {tokens} tokens, the first {kept} are used"));
         }
-        let features = self.t5.encode(engine, &encoding.ids)?;
-        self.dit.text_conditioning(engine, Some(&features))
+        Ok(Some(stage.t5.encode(engine, &encoding.ids)?))
+    }
+
+    fn dit_part(&self) -> Result<&weights::checkpoint::Part<DitConfig>, ModelError> {
+        self.checkpoint.dit().ok_or_else(|| missing("transformer"))
+    }
+
+    fn text(&self, engine: &E) -> Result<Arc<TextStage<E>>, ModelError> {
+        self.text.get(|| {
+            let t5 = self.checkpoint.t5().ok_or_else(|| missing("text encoder"))?;
+            let tokenizer = self.checkpoint.tokenizer_dir().ok_or_else(|| missing("tokenizer"))?;
+            Ok(TextStage {
+                tokenizer: Tokenizer::open(tokenizer).map_err(|error| ModelError::Input(error.to_string()))?,
+                t5: T5Encoder::load(&Loader { engine, source: t5 }, t5.config())?,
+            })
+        })
+    }
+
+    fn whole_dit(&self, engine: &E) -> Result<Arc<Dit<E>>, ModelError> {
+        let part = self.dit_part()?;
+        self.dit.get(|| Dit::load(&Loader { engine, source: part }, part.config()))
+    }
+
+    fn vae(&self, engine: &E) -> Result<Arc<VaeDecoder<E>>, ModelError> {
+        let part = self.checkpoint.vae().ok_or_else(|| missing("vae decoder"))?;
+        self.vae.get(|| VaeDecoder::load(&Loader { engine, source: part }, part.config()))
     }
 
     fn decode_seconds_per_pixel(&self) -> Option<f64> {
         let pace = f32::from_bits(self.decode_pace.load(Ordering::Relaxed));
         (pace > 0.0).then_some(f64::from(pace))
     }
+}
+
+/// What a denoise starts from.
+struct Inputs<E: Engine> {
+    /// The first step to be computed.
+    first: usize,
+    /// `[C, T, h, w]` before it.
+    latent: E::Tensor,
+    /// Of both branches, `[tokens, text_dim]`; none without text.
+    features: [Option<E::Tensor>; 2],
+}
+
+/// [`Pipeline::open`] has looked for every network.
+fn missing(what: &str) -> ModelError {
+    ModelError::Input(format!("the checkpoint has no {what}"))
 }
 
 fn go_on(flow: ControlFlow<()>) -> Result<(), ModelError> {

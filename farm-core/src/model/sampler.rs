@@ -7,6 +7,7 @@ use crate::job::spec::{GuidanceScale, check_guidance};
 use crate::model::ModelError;
 use crate::model::dit::{Dit, LatentGeometry, TextConditioning};
 use crate::model::schedule::SigmaSchedule;
+use crate::parallel::group::RankGroup;
 
 /// Everything that a denoise needs besides its noise.
 pub struct Sampler<'a, E: Engine> {
@@ -17,30 +18,28 @@ pub struct Sampler<'a, E: Engine> {
     pub uncond: &'a TextConditioning<E>,
     pub schedule: &'a SigmaSchedule,
     pub guidance: &'a GuidanceScale,
-    pub order: BranchOrder,
+    /// The ranks that run this together, each with the same noise.
+    pub group: &'a RankGroup<E>,
 }
 
-/// How the two branches of a step are computed. The result has the same bits.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum BranchOrder {
-    /// One after the other: half the activations.
-    Sequential,
-    /// Block by block together: each block's weights are read once a step.
-    Together,
-}
-
-/// Called before the first step and after each, with the number of finished steps, of all steps, and the latent.
+/// Called before the first step that is computed and after each, with the number of finished steps, of all steps, and the latent.
 pub type OnStep<'a, T> = &'a mut dyn FnMut(usize, usize, &T) -> ControlFlow<()>;
 
 impl<E: Engine> Sampler<'_, E> {
-    /// Noise `[C, T, h, w]` → latent of the same shape, DiT-normalised.
+    /// Latent `[C, T, h, w]` before step `first` (noise before step 0) → finished latent, DiT-normalised.
     ///
     /// `Break` from `on_step` ends the loop with [`ModelError::Stopped`].
-    pub fn run(&self, engine: &E, noise: &E::Tensor, on_step: OnStep<'_, E::Tensor>) -> Result<E::Tensor, ModelError> {
+    pub fn run(
+        &self,
+        engine: &E,
+        start: &E::Tensor,
+        first: usize,
+        on_step: OnStep<'_, E::Tensor>,
+    ) -> Result<E::Tensor, ModelError> {
         let steps = self.schedule.steps();
         check_guidance(self.guidance, Some(steps as u32)).map_err(|error| ModelError::Input(error.to_string()))?;
-        let mut z = noise.clone();
-        for step in 0..steps {
+        let mut z = start.clone();
+        for step in first..steps {
             if on_step(step, steps, &z).is_break() {
                 return Err(ModelError::Stopped);
             }
@@ -54,12 +53,21 @@ impl<E: Engine> Sampler<'_, E> {
         }
     }
 
-    /// Velocities of the conditional and the unconditional branch.
+    /// Velocities of the conditional and the unconditional branch. The result has the same bits however it is computed.
     fn velocities(&self, engine: &E, z: &E::Tensor, timestep: f32) -> Result<[E::Tensor; 2], ModelError> {
-        let of = |branches: &[_]| self.dit.velocities(engine, self.geometry, z, timestep, branches);
-        let both = match self.order {
-            BranchOrder::Together => of(&[self.cond, self.uncond])?,
-            BranchOrder::Sequential => [of(&[self.cond])?, of(&[self.uncond])?].concat(),
+        let of = |branches: &[_]| self.dit.velocities(engine, self.group, self.geometry, z, timestep, branches);
+        let both = match self.group.cfg.size() {
+            // Every rank of the group has both. One after the other is half the activations, but each gathers weights.
+            1 if self.dit.gathers_weights() => of(&[self.cond, self.uncond])?,
+            1 => [of(&[self.cond])?, of(&[self.uncond])?].concat(),
+            _ => {
+                let mine = of(&[[self.cond, self.uncond][self.group.cfg.me()]])?;
+                let [mine] = &mine[..] else {
+                    return Err(ModelError::Input("a branch has one velocity".into()));
+                };
+                let shape = self.geometry.shape().to_vec();
+                self.group.cfg.all_gather_v(mine.clone(), &[shape.clone(), shape])?
+            }
         };
         both.try_into().map_err(|_| ModelError::Input("guidance needs two velocities".into()))
     }

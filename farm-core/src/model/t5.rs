@@ -7,7 +7,7 @@ use crate::engine::Engine;
 use crate::model::ModelError;
 use crate::model::config::T5Config;
 use crate::model::layers::{Linear, Observer};
-use crate::model::weights::Loader;
+use crate::model::weights::{Loader, Tensors};
 
 /// Buckets that [`bucket`] knows: half for keys after the query, in each half 8 exact distances and 8 growing ranges.
 const BUCKETS: usize = 32;

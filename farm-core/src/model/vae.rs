@@ -11,7 +11,7 @@ use crate::engine::{ConvCache, Engine, SequenceOps};
 use crate::model::ModelError;
 use crate::model::config::VaeConfig;
 use crate::model::latent::{DitLatent, VaeLatent};
-use crate::model::weights::Loader;
+use crate::model::weights::{Loader, Tensors};
 
 /// Groups of every group norm; part of the architecture, written in no config.
 const NORM_GROUPS: usize = 32;

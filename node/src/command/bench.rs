@@ -11,8 +11,9 @@ use anyhow::Context;
 use farm_core::engine::cpu::CpuEngine;
 use farm_core::job::spec::{RenderRequest, RenderSpec};
 use farm_core::job::state::Progress;
-use farm_core::model::pipeline::{Pipeline, RenderObserver};
+use farm_core::model::pipeline::{Pipeline, RenderObserver, Residency, Start};
 use farm_core::model::weights::checkpoint::Checkpoint;
+use farm_core::parallel::group::RankGroup;
 use serde::Serialize;
 
 use crate::encode::{FrameSink, Mp4Sink};
@@ -64,19 +65,19 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let threads = args.threads.or_else(|| std::thread::available_parallelism().ok()).map_or(1, NonZeroUsize::get);
     let started = Instant::now();
     let engine = CpuEngine::new(threads)?;
-    let checkpoint = Checkpoint::open(&args.model)?;
-    let pipeline = Pipeline::load(&engine, &checkpoint)?;
+    let pipeline = Pipeline::open(&engine, Checkpoint::open(&args.model)?, Residency::Kept)?;
+    let solo = RankGroup::solo()?;
     let load = started.elapsed().as_secs_f64();
     let request: RenderRequest =
         serde_json::from_str(r#"{"prompt": "a red ball moving left on a black background", "seed": 1}"#)?;
-    let spec = RenderSpec::resolve(&request, checkpoint.generation_defaults(), 1)?;
+    let spec = RenderSpec::resolve(&request, pipeline.defaults(), 1)?;
 
     let folder = tempfile::tempdir().context("no folder for the clips")?;
     let mut runs = Vec::new();
     for _ in 0..args.runs.get() {
         let path = folder.path().join("clip.mp4");
         let mut clip = Clip(Mp4Sink::create(&path, spec.width, spec.height)?);
-        let mut seconds = pipeline.render(&engine, &spec, None, &mut clip)?.seconds;
+        let mut seconds = pipeline.render(&engine, &solo, &spec, &Start::Seed, &mut clip)?.seconds;
         let finishing = Instant::now();
         clip.0.finish()?;
         let finished = finishing.elapsed().as_secs_f64();

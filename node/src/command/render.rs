@@ -15,8 +15,9 @@ use farm_core::job::spec::{GuidanceScale, RenderRequest, RenderSpec};
 use farm_core::job::state::{Progress, Stage};
 use farm_core::model::ModelError;
 use farm_core::model::latent::{LATENT_KEY, NOISE_KEY, from_safetensors, to_safetensors};
-use farm_core::model::pipeline::{Pipeline, RenderObserver};
+use farm_core::model::pipeline::{Pipeline, RenderObserver, Residency, Start};
 use farm_core::model::weights::checkpoint::Checkpoint;
+use farm_core::parallel::group::RankGroup;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::encode::{self, FrameSink, Mp4Sink, RawSink};
@@ -119,7 +120,9 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let noise = args.noise.as_deref().map(|path| read_noise(path, &spec)).transpose()?;
     let threads = args.threads.or_else(|| std::thread::available_parallelism().ok()).map_or(1, NonZeroUsize::get);
     let engine = CpuEngine::new(threads)?;
-    let pipeline = Pipeline::load(&engine, &checkpoint)?;
+    let pipeline = Pipeline::open(&engine, checkpoint, Residency::WhileUsed)?;
+    let solo = RankGroup::solo()?;
+    let start = noise.map_or(Start::Seed, Start::Noise);
 
     if args.noise.is_none() {
         eprintln!("seed {seed}");
@@ -127,12 +130,12 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let stop = stop_on_signals()?;
     let mut watcher = Watcher { bar: progress_bar(), stop, output: Output::create(kind, unfinished.path(), &spec)? };
     let outcome = match kind {
-        Kind::Latent => pipeline.denoise(&engine, &spec, noise.as_deref(), &mut watcher).and_then(|denoised| {
+        Kind::Latent => pipeline.denoise(&engine, &solo, &spec, &start, &mut watcher).and_then(|denoised| {
             let bytes = to_safetensors(LATENT_KEY, &denoised.values, spec.latent_shape())?;
             std::fs::write(unfinished.path(), bytes).map_err(ModelError::Output)
         }),
         Kind::Mp4 | Kind::Rgb => pipeline
-            .render(&engine, &spec, noise.as_deref(), &mut watcher)
+            .render(&engine, &solo, &spec, &start, &mut watcher)
             .and_then(|_| watcher.output.finish().map_err(ModelError::Output)),
     };
     watcher.bar.finish_and_clear();

@@ -151,14 +151,7 @@ fn vector(pool: &Pool, x: &[f32], weight: &[f32], n: usize, bias: Option<&[f32]>
 }
 
 /// `[m, k] × [n, k] → [m, n]`. A row has the same bits for any number of rows: see [`MIN_OUTPUT`] and [`DEPTH`].
-fn matrix(
-    pool: &Pool,
-    x: &[f32],
-    m: usize,
-    weight: &[f32],
-    [n, k]: [usize; 2],
-    bias: Option<&[f32]>,
-) -> Vec<f32> {
+fn matrix(pool: &Pool, x: &[f32], m: usize, weight: &[f32], [n, k]: [usize; 2], bias: Option<&[f32]>) -> Vec<f32> {
     if m == 0 || n == 0 {
         return Vec::new();
     }

@@ -16,6 +16,8 @@ mod tests;
 mod volume;
 mod wide;
 
+use std::ops::Range;
+
 use candle_core::Tensor;
 
 use self::data::{candle, from_vec, shape_error, slice, widen_pieces};
@@ -140,8 +142,8 @@ impl Engine for CpuEngine {
 
     // ---- AsymmDiT ----
 
-    fn rope_table(&self, frequencies: &Tensor, grid: [usize; 3]) -> Result<RopeTable<Tensor>> {
-        rope::rope_table(&self.pool, frequencies, grid)
+    fn rope_table(&self, frequencies: &Tensor, grid: [usize; 3], tokens: Range<usize>) -> Result<RopeTable<Tensor>> {
+        rope::rope_table(&self.pool, frequencies, grid, tokens)
     }
 
     fn patchify(&self, latent: &Tensor) -> Result<Tensor> {

@@ -1,5 +1,7 @@
 //! Rotary position embedding with learned frequencies per head, and the split of packed projections that applies it.
 
+use std::ops::Range;
+
 use candle_core::Tensor;
 
 use super::data::{dims, expect, from_vec, shape_error, slice};
@@ -13,7 +15,12 @@ const EPS: f64 = 1e-5;
 /// Area of the grid, in tokens, at which rows and columns are one unit apart: 192².
 const UNIT_AREA: f64 = 36_864.0;
 
-pub(super) fn rope_table(pool: &Pool, frequencies: &Tensor, grid: [usize; 3]) -> Result<RopeTable<Tensor>> {
+pub(super) fn rope_table(
+    pool: &Pool,
+    frequencies: &Tensor,
+    grid: [usize; 3],
+    tokens: Range<usize>,
+) -> Result<RopeTable<Tensor>> {
     const OP: &str = "rope_table";
     let [axes, heads, half] = dims(OP, "frequencies [3, heads, head_dim/2]", frequencies)?;
     if axes != 3 {
@@ -25,12 +32,17 @@ pub(super) fn rope_table(pool: &Pool, frequencies: &Tensor, grid: [usize; 3]) ->
     let (row, column) = rest.split_at(width);
 
     let [_, rows, columns] = grid;
-    let tokens: usize = grid.iter().product();
+    let all: usize = grid.iter().product();
+    if tokens.start > tokens.end || tokens.end > all {
+        return Err(shape_error(OP, format!("tokens {tokens:?} inside the grid"), &grid));
+    }
+    let count = tokens.len();
     let unit = (UNIT_AREA / (rows * columns) as f64).sqrt();
     let centred = |i: usize, n: usize| f64::from(((i as f64 - (n as f64 - 1.0) / 2.0) * unit) as f32);
-    let (mut cos, mut sin) = (vec![0f32; tokens * width], vec![0f32; tokens * width]);
+    let (mut cos, mut sin) = (vec![0f32; count * width], vec![0f32; count * width]);
     let tasks: Vec<_> = cos.chunks_mut(width.max(1)).zip(sin.chunks_mut(width.max(1))).enumerate().collect();
-    pool.run(tasks, tokens * width * 32, |(token, (cos, sin))| {
+    pool.run(tasks, count * width * 32, |(i, (cos, sin))| {
+        let token = tokens.start + i;
         let (t, i, j) = (token / (rows * columns), token / columns % rows, token % columns);
         let (t, i, j) = (t as f64, centred(i, rows), centred(j, columns));
         for (f, (cos, sin)) in cos.iter_mut().zip(sin).enumerate() {
@@ -40,7 +52,7 @@ pub(super) fn rope_table(pool: &Pool, frequencies: &Tensor, grid: [usize; 3]) ->
             (*cos, *sin) = (c as f32, s as f32);
         }
     });
-    let shape = [tokens, heads, half];
+    let shape = [count, heads, half];
     Ok(RopeTable { cos: from_vec(OP, cos, &shape)?, sin: from_vec(OP, sin, &shape)? })
 }
 

@@ -290,7 +290,12 @@ fn rope_positions_are_centred_in_space_only() {
     let unit = (36864f64 / 12.0).sqrt();
     for axis in 0..3 {
         let frequencies: Vec<f32> = (0..3).map(|a| if a == axis { 0.01 } else { 0.0 }).collect();
-        let table = engine(1).rope_table(&engine(1).upload(&frequencies, &[3, 1, 1]).unwrap(), grid).unwrap();
+        let table = engine(1).rope_table(&engine(1).upload(&frequencies, &[3, 1, 1]).unwrap(), grid, 0..24).unwrap();
+        let part = engine(1).rope_table(&engine(1).upload(&frequencies, &[3, 1, 1]).unwrap(), grid, 5..17).unwrap();
+        assert_eq!(
+            (read(&part.cos), read(&part.sin)),
+            (read(&table.cos)[5..17].to_vec(), read(&table.sin)[5..17].to_vec())
+        );
         assert_eq!(table.cos.dims(), [24, 1, 1]);
         let (cos, sin) = (read(&table.cos), read(&table.sin));
         for token in 0..24 {
@@ -358,7 +363,7 @@ fn results_have_the_same_bits_for_any_number_of_threads() {
         let bias = tensor(&[3 * heads * d], 3);
         let gate = tensor(&[heads * d], 4);
         let norm = tensor(&[d], 5);
-        let rope = e.rope_table(&tensor(&[3, heads, d / 2], 6), [1, 13, 41]).unwrap();
+        let rope = e.rope_table(&tensor(&[3, heads, d / 2], 6), [1, 13, 41], 0..533).unwrap();
         let packed = e.linear(&x, &w, Some(&bias)).unwrap();
         let qkv = e.split_qkv(&packed, &norm, &norm, heads, Some(&rope)).unwrap();
         let text = e.narrow(&qkv.k, 0, 100, 61).unwrap();
@@ -437,7 +442,8 @@ fn wrong_shapes_are_errors_that_name_the_operation() {
         ("t5_attention", e.t5_attention(&x, &x, &x, &t(&[2, 4, 5]), 2)),
         ("t5_attention", e.t5_attention(&x, &x, &x, &t(&[4, 4, 4]), 4)),
         ("gelu_gated", e.gelu_gated(&x, &v)),
-        ("rope_table", e.rope_table(&t(&[2, 2, 3]), [1, 1, 1]).map(|t| t.cos)),
+        ("rope_table", e.rope_table(&t(&[2, 2, 3]), [1, 1, 1], 0..1).map(|t| t.cos)),
+        ("rope_table", e.rope_table(&t(&[3, 2, 3]), [1, 2, 2], 1..5).map(|t| t.cos)),
         ("patchify", e.patchify(&t(&[2, 1, 3, 4]))),
         ("unpatchify", e.unpatchify(&x, [1, 2, 2])),
         ("unpatchify", e.unpatchify(&t(&[4, 8]), [1, 2, 3])),

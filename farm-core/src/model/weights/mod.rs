@@ -36,19 +36,31 @@ pub enum WeightError {
     Shape { name: String, expected: Vec<usize>, got: Vec<usize> },
 }
 
-/// Loads tensors onto an engine, with their shapes checked.
+/// Where a network gets its tensors from, by name and with their shapes checked.
+pub trait Tensors<E: Engine> {
+    fn engine(&self) -> &E;
+    /// The tensor `name`, which has to have `shape`.
+    fn tensor(&self, name: &str, shape: &[usize]) -> Result<E::Tensor, ModelError>;
+}
+
+/// Loads tensors of a checkpoint onto an engine.
 pub struct Loader<'a, E> {
     pub engine: &'a E,
     pub source: &'a dyn WeightSource,
 }
 
-impl<E: Engine> Loader<'_, E> {
-    /// The tensor `name`, which has to have `shape`.
-    pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<E::Tensor, ModelError> {
+impl<E: Engine> Tensors<E> for Loader<'_, E> {
+    fn engine(&self) -> &E {
+        self.engine
+    }
+
+    fn tensor(&self, name: &str, shape: &[usize]) -> Result<E::Tensor, ModelError> {
         let stored = self.checked(name, shape)?;
         Ok(self.engine.weight(&stored.pieces)?)
     }
+}
 
+impl<E: Engine> Loader<'_, E> {
     /// `{prefix}.weight` `[out, in, 3, 3, 3]` and `{prefix}.bias` `[out]`, packed.
     pub fn conv3d(&self, prefix: &str, out: usize, input: usize) -> Result<E::ConvWeight, ModelError> {
         let weight = self.checked(&format!("{prefix}.weight"), &[out, input, 3, 3, 3])?;

@@ -20,12 +20,13 @@ use farm_core::job::spec::{GenerationDefaults, GuidanceScale};
 use farm_core::model::config::{DitConfig, T5Config, VaeConfig};
 use farm_core::model::dit::Dit;
 use farm_core::model::latent::VaeLatent;
-use farm_core::model::sampler::{BranchOrder, Sampler};
+use farm_core::model::sampler::Sampler;
 use farm_core::model::schedule::SigmaSchedule;
 use farm_core::model::t5::T5Encoder;
 use farm_core::model::vae::VaeDecoder;
-use farm_core::model::weights::Loader;
 use farm_core::model::weights::checkpoint::{Checkpoint, Part};
+use farm_core::model::weights::{Loader, Tensors};
+use farm_core::parallel::group::RankGroup;
 use goldens::Goldens;
 use report::Report;
 
@@ -137,7 +138,7 @@ impl<E: Engine> Stages<'_, E> {
         let loader = Loader { engine: self.engine, source: part };
         let config = part.config();
         let frequencies = loader.tensor("pos_frequencies", &[3, config.num_heads, config.head_dim / 2])?;
-        let table = self.engine.rope_table(&frequencies, [t, h / 2, w / 2])?;
+        let table = self.engine.rope_table(&frequencies, [t, h / 2, w / 2], 0..t * h * w / 4)?;
         let mut taps = Taps::new("rope.", |_| false);
         taps.take(self.engine, "cos", &table.cos);
         taps.take(self.engine, "sin", &table.sin);
@@ -161,10 +162,11 @@ impl<E: Engine> Stages<'_, E> {
             timesteps.len(),
             valid.len()
         );
-        let geometry = dit.geometry(self.engine, [c, t, h, w])?;
+        let solo = RankGroup::solo()?;
+        let geometry = dit.geometry(self.engine, &solo, [c, t, h, w])?;
         for sample in 0..samples {
             let text = self.text("dit.text", sample, valid[sample])?;
-            let branch = dit.text_conditioning(self.engine, text.as_ref())?;
+            let branch = dit.text_conditioning(self.engine, &solo, text.as_ref())?;
             let latent = self.engine.upload(latents.sample(sample, samples), &[c, t, h, w])?;
             let mut taps = Taps::new("dit.", |name| name.ends_with(".y"));
             let observe = &mut |name: &str, x: &E::Tensor| taps.take(self.engine, name, x);
@@ -222,17 +224,18 @@ impl<E: Engine> Stages<'_, E> {
         let tokens = *valid.get(row).with_context(|| format!("{} has no row {row}", text[1]))?;
         let text = self.text(text[0], row, tokens)?;
         let noise = self.engine.upload(&self.goldens.floats("sample.noise")?.values, &[c, t, h, w])?;
+        let solo = RankGroup::solo()?;
         let sampler = Sampler {
             dit,
-            geometry: &dit.geometry(self.engine, [c, t, h, w])?,
-            cond: &dit.text_conditioning(self.engine, text.as_ref())?,
-            uncond: &dit.text_conditioning(self.engine, None)?,
+            geometry: &dit.geometry(self.engine, &solo, [c, t, h, w])?,
+            cond: &dit.text_conditioning(self.engine, &solo, text.as_ref())?,
+            uncond: &dit.text_conditioning(self.engine, &solo, None)?,
             schedule: &schedule,
             guidance: &GuidanceScale::Constant(self.goldens.about.guidance_scale),
-            order: BranchOrder::Sequential,
+            group: &solo,
         };
         let mut taps = Taps::new("sample.", |_| false);
-        sampler.run(self.engine, &noise, &mut |done, _, z| {
+        sampler.run(self.engine, &noise, 0, &mut |done, _, z| {
             // Called before the first step, too.
             if let Some(step) = done.checked_sub(1) {
                 taps.take(self.engine, &format!("z{step}"), z);
