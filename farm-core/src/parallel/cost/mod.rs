@@ -2,10 +2,12 @@
 //! arithmetic and rates alone. docs/parallelism.md explains it in words.
 //!
 //! - [`shape`]: what there is to compute; [`volume`]: what ranks send each other; [`rates`]: how fast machines are;
+//! - [`devices`]: rates by name, from `config/devices.toml` and what `farm-node calibrate` writes;
 //! - [`candidates`] and [`predict`]: the choice.
 //!
 //! Only the denoising is predicted: text encoding and decoding are not spread by these degrees.
 
+pub mod devices;
 mod estimate;
 pub mod rates;
 pub mod shape;

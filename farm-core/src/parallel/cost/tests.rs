@@ -218,3 +218,24 @@ proptest! {
         prop_assert!((got / expected - 1.0).abs() < 1e-6, "{got} {expected}");
     }
 }
+
+/// Published by xdit-project/mochi-xdit for 848×480, 49 frames, 64 steps. One number of the rates, the L40's efficiency,
+/// is from the first row; the speed-ups are predicted.
+#[test]
+fn the_published_speed_ups_on_l40_are_predicted() {
+    const PUBLISHED: [(usize, usize, usize, f64); 4] =
+        [(1, 1, 1, 394.0), (1, 1, 2, 222.0), (2, 1, 1, 198.0), (2, 3, 1, 74.0)];
+    let devices = devices::Devices::embedded().unwrap();
+    let site = Site::one_host(devices.device("l40").unwrap(), devices.link("pcie4").unwrap());
+    let solo = one(&site, 1, 1, 1, false).seconds;
+    println!("l40, pcie4, 848x480, 49 frames, 64 steps     published         predicted");
+    for (cfg, ring, ulysses, published) in PUBLISHED {
+        let candidate = one(&site, cfg, ring, ulysses, false);
+        let (predicted, speed_up, expected) = (candidate.seconds, solo / candidate.seconds, PUBLISHED[0].3 / published);
+        let off = 100.0 * (speed_up / expected - 1.0);
+        let name = candidate.topology.to_string();
+        println!("{name:<36} {published:7.0} s {expected:5.2}x {predicted:8.1} s {speed_up:5.2}x {off:+6.1} %");
+        assert!(off.abs() <= 15.0, "{name}: speed-up {speed_up:.2}, published {expected:.2}");
+        assert!((predicted / published - 1.0).abs() <= 0.15, "{name}: {predicted:.1} s, published {published} s");
+    }
+}
