@@ -5,6 +5,7 @@ mod command;
 mod cpu_device;
 mod device_pool;
 mod device_thread;
+mod devices;
 mod encode;
 mod models;
 mod progress;

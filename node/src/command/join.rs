@@ -22,6 +22,7 @@ use uuid::Uuid;
 use crate::attempt::Workshop;
 use crate::cpu_device::CpuDevice;
 use crate::device_thread::DeviceHandle;
+use crate::devices::Devices;
 use crate::encode;
 use crate::models::ModelShelf;
 use crate::root::{self, Root, RootMessage};
@@ -30,8 +31,6 @@ use crate::session::actor::{self as session, Scheduler};
 use crate::session::messages::SessionMessage;
 use crate::session::state::Offer;
 
-/// More devices than this on one node is a typing error.
-const MAX_DEVICES: usize = 256;
 /// What a node that was told to stop has to leave the farm; then it ends anyway.
 const STOP_PATIENCE: Duration = Duration::from_millis(900);
 
@@ -61,23 +60,6 @@ pub struct Args {
     /// Folder for clips on their way to the store [default: one in the system's temporary folder]
     #[arg(long, value_name = "DIR")]
     pub data: Option<PathBuf>,
-}
-
-/// `cpu:K`
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Devices {
-    cpus: usize,
-}
-
-impl FromStr for Devices {
-    type Err = String;
-    fn from_str(text: &str) -> Result<Self, String> {
-        let count = text.strip_prefix("cpu:").ok_or("write cpu:K, for example cpu:2")?;
-        match count.parse() {
-            Ok(cpus) if (1..=MAX_DEVICES).contains(&cpus) => Ok(Self { cpus }),
-            _ => Err(format!("{count:?} is not a number in 1..={MAX_DEVICES}")),
-        }
-    }
 }
 
 /// `NAME=DIR`
@@ -222,8 +204,7 @@ async fn prepare(args: Args) -> anyhow::Result<Prepared> {
 
     let data = args.data.unwrap_or_else(|| std::env::temp_dir().join(format!("farm-node-{name}")));
     let scratch = Arc::new(Scratch::open(&data)?);
-    let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
-    let threads = args.threads.map_or_else(|| (cores / args.devices.cpus).max(1), NonZeroUsize::get);
+    let threads = args.devices.threads(args.threads);
     let models: Vec<_> = args.models.into_iter().map(|model| (model.name, model.dir)).collect();
     // Beside the runtime: it reads every byte of every checkpoint.
     let shelf = tokio::task::spawn_blocking(move || ModelShelf::open(models, threads)).await??;
@@ -259,11 +240,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn devices_and_models_are_read_as_documented_and_nothing_else() {
-        assert_eq!("cpu:2".parse(), Ok(Devices { cpus: 2 }));
-        for bad in ["", "cpu", "cpu:", "cpu:0", "cpu:-1", "cpu:257", "gpu:1", "2"] {
-            assert!(bad.parse::<Devices>().is_err(), "{bad}");
-        }
+    fn models_are_read_as_documented_and_nothing_else() {
         let model = NamedModel { name: "tiny".into(), dir: "a=b/c".into() };
         assert_eq!("tiny=a=b/c".parse(), Ok(model));
         for bad in ["", "tiny", "tiny=", "=dir", "a b=dir", "../x=dir"] {
