@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use futures::StreamExt;
 use futures::stream::BoxStream;
+use futures::{StreamExt, TryStreamExt};
 use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey};
 use object_store::local::LocalFileSystem;
 use object_store::memory::InMemory;
@@ -309,6 +309,17 @@ impl ArtifactStore {
                 Err(DriverError::NotFound { .. }) => Ok(None),
                 Err(error) => Err(error),
             }
+        })
+        .await
+    }
+
+    /// Keys of objects in the folder `prefix` and those below it, `most` of them at most, in no order.
+    pub async fn list(&self, prefix: &str, most: usize) -> Result<Vec<String>, StoreError> {
+        let path = self.path(prefix)?;
+        let own = self.prefix.parts().count();
+        self.retried("list", prefix, || async {
+            let found = self.driver.list(Some(&path)).take(most);
+            found.map_ok(|meta| meta.location.parts().skip(own).collect::<Path>().into()).try_collect().await
         })
         .await
     }

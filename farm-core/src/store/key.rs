@@ -11,3 +11,37 @@ pub fn clip(job: JobId, attempt: AttemptNo) -> String {
 pub fn result(job: JobId) -> String {
     format!("jobs/{job}/result.json")
 }
+
+/// `jobs/{job}/latent`: the folder of the latent checkpoints that any attempt at the job may go on from.
+pub fn latents(job: JobId) -> String {
+    format!("jobs/{job}/latent")
+}
+
+/// `{folder}/{step}.safetensors`: the checkpoint after `step` steps, with five digits at least.
+pub fn latent(folder: &str, step: u32) -> String {
+    format!("{folder}/{step:05}.safetensors")
+}
+
+/// The step of a [`latent`] in `folder`, if `key` is one.
+pub fn latent_step(folder: &str, key: &str) -> Option<u32> {
+    let step = key.strip_prefix(folder)?.strip_prefix('/')?.strip_suffix(".safetensors")?.parse().ok()?;
+    (latent(folder, step) == key).then_some(step)
+}
+
+#[cfg(test)]
+mod tests {
+    use uuid::Uuid;
+
+    use super::*;
+
+    #[test]
+    fn a_latents_key_says_its_step_and_sorts_by_it() {
+        let [folder, other] = [7, 8].map(|n| latents(JobId(Uuid::from_u128(n))));
+        assert_eq!(latent_step(&folder, &latent(&folder, 123)), Some(123));
+        assert!(latent(&folder, 9) < latent(&folder, 10));
+        let strange =
+            ["", "/1.safetensors", "/+0001.safetensors", "/00001.mp4", "/x.safetensors", "/a/00001.safetensors"];
+        let strange = strange.map(|end| format!("{folder}{end}"));
+        assert!(strange.iter().chain([&latent(&other, 1)]).all(|key| latent_step(&folder, key).is_none()));
+    }
+}
