@@ -3,7 +3,7 @@
 export PATH := $(PATH):$(or $(CARGO_HOME),$(HOME)/.cargo)/bin
 BIN := $(or $(CARGO_TARGET_DIR),target)/release
 
-.PHONY: setup build demo test lint alone bench clean
+.PHONY: setup build demo test lint alone chaos bench bench-usp clean
 
 setup:
 	@tools/setup.sh
@@ -30,10 +30,20 @@ alone:
 	cargo check --locked -p farmctl
 	cargo check --locked -p farm-scheduler
 	cargo check --locked -p farm-node --no-default-features
+	cargo check --locked -p farm-core --features cuda
+
+# What `make test` does a few times, many times: a group of four processes loses a rank, fifty times. Takes root.
+chaos: setup
+	cargo build --workspace --locked
+	FARM_FAULTS=50 cargo test --locked -p farm-tests --test group_faults -- --nocapture
 
 # Where the time of one clip goes. Ends with one line of figures, and PASS or FAIL.
 bench: build
 	$(BIN)/farm-node bench --model assets/mochi-tiny
+
+# A denoising step on one and on two ranks, one pinned thread each, and the part of it that exchanges cost.
+bench-usp: build
+	$(BIN)/farm-node bench usp --model assets/mochi-tiny
 
 clean:
 	cargo clean

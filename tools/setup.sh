@@ -9,6 +9,8 @@ packages=(
   gcc libc6-dev make
   # the ffmpeg and ffprobe programs check and show clips; the font labels the contact sheet
   ffmpeg fonts-dejavu-core
+  # tests put processes on hosts of their own (network namespaces)
+  iproute2
   # crates are downloaded over https
   ca-certificates
 )

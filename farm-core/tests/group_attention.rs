@@ -7,9 +7,10 @@ use std::ops::Range;
 
 use farm_core::engine::cpu::CpuEngine;
 use farm_core::engine::{AttentionOut, Engine, EngineError, Qkv, SequenceOps, Transfer};
-use farm_core::parallel::attention::{JointOut, JointShape, joint_attention, rows_of};
+use farm_core::parallel::attention::{JointOut, joint_attention};
 use farm_core::parallel::cost::sent_values_per_layer;
 use farm_core::parallel::group::RankGroup;
+use farm_core::parallel::shard::Shares;
 use farm_core::parallel::topology::Topology;
 
 use crate::ranks::{on_ranks, topologies};
@@ -73,7 +74,7 @@ impl SequenceOps for Exact {
         Ok(x.values.iter().flat_map(|value| value.to_le_bytes()).collect())
     }
 
-    fn from_bytes(&self, bytes: &[u8], shape: &[usize]) -> Result<Array> {
+    fn tensor_of_bytes(&self, bytes: &[u8], shape: &[usize]) -> Result<Array> {
         let values = bytes.as_chunks().0.iter().map(|value| f64::from_le_bytes(*value)).collect();
         Ok(Array { shape: shape.to_vec(), values })
     }
@@ -124,7 +125,9 @@ fn values(count: usize, seed: u64) -> Vec<f64> {
 
 /// Both streams of the whole sequence, `[rows, heads, head_dim]`.
 struct Inputs<T> {
-    shape: JointShape,
+    tokens: usize,
+    text_rows: usize,
+    heads: usize,
     visual: Qkv<T>,
     text: Qkv<T>,
 }
@@ -133,20 +136,27 @@ impl<T> Inputs<T> {
     fn new(tokens: usize, text: usize, heads: usize, make: impl Fn(Vec<f64>, &[usize]) -> T) -> Self {
         let tensor = |rows: usize, seed| make(values(rows * heads * HEAD_DIM, seed), &[rows, heads, HEAD_DIM]);
         Inputs {
-            shape: JointShape { visual: tokens, text, heads, head_dim: HEAD_DIM },
+            tokens,
+            text_rows: text,
+            heads,
             visual: Qkv { q: tensor(tokens, 1), k: tensor(tokens, 2), v: tensor(tokens, 3) },
             text: Qkv { q: tensor(text, 4), k: tensor(text, 5), v: tensor(text, 6) },
         }
     }
 
+    fn shares(&self, topology: Topology) -> Shares {
+        Shares::new(topology, self.tokens, self.text_rows, self.heads, HEAD_DIM)
+    }
+
     /// Attention of this rank's rows.
     fn on_rank<O: SequenceOps<Tensor = T>>(&self, ops: &O, group: &RankGroup<O>, text_asks: bool) -> JointOut<T> {
-        let [tokens, text] = rows_of(group.topology(), group.rank(), self.shape);
+        let shares = self.shares(group.topology());
+        let [tokens, text] = shares.rows(group.rank());
         let part = |x: &T, rows: &Range<usize>| ops.narrow(x, 0, rows.start, rows.len()).unwrap();
         let cut = |of: &Qkv<T>, rows| Qkv { q: part(&of.q, rows), k: part(&of.k, rows), v: part(&of.v, rows) };
         let text_part = (!text.is_empty()).then(|| cut(&self.text, &text));
         let visual = cut(&self.visual, &tokens);
-        joint_attention(ops, group, self.shape, &visual, text_part.as_ref(), text_asks).unwrap()
+        joint_attention(ops, group, shares, &visual, text_part.as_ref(), text_asks).unwrap()
     }
 
     /// Attention over the group, put together: all visual rows, then all text rows (none if they do not ask).
@@ -258,7 +268,7 @@ fn rows_that_do_not_fit_the_rank_are_an_error() {
     let inputs = Inputs::new(13, 2, 6, |values, shape| Array { shape: shape.to_vec(), values });
     let solo = RankGroup::<Exact>::solo().unwrap();
     let error = |text: Option<&Qkv<Array>>, visual: &Qkv<Array>| {
-        joint_attention(&Exact, &solo, inputs.shape, visual, text, true).err().unwrap().to_string()
+        joint_attention(&Exact, &solo, inputs.shares(Topology::SOLO), visual, text, true).err().unwrap().to_string()
     };
     assert!(error(None, &inputs.visual).contains("2 text rows"));
     assert!(error(Some(&inputs.text), &inputs.text).contains("[13, 6, 8]"));

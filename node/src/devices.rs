@@ -3,6 +3,9 @@
 use std::num::NonZeroUsize;
 use std::str::FromStr;
 
+use farm_core::parallel::cost::devices::DevicesError;
+use farm_core::parallel::cost::{self, DeviceRates, Site};
+
 /// More devices than this on one node is a typing error.
 const MAX_DEVICES: usize = 256;
 
@@ -29,6 +32,21 @@ impl Devices {
         let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
         asked.map_or_else(|| (cores / self.cpus).max(1), NonZeroUsize::get)
     }
+}
+
+/// Rates of devices of `threads` compute threads each: of one process, or of one process each on hosts of their own.
+pub fn cpu_site(threads: usize, processes: bool) -> Result<Site, DevicesError> {
+    let known = cost::devices::Devices::embedded()?;
+    let one = known.device("cpu")?;
+    let times = threads as f64;
+    let device = DeviceRates {
+        linear: one.linear * times,
+        attention: one.attention * times,
+        bandwidth: one.bandwidth * times,
+        ..one
+    };
+    let site = Site::one_host(device, known.link("local")?);
+    Ok(if processes { Site { between: known.link("10gbe")?, devices_per_host: 1, ..site } } else { site })
 }
 
 #[cfg(test)]

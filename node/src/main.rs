@@ -1,6 +1,7 @@
 //! `farm-node`: a render node of the farm, and the commands that work on one machine without a farm.
 
 mod attempt;
+mod checkpoints;
 mod command;
 mod cpu_device;
 mod device_pool;
@@ -36,6 +37,10 @@ enum Command {
     Model(command::model::Args),
     /// Measure where the time of one clip goes, and its peak memory
     Bench(command::bench::Args),
+    /// Predict which degrees of a group are fastest for a clip
+    Plan(command::plan::Args),
+    /// Measure this machine's rates for plan
+    Calibrate(command::calibrate::Args),
 }
 
 fn main() -> ExitCode {
@@ -44,6 +49,8 @@ fn main() -> ExitCode {
         Command::Join(args) => command::join::run(args),
         Command::Model(args) => command::model::run(args),
         Command::Bench(args) => command::bench::run(args),
+        Command::Plan(args) => command::plan::run(args),
+        Command::Calibrate(args) => command::calibrate::run(args),
     };
     result.unwrap_or_else(|error| {
         eprintln!("error: {error:#}");

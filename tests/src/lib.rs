@@ -2,6 +2,7 @@
 
 pub mod clip;
 pub mod farm;
+pub mod network;
 pub mod s3;
 
 use std::path::{Path, PathBuf};

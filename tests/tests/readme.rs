@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use farm_tests::{programs, repository};
 
 /// The documents with commands.
-const WALKS: [&str; 3] = ["README.md", "docs/prompt-file.md", "docs/farmctl.md"];
+const WALKS: [&str; 4] = ["README.md", "docs/prompt-file.md", "docs/farmctl.md", "docs/parallelism.md"];
 /// A job's short id in the documents; a real one takes its place.
 const SAMPLE_JOB: &str = "5a0c31f2";
 /// Where the documents have the scheduler. The one that runs takes its place.
@@ -39,6 +39,11 @@ fn the_page_on_prompt_files_works_as_written() {
 #[test]
 fn the_page_on_farmctl_works_as_written() {
     Walk::new().run(WALKS[2]);
+}
+
+#[test]
+fn the_page_on_parallelism_works_as_written() {
+    Walk::new().run(WALKS[3]);
 }
 
 #[test]
@@ -92,14 +97,16 @@ impl Walk {
 
     fn run(mut self, document: &str) {
         let text = std::fs::read_to_string(repository().join(document)).unwrap();
+        let mut commands = 0;
         for Block { info, lines } in blocks(&text) {
             if info == "console" {
+                commands += lines.iter().filter(|line| line.starts_with("$ ")).count();
                 self.console(&lines);
             } else if let Some(name) = info.strip_prefix("jsonl ") {
                 std::fs::write(self.folder.path().join(name), lines.join("\n") + "\n").unwrap();
             }
         }
-        assert!(!self.running.is_empty(), "{document} starts no farm");
+        assert!(commands > 0, "{document} has no commands");
         // Nodes before their scheduler.
         while self.running.pop().is_some() {}
     }
@@ -126,6 +133,12 @@ impl Walk {
         }
         if ["farmctl up", "farm-scheduler ", "farm-node join "].iter().any(|start| line.starts_with(start)) {
             self.start(line);
+            return String::new();
+        }
+        if let Some(line) = line.strip_suffix(" &") {
+            let mut command = self.program("bash");
+            command.args(["-euc", &format!("exec {}", self.real(line))]);
+            self.running.push(Running(command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()));
             return String::new();
         }
         let expected = match line.split_once("# exit status ") {

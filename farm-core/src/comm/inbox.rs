@@ -13,8 +13,12 @@ use tokio::sync::{Notify, watch};
 use super::{CommError, Patience};
 use crate::engine::Transfer;
 
-/// Bytes that may lie between two ranks before the sender is held back while the receiver computes.
-pub(super) const WINDOW: usize = 256 << 20;
+/// Bytes that may lie between two ranks before the sender is held back while the receiver computes. Little in tests, so
+/// that they get beyond it quickly.
+pub(super) const WINDOW: usize = if cfg!(test) { 8 << 20 } else { 256 << 20 };
+
+/// What a message costs beside its bytes, so that empty ones are bounded too.
+const MESSAGE: usize = 64;
 
 /// How often a sender that is held back looks again whether the receiver still computes.
 const HELD_BACK: Duration = Duration::from_millis(20);
@@ -102,6 +106,10 @@ impl<M: Transfer> Inboxes<M> {
         self.waits.len()
     }
 
+    pub(super) fn others(&self, me: usize) -> impl Iterator<Item = usize> + use<M> {
+        (0..self.world()).filter(move |rank| *rank != me)
+    }
+
     // ---- the end of the group ----
 
     /// Ends the group with `error`, unless it has ended already. Returns the error that it ended with.
@@ -137,7 +145,7 @@ impl<M: Transfer> Inboxes<M> {
         if source.given_up.remove(&number) {
             return;
         }
-        inbox.queued[from].fetch_add(message.byte_len(), Ordering::Relaxed);
+        inbox.queued[from].fetch_add(weight(&message), Ordering::Relaxed);
         source.messages.insert(number, message);
         inbox.bell.notify_all();
     }
@@ -179,39 +187,60 @@ impl<M: Transfer> Inboxes<M> {
         }
     }
 
-    /// Wakes rank `to` to look again at what it waits for.
-    pub(super) fn ring(&self, to: usize) {
-        self.inbox(to).ring();
-    }
-
     // ---- what a rank takes out ----
 
-    /// `from` is another rank of the group.
-    pub(super) fn check_peer(&self, me: usize, peer: usize) -> Result<(), CommError> {
-        if peer != me && peer < self.world() {
-            return Ok(());
+    /// Takes numbers for what an exchange of rank `me` receives. Fails if the group has, or if it cannot take place.
+    pub(super) fn begin(
+        &self,
+        me: usize,
+        to: &[usize],
+        receives: Vec<(usize, Vec<usize>)>,
+    ) -> Result<Vec<Ticket<'_, M>>, CommError> {
+        self.check()?;
+        let peers = to.iter().copied().chain(receives.iter().map(|(from, _)| *from));
+        if let Some(peer) = peers.clone().find(|peer| *peer == me || *peer >= self.world()) {
+            let text = format!("rank {me} of {} cannot exchange a message with rank {peer}", self.world());
+            return Err(self.fail(CommError::Transport(text)));
         }
-        let text = format!("rank {me} of {} cannot exchange a message with rank {peer}", self.world());
-        Err(self.fail(CommError::Transport(text)))
+        let mut sources = self.inbox(me).lock();
+        let gone = to.iter().find_map(|to| Some((*to, sources[*to].gone.clone()?)));
+        if let Some((rank, why)) = gone {
+            drop(sources);
+            return Err(self.fail(CommError::Lost { rank, why }));
+        }
+        let ask = |(from, shape): (usize, _)| {
+            let source: &mut Source<M> = &mut sources[from];
+            source.asked += 1;
+            Ticket { inboxes: self, me, from, number: source.asked - 1, shape }
+        };
+        Ok(receives.into_iter().map(ask).collect())
     }
 
-    /// A rank cannot send to one that left.
-    pub(super) fn check_there(&self, me: usize, peer: usize) -> Result<(), CommError> {
-        let gone = self.inbox(me).lock()[peer].gone.clone();
-        gone.map_or(Ok(()), |why| Err(self.fail(CommError::Lost { rank: peer, why })))
+    /// Waits for what an exchange receives, and while too many bytes lie between rank `me` and those it sends `to`.
+    pub(super) fn finish(
+        &self,
+        me: usize,
+        tickets: Vec<Ticket<'_, M>>,
+        to: &[usize],
+        between: impl Fn(usize) -> usize,
+    ) -> Result<Vec<M>, CommError> {
+        let received = tickets.into_iter().map(Ticket::take).collect::<Result<_, _>>()?;
+        for to in to.iter().copied().filter(|to| between(*to) > WINDOW) {
+            let free = |_: &mut _| (between(to) <= WINDOW || self.waiting(to).is_some()).then_some(());
+            self.wait_for(me, to, HELD_BACK, free)?;
+        }
+        Ok(received)
     }
 
-    /// The next message of `from` to rank `me` that nobody has asked for.
-    pub(super) fn ask(&self, me: usize, from: usize, shape: Vec<usize>) -> Ticket<'_, M> {
-        let source = &mut self.inbox(me).lock()[from];
-        source.asked += 1;
-        Ticket { inboxes: self, me, from, number: source.asked - 1, shape }
+    /// The ranks that have not reached the barrier that rank `me` has.
+    pub(super) fn missing(&self, me: usize) -> Vec<usize> {
+        let sources = self.inbox(me).lock();
+        self.others(me).filter(|from| sources[*from].barriers == 0).collect()
     }
 
     /// Waits until every other rank has reached the barrier.
     pub(super) fn take_barriers(&self, me: usize) -> Result<(), CommError> {
-        self.check()?;
-        for from in (0..self.world()).filter(|from| *from != me) {
+        for from in self.others(me) {
             self.wait(me, from, |source| {
                 let reached = source.barriers > 0;
                 source.barriers -= u64::from(reached);
@@ -219,14 +248,6 @@ impl<M: Transfer> Inboxes<M> {
             })?;
         }
         Ok(())
-    }
-
-    /// Holds rank `me` back while rank `to` computes and more than a window of bytes lies between them.
-    pub(super) fn hold_back(&self, me: usize, to: usize, between: impl Fn() -> usize) -> Result<(), CommError> {
-        if between() <= WINDOW {
-            return self.check();
-        }
-        self.wait_for(me, to, HELD_BACK, |_| (between() <= WINDOW || self.waiting(to).is_some()).then_some(()))
     }
 
     fn wait<R>(&self, me: usize, from: usize, ready: impl FnMut(&mut Source<M>) -> Option<R>) -> Result<R, CommError> {
@@ -297,12 +318,16 @@ impl<M: Transfer> Inboxes<M> {
     }
 }
 
+fn weight(message: &impl Transfer) -> usize {
+    MESSAGE + message.byte_len()
+}
+
 impl<M: Transfer> Ticket<'_, M> {
     /// Waits for the message and checks its shape.
     pub(super) fn take(self) -> Result<M, CommError> {
         let Self { inboxes, me, from, number, ref shape } = self;
         let message = inboxes.wait(me, from, |source| source.messages.remove(&number))?;
-        inboxes.inbox(me).taken(from, message.byte_len());
+        inboxes.inbox(me).taken(from, weight(&message));
         let got = message.sizes();
         if got != *shape {
             let (expected, got) = (format!("{shape:?}"), format!("{got:?}"));
@@ -318,7 +343,7 @@ impl<M: Transfer> Drop for Ticket<'_, M> {
         let mut sources = inbox.lock();
         let source = &mut sources[self.from];
         match source.messages.remove(&self.number) {
-            Some(message) => inbox.taken(self.from, message.byte_len()),
+            Some(message) => inbox.taken(self.from, weight(&message)),
             None if source.came <= self.number => _ = source.given_up.insert(self.number),
             // It was taken.
             None => {}

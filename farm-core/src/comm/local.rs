@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::inbox::{Inboxes, Ticket};
+use super::inbox::Inboxes;
 use super::{Collective, CommError, Exchange, Patience};
 use crate::engine::Transfer;
 
@@ -20,13 +20,6 @@ pub struct LocalRank<T: Transfer> {
     sent: AtomicU64,
 }
 
-impl<T: Transfer> LocalRank<T> {
-    fn others(&self) -> impl Iterator<Item = usize> + use<T> {
-        let me = self.rank;
-        (0..self.inboxes.world()).filter(move |rank| *rank != me)
-    }
-}
-
 impl<T: Transfer> Collective<T> for LocalRank<T> {
     fn rank(&self) -> usize {
         self.rank
@@ -38,29 +31,18 @@ impl<T: Transfer> Collective<T> for LocalRank<T> {
 
     fn start(&self, sends: Vec<(usize, T)>, receives: Vec<(usize, Vec<usize>)>) -> Result<Exchange<'_, T>, CommError> {
         let (me, inboxes) = (self.rank, &self.inboxes);
-        inboxes.check()?;
-        let peers = sends.iter().map(|(to, _)| *to);
-        peers
-            .clone()
-            .chain(receives.iter().map(|(from, _)| *from))
-            .try_for_each(|peer| inboxes.check_peer(me, peer))?;
-        peers.clone().try_for_each(|to| inboxes.check_there(me, to))?;
-        let receivers: Vec<usize> = peers.collect();
-        let tickets: Vec<_> = receives.into_iter().map(|(from, shape)| inboxes.ask(me, from, shape)).collect();
+        let receivers: Vec<usize> = sends.iter().map(|(to, _)| *to).collect();
+        let tickets = inboxes.begin(me, &receivers, receives)?;
         for (to, message) in sends {
             self.sent.fetch_add(message.byte_len() as u64, Ordering::Relaxed);
             inboxes.deliver(me, to, message);
         }
-        Ok(Exchange::new(move || {
-            let received = tickets.into_iter().map(Ticket::take).collect::<Result<_, _>>()?;
-            receivers.into_iter().try_for_each(|to| inboxes.hold_back(me, to, || inboxes.queued(me, to)))?;
-            Ok(received)
-        }))
+        Ok(Exchange::new(move || inboxes.finish(me, tickets, &receivers, |to| inboxes.queued(me, to))))
     }
 
     fn barrier(&self) -> Result<(), CommError> {
         self.inboxes.check()?;
-        self.others().for_each(|to| self.inboxes.deliver_barrier(self.rank, to));
+        self.inboxes.others(self.rank).for_each(|to| self.inboxes.deliver_barrier(self.rank, to));
         self.inboxes.take_barriers(self.rank)
     }
 
@@ -78,7 +60,7 @@ impl<T: Transfer> Drop for LocalRank<T> {
         if std::thread::panicking() {
             self.inboxes.fail(CommError::Lost { rank: self.rank, why: "its thread panicked".into() });
         }
-        for to in self.others() {
+        for to in self.inboxes.others(self.rank) {
             self.inboxes.leave(self.rank, to, "it left the group");
         }
     }

@@ -10,14 +10,19 @@
 
 mod inbox;
 pub mod local;
+#[cfg(feature = "cuda")]
+pub mod nccl;
 #[cfg(test)]
 mod suite;
+pub mod tcp;
 
 use std::sync::Arc;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 /// Why an exchange failed. Every rank of the group gets an error, and it names the rank that caused it.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
 pub enum CommError {
     #[error("rank {rank} is gone: {why}")]
     Lost { rank: usize, why: String },
@@ -170,7 +175,7 @@ impl<T: Clone> Group<T> {
         for (i, message) in messages.into_iter().enumerate() {
             if i == self.me { own = Some(message) } else { sends.push((self.members[i], message)) }
         }
-        self.with_own("all-to-all", self.comm.start(sends, self.from_others(shapes))?.wait()?, own)
+        self.with_own("all-to-all", self.comm.start(sends, self.receives_of(shapes))?.wait()?, own)
     }
 
     /// Every member's message, in their order; member `i`'s has `shapes[i]`.
@@ -183,7 +188,7 @@ impl<T: Clone> Group<T> {
     pub fn start_all_gather_v(&self, message: T, shapes: &[Vec<usize>]) -> Result<Exchange<'_, T>, CommError> {
         self.expect_members("all-gather", shapes.len())?;
         let sends = self.others().map(|member| (member, message.clone())).collect();
-        self.comm.start(sends, self.from_others(shapes))
+        self.comm.start(sends, self.receives_of(shapes))
     }
 
     /// The second half, with the same `message`.
@@ -226,7 +231,7 @@ impl<T: Clone> Group<T> {
         self.members.iter().copied().filter(move |member| *member != own)
     }
 
-    fn from_others(&self, shapes: &[Vec<usize>]) -> Vec<(usize, Vec<usize>)> {
+    fn receives_of(&self, shapes: &[Vec<usize>]) -> Vec<(usize, Vec<usize>)> {
         let others = self.members.iter().zip(shapes).enumerate().filter(|(i, _)| *i != self.me);
         others.map(|(_, (member, shape))| (*member, shape.clone())).collect()
     }

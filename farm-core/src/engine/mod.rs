@@ -103,7 +103,7 @@ pub trait SequenceOps: Send + Sync + 'static {
     /// The values as they travel between processes: row-major, little endian, in the engine's own type.
     fn to_bytes(&self, x: &Self::Tensor) -> Result<Vec<u8>>;
     /// The inverse of [`SequenceOps::to_bytes`].
-    fn from_bytes(&self, bytes: &[u8], shape: &[usize]) -> Result<Self::Tensor>;
+    fn tensor_of_bytes(&self, bytes: &[u8], shape: &[usize]) -> Result<Self::Tensor>;
 
     /// Softmax attention with scale 1/√d of q `[Q, heads, d]` over the concatenation of the `keys`/`values` segments
     /// `[K_i, heads, d]`, blockwise with an online softmax: nothing of size Q·K is stored.

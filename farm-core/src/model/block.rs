@@ -5,8 +5,9 @@ use crate::model::ModelError;
 use crate::model::config::DitConfig;
 use crate::model::layers::{FeedForward, Linear, Modulation, Observer};
 use crate::model::weights::Tensors;
-use crate::parallel::attention::{JointShape, joint_attention};
+use crate::parallel::attention::joint_attention;
 use crate::parallel::group::RankGroup;
+use crate::parallel::shard::Shares;
 
 /// What a block reads and writes, for one branch of the guidance: the rows of this rank.
 pub(super) struct Streams<E: Engine> {
@@ -130,11 +131,11 @@ impl<E: Engine> Block<E> {
             Some(y) => Some(self.text_step(engine, y, &streams.conditioning)?),
             None => None,
         };
-        let shape =
-            JointShape { visual: sequence.tokens, text: streams.text_rows, heads: self.heads, head_dim: self.head_dim };
+        let topology = sequence.group.topology();
+        let shares = Shares::new(topology, sequence.tokens, streams.text_rows, self.heads, self.head_dim);
         let text_asks = matches!(self.text, TextUpdate::Full { .. });
         let own_text = text.as_ref().map(|text| &text.qkv);
-        let out = joint_attention(engine, sequence.group, shape, &x, own_text, text_asks)?;
+        let out = joint_attention(engine, sequence.group, shares, &x, own_text, text_asks)?;
 
         let attended = self.proj_x.apply(engine, &out.visual)?;
         observe(&format!("{name}.attn_x"), &attended);

@@ -10,9 +10,8 @@ use crate::model::config::DitConfig;
 use crate::model::embed::{CaptionPool, TimestepEmbedder};
 use crate::model::layers::{Linear, Modulation, Observer};
 use crate::model::weights::{Loader, Tensors};
-use crate::parallel::attention::{JointShape, rows_of};
 use crate::parallel::group::RankGroup;
-use crate::parallel::shard::Split;
+use crate::parallel::shard::{Shares, Split};
 
 /// Weights of the transformer.
 pub struct Dit<E: Engine> {
@@ -120,7 +119,7 @@ impl<E: Engine> Dit<E> {
             }
             text_rows = shape[0];
         }
-        let [_, rows] = rows_of(group.topology(), group.rank(), self.joint_shape(0, text_rows));
+        let [_, rows] = self.shares(group, 0, text_rows).rows(group.rank());
         let y = match features {
             Some(features) if !rows.is_empty() => {
                 let features = engine.narrow(features, 0, rows.start, rows.len())?;
@@ -151,13 +150,13 @@ impl<E: Engine> Dit<E> {
         topology
             .check(topology.world(), self.config.num_heads, all)
             .map_err(|error| ModelError::Input(error.to_string()))?;
-        let [tokens, _] = rows_of(topology, group.rank(), self.joint_shape(all, 0));
+        let [tokens, _] = self.shares(group, all, 0).rows(group.rank());
         let rope = engine.rope_table(&self.pos_frequencies, grid, tokens.clone())?;
         Ok(LatentGeometry { shape, grid, tokens, rope })
     }
 
-    fn joint_shape(&self, visual: usize, text: usize) -> JointShape {
-        JointShape { visual, text, heads: self.config.num_heads, head_dim: self.config.head_dim }
+    fn shares(&self, group: &RankGroup<E>, tokens: usize, text: usize) -> Shares {
+        Shares::new(group.topology(), tokens, text, self.config.num_heads, self.config.head_dim)
     }
 
     /// Velocity `[C, T, h, w]` of `latent` at `timestep` = 1000·(1 − σ), for every branch.

@@ -11,13 +11,10 @@
 //! the same values: the result has the same bits for any Ulysses degree. A ring merges partial results in f32, in an
 //! order that starts with the rank's own segment; rounding differs, by some ulp.
 
-use std::ops::Range;
-
 use crate::comm::{CommError, Exchange};
 use crate::engine::{AttentionOut, EngineError, Qkv, SequenceOps};
 use crate::parallel::group::RankGroup;
-use crate::parallel::shard::Split;
-use crate::parallel::topology::Topology;
+use crate::parallel::shard::Shares;
 
 /// Why a step over the group failed: here, or at a peer.
 #[derive(Debug, thiserror::Error)]
@@ -28,17 +25,6 @@ pub enum ParallelError {
     Comm(#[from] CommError),
 }
 
-/// Sizes of one attention over all ranks.
-#[derive(Clone, Copy, Debug)]
-pub struct JointShape {
-    /// Visual rows.
-    pub visual: usize,
-    /// Text rows; 0 without text.
-    pub text: usize,
-    pub heads: usize,
-    pub head_dim: usize,
-}
-
 /// Attention output of a rank's rows, `[rows, heads · head_dim]`.
 pub struct JointOut<T> {
     pub visual: T,
@@ -46,26 +32,19 @@ pub struct JointOut<T> {
     pub text: Option<T>,
 }
 
-/// The rows of both streams that a rank holds.
-pub fn rows_of(topology: Topology, rank: usize, shape: JointShape) -> [Range<usize>; 2] {
-    let at = topology.coords(rank);
-    let place = at.ulysses + topology.ulysses() * at.ring;
-    [shape.visual, shape.text].map(|rows| Split::new(rows, topology.sequence_ranks()).range(place))
-}
-
 /// Attention of this rank's visual rows `[rows, heads, head_dim]`, and of its text rows if `text_asks`, over the rows of
 /// all ranks of its branch. `text` is None if this rank has no text row.
 pub fn joint_attention<O: SequenceOps>(
     ops: &O,
     group: &RankGroup<O>,
-    shape: JointShape,
+    shares: Shares,
     visual: &Qkv<O::Tensor>,
     text: Option<&Qkv<O::Tensor>>,
     text_asks: bool,
 ) -> Result<JointOut<O::Tensor>, ParallelError> {
-    let layout = Layout::new(group.topology(), group.rank(), shape, text_asks);
+    let layout = Layout { shares, rank: group.rank(), text_asks };
     layout.check(ops, visual, text)?;
-    let segment = if layout.ulysses > 1 {
+    let segment = if group.ulysses.size() > 1 {
         layout.to_heads(ops, group, visual, text)?
     } else {
         Segment {
@@ -79,7 +58,11 @@ pub fn joint_attention<O: SequenceOps>(
     };
     let (visual, text) = layout.attend(ops, group, segment)?;
     let (visual, text) = (visual.out, text.map(|text| text.out));
-    if layout.ulysses > 1 { layout.to_rows(ops, group, &visual, text.as_ref()) } else { Ok(JointOut { visual, text }) }
+    if group.ulysses.size() > 1 {
+        layout.to_rows(ops, group, &visual, text.as_ref())
+    } else {
+        Ok(JointOut { visual, text })
+    }
 }
 
 /// One ring place's rows with this rank's heads.
@@ -101,43 +84,28 @@ struct KeysValues<T> {
 
 /// Who holds what in one attention, seen from one rank.
 struct Layout {
-    shape: JointShape,
-    ulysses: usize,
-    ring: usize,
-    my_ulysses: usize,
-    my_ring: usize,
-    tokens: Split,
-    text: Split,
-    heads: Split,
+    shares: Shares,
+    rank: usize,
     text_asks: bool,
 }
 
 impl Layout {
-    fn new(topology: Topology, rank: usize, shape: JointShape, text_asks: bool) -> Self {
-        let (at, ranks) = (topology.coords(rank), topology.sequence_ranks());
-        Self {
-            shape,
-            ulysses: topology.ulysses(),
-            ring: topology.ring(),
-            my_ulysses: at.ulysses,
-            my_ring: at.ring,
-            tokens: Split::new(shape.visual, ranks),
-            text: Split::new(shape.text, ranks),
-            heads: Split::new(shape.heads, topology.ulysses()),
-            text_asks,
-        }
+    fn my_ring(&self) -> usize {
+        self.shares.topology().coords(self.rank).ring
     }
 
-    /// Visual and text rows of a Ulysses peer.
-    fn rows(&self, ulysses: usize) -> [Range<usize>; 2] {
-        let place = ulysses + self.ulysses * self.my_ring;
-        [self.tokens.range(place), self.text.range(place)]
+    fn ring(&self) -> usize {
+        self.shares.topology().ring()
     }
 
-    /// Numbers of visual and text rows of a ring place.
-    fn segment_rows(&self, ring: usize) -> [usize; 2] {
-        let places = ring * self.ulysses..(ring + 1) * self.ulysses;
-        [self.tokens, self.text].map(|split| places.clone().map(|place| split.len(place)).sum())
+    /// Number of heads that this rank attends with.
+    fn my_heads(&self) -> usize {
+        self.shares.heads(self.rank).len()
+    }
+
+    /// This rank and those it exchanges tokens for heads with, in their order.
+    fn peers(&self) -> Vec<usize> {
+        self.shares.topology().ulysses_peers(self.rank)
     }
 
     fn check<O: SequenceOps>(
@@ -146,9 +114,9 @@ impl Layout {
         visual: &Qkv<O::Tensor>,
         text: Option<&Qkv<O::Tensor>>,
     ) -> Result<(), ParallelError> {
-        let [tokens, text_rows] = self.rows(self.my_ulysses).map(|rows| rows.len());
+        let [tokens, text_rows] = self.shares.row_counts(self.rank);
         let expect = |qkv: &Qkv<O::Tensor>, rows| {
-            let expected = vec![rows, self.shape.heads, self.shape.head_dim];
+            let expected = vec![rows, self.shares.all_heads(), self.shares.head_dim()];
             match [&qkv.q, &qkv.k, &qkv.v].into_iter().map(|x| ops.shape(x)).find(|shape| *shape != expected) {
                 None => Ok(()),
                 Some(got) => Err(EngineError::Shape {
@@ -189,16 +157,18 @@ impl Layout {
             parts.extend(self.text_asks.then_some(&text.q));
             parts.extend([&text.k, &text.v]);
         }
-        let mut messages = Vec::with_capacity(self.ulysses);
-        for heads in self.heads.ranges() {
+        let peers = self.peers();
+        let mut messages = Vec::with_capacity(peers.len());
+        for heads in peers.iter().map(|peer| self.shares.heads(*peer)) {
             let mine: Vec<O::Tensor> =
                 parts.iter().map(|x| ops.narrow(x, 1, heads.start, heads.len())).collect::<Result<_, _>>()?;
             messages.push(ops.concat(&mine.iter().collect::<Vec<_>>(), 0)?);
         }
-        let (heads, d, text_parts) = (self.heads.len(self.my_ulysses), self.shape.head_dim, self.text_parts());
-        let shapes: Vec<_> = (0..self.ulysses)
+        let (heads, d, text_parts) = (self.my_heads(), self.shares.head_dim(), self.text_parts());
+        let shapes: Vec<_> = peers
+            .iter()
             .map(|peer| {
-                let [tokens, text] = self.rows(peer).map(|rows| rows.len());
+                let [tokens, text] = self.shares.row_counts(*peer);
                 vec![3 * tokens + text_parts * text, heads, d]
             })
             .collect();
@@ -206,15 +176,15 @@ impl Layout {
 
         // Part `part` of one stream: its rows from every peer.
         let collect = |stream: usize, part: usize| -> Result<O::Tensor, ParallelError> {
-            let mut rows = Vec::with_capacity(self.ulysses);
-            for (peer, message) in received.iter().enumerate() {
-                let [tokens, text] = self.rows(peer).map(|rows| rows.len());
+            let mut rows = Vec::with_capacity(peers.len());
+            for (peer, message) in peers.iter().zip(&received) {
+                let [tokens, text] = self.shares.row_counts(*peer);
                 let (start, len) = if stream == 0 { (part * tokens, tokens) } else { (3 * tokens + part * text, text) };
                 rows.push(ops.narrow(message, 0, start, len)?);
             }
             Ok(ops.concat(&rows.iter().collect::<Vec<_>>(), 0)?)
         };
-        let [_, text_rows] = self.segment_rows(self.my_ring);
+        let [_, text_rows] = self.shares.segment(self.my_ring());
         let text = if text_rows > 0 { Some([collect(1, text_parts - 2)?, collect(1, text_parts - 1)?]) } else { None };
         Ok(Segment {
             q: collect(0, 0)?,
@@ -232,9 +202,9 @@ impl Layout {
     ) -> Result<Attended<O::Tensor>, ParallelError> {
         let Segment { q, text_q, mut kv } = segment;
         let mut sums: Option<Attended<O::Tensor>> = None;
-        for step in 0..self.ring {
+        for step in 0..self.ring() {
             // The keys of the next step are on their way while this step computes.
-            let next = if step + 1 < self.ring { Some(self.start_pass(ops, group, &kv, step)?) } else { None };
+            let next = if step + 1 < self.ring() { Some(self.start_pass(ops, group, &kv, step)?) } else { None };
             let (mut keys, mut values) = (vec![&kv.visual[0]], vec![&kv.visual[1]]);
             if let Some([k, v]) = &kv.text {
                 keys.push(k);
@@ -262,7 +232,7 @@ impl Layout {
 
     /// The ring place whose keys this rank has at `step`.
     fn source(&self, step: usize) -> usize {
-        (self.my_ring + self.ring - step) % self.ring
+        (self.my_ring() + self.ring() - step) % self.ring()
     }
 
     /// Passes the keys and values of `step` on, and asks for those of the next step.
@@ -275,9 +245,10 @@ impl Layout {
     ) -> Result<Exchange<'g, O::Tensor>, ParallelError> {
         let parts: Vec<_> = kv.visual.iter().chain(kv.text.iter().flatten()).collect();
         let message = ops.concat(&parts, 0)?;
-        let [tokens, text] = self.segment_rows(self.source(step + 1));
-        let shape = vec![2 * (tokens + text), self.heads.len(self.my_ulysses), self.shape.head_dim];
-        let (next, previous) = ((self.my_ring + 1) % self.ring, (self.my_ring + self.ring - 1) % self.ring);
+        let [tokens, text] = self.shares.segment(self.source(step + 1));
+        let shape = vec![2 * (tokens + text), self.my_heads(), self.shares.head_dim()];
+        let (me, ring) = (self.my_ring(), self.ring());
+        let (next, previous) = ((me + 1) % ring, (me + ring - 1) % ring);
         Ok(group.ring.start_pass(next, message, previous, shape)?)
     }
 
@@ -291,7 +262,7 @@ impl Layout {
         let [message] = &received[..] else {
             return Err(CommError::Transport(format!("ring: {} messages instead of one", received.len())).into());
         };
-        let [tokens, text] = self.segment_rows(self.source(step + 1));
+        let [tokens, text] = self.shares.segment(self.source(step + 1));
         let part = |start, len| ops.narrow(message, 0, start, len);
         Ok(KeysValues {
             visual: [part(0, tokens)?, part(tokens, tokens)?],
@@ -308,20 +279,22 @@ impl Layout {
         visual: &O::Tensor,
         text: Option<&O::Tensor>,
     ) -> Result<JointOut<O::Tensor>, ParallelError> {
-        let [first_token, first_text] = self.rows(0).map(|rows| rows.start);
-        let mut messages = Vec::with_capacity(self.ulysses);
-        for peer in 0..self.ulysses {
-            let [tokens, text_rows] = self.rows(peer);
+        let peers = self.peers();
+        let [first_token, first_text] = self.shares.rows(peers[0]).map(|rows| rows.start);
+        let mut messages = Vec::with_capacity(peers.len());
+        for peer in &peers {
+            let [tokens, text_rows] = self.shares.rows(*peer);
             let mut parts = vec![ops.narrow(visual, 0, tokens.start - first_token, tokens.len())?];
             if let Some(text) = text {
                 parts.push(ops.narrow(text, 0, text_rows.start - first_text, text_rows.len())?);
             }
             messages.push(ops.concat(&parts.iter().collect::<Vec<_>>(), 0)?);
         }
-        let [tokens, text_rows] = self.rows(self.my_ulysses).map(|rows| rows.len());
+        let [tokens, text_rows] = self.shares.row_counts(self.rank);
         let text_rows = if self.text_asks { text_rows } else { 0 };
         let shapes: Vec<_> =
-            self.heads.ranges().map(|heads| vec![tokens + text_rows, heads.len() * self.shape.head_dim]).collect();
+            peers.iter().map(|peer| self.shares.heads(*peer).len() * self.shares.head_dim()).collect::<Vec<_>>();
+        let shapes: Vec<_> = shapes.into_iter().map(|width| vec![tokens + text_rows, width]).collect();
         let received = group.ulysses.all_to_all_v(messages, &shapes)?;
         let rows = ops.concat(&received.iter().collect::<Vec<_>>(), 1)?;
         Ok(JointOut {

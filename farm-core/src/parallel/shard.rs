@@ -3,6 +3,8 @@
 
 use std::ops::Range;
 
+use crate::parallel::topology::Topology;
+
 /// `total` things in a row, dealt to `parts` ranks in runs as even as can be: the first `total mod parts` get one more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Split {
@@ -34,6 +36,69 @@ impl Split {
     /// All runs in order.
     pub fn ranges(self) -> impl Iterator<Item = Range<usize>> {
         (0..self.parts).map(move |part| self.range(part))
+    }
+}
+
+/// Who holds which rows and heads of one branch.
+///
+/// Visual tokens and text rows are dealt to the sequence ranks, heads to the Ulysses ranks of a ring place. The segment
+/// of a ring place is what its Ulysses ranks hold together.
+#[derive(Clone, Copy, Debug)]
+pub struct Shares {
+    topology: Topology,
+    tokens: Split,
+    text: Split,
+    heads: Split,
+    head_dim: usize,
+}
+
+impl Shares {
+    pub fn new(topology: Topology, tokens: usize, text: usize, heads: usize, head_dim: usize) -> Self {
+        let ranks = topology.sequence_ranks();
+        Self {
+            topology,
+            tokens: Split::new(tokens, ranks),
+            text: Split::new(text, ranks),
+            heads: Split::new(heads, topology.ulysses()),
+            head_dim,
+        }
+    }
+
+    pub fn topology(&self) -> Topology {
+        self.topology
+    }
+
+    pub fn head_dim(&self) -> usize {
+        self.head_dim
+    }
+
+    /// Heads of all ranks.
+    pub fn all_heads(&self) -> usize {
+        self.heads.total()
+    }
+
+    /// Visual tokens and text rows of `rank`.
+    pub fn rows(&self, rank: usize) -> [Range<usize>; 2] {
+        let at = self.topology.coords(rank);
+        let place = at.ulysses + self.topology.ulysses() * at.ring;
+        [self.tokens.range(place), self.text.range(place)]
+    }
+
+    /// Numbers of [`Shares::rows`].
+    pub fn row_counts(&self, rank: usize) -> [usize; 2] {
+        self.rows(rank).map(|rows| rows.len())
+    }
+
+    /// Numbers of visual tokens and text rows of the segment of ring place `ring`.
+    pub fn segment(&self, ring: usize) -> [usize; 2] {
+        let first = ring * self.topology.ulysses();
+        let sum = |split: Split| (first..first + self.topology.ulysses()).map(|place| split.len(place)).sum();
+        [sum(self.tokens), sum(self.text)]
+    }
+
+    /// Heads that `rank` attends with.
+    pub fn heads(&self, rank: usize) -> Range<usize> {
+        self.heads.range(self.topology.coords(rank).ulysses)
     }
 }
 

@@ -68,12 +68,12 @@ pub(super) fn to_bytes(x: &Tensor) -> Result<Vec<u8>> {
 }
 
 /// The inverse of [`to_bytes`].
-pub(super) fn from_bytes(bytes: &[u8], shape: &[usize]) -> Result<Tensor> {
+pub(super) fn tensor_of_bytes(bytes: &[u8], shape: &[usize]) -> Result<Tensor> {
     let (values, rest) = bytes.as_chunks::<4>();
     if !rest.is_empty() {
-        return Err(shape_error("from_bytes", format!("4 bytes for each of {shape:?}"), &[bytes.len()]));
+        return Err(shape_error("tensor_of_bytes", format!("4 bytes for each of {shape:?}"), &[bytes.len()]));
     }
-    from_vec("from_bytes", values.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect(), shape)
+    from_vec("tensor_of_bytes", values.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect(), shape)
 }
 
 /// An error of candle itself, with the operation named.

@@ -66,8 +66,8 @@ impl SequenceOps for CpuEngine {
         data::to_bytes(x)
     }
 
-    fn from_bytes(&self, bytes: &[u8], shape: &[usize]) -> Result<Tensor> {
-        data::from_bytes(bytes, shape)
+    fn tensor_of_bytes(&self, bytes: &[u8], shape: &[usize]) -> Result<Tensor> {
+        data::tensor_of_bytes(bytes, shape)
     }
 
     fn attention(&self, q: &Tensor, keys: &[&Tensor], values: &[&Tensor]) -> Result<AttentionOut<Tensor>> {

@@ -122,9 +122,9 @@ fn concat_joins_along_any_dimension_and_bytes_come_back() {
     assert_eq!(e.concat(&[&none, &a, &none], 0).unwrap().dims(), [2, 3, 2]);
 
     let bytes = e.to_bytes(&e.narrow(&a, 0, 1, 1).unwrap()).unwrap();
-    assert_eq!(read(&e.from_bytes(&bytes, &[3, 2]).unwrap()), read(&a)[6..]);
-    assert_eq!(e.from_bytes(&e.to_bytes(&none).unwrap(), &[0, 3, 2]).unwrap().dims(), [0, 3, 2]);
-    assert!(e.from_bytes(&bytes[1..], &[3, 2]).is_err() && e.from_bytes(&bytes, &[3, 3]).is_err());
+    assert_eq!(read(&e.tensor_of_bytes(&bytes, &[3, 2]).unwrap()), read(&a)[6..]);
+    assert_eq!(e.tensor_of_bytes(&e.to_bytes(&none).unwrap(), &[0, 3, 2]).unwrap().dims(), [0, 3, 2]);
+    assert!(e.tensor_of_bytes(&bytes[1..], &[3, 2]).is_err() && e.tensor_of_bytes(&bytes, &[3, 3]).is_err());
 }
 
 #[test]

@@ -5,9 +5,8 @@
 
 use std::collections::HashMap;
 
-use super::volume::Shares;
 use super::{Candidate, ClipShape, LinkRates, ModelShape, Site};
-use crate::parallel::shard::Split;
+use crate::parallel::shard::{Shares, Split};
 use crate::parallel::topology::Topology;
 
 /// Part of a device's memory that a group may fill; the rest is for the driver, its kernels and gaps between blocks.
@@ -28,8 +27,8 @@ pub(super) fn candidate(
         topology,
         shard,
         seconds: run.step_seconds() * clip.steps as f64,
-        bytes: run.step_values() * (site.device.value_bytes * clip.steps) as f64,
-        memory,
+        bytes: run.step_values() * (site.device.value_bytes * clip.steps) as u64,
+        memory: memory as u64,
         fits: memory <= USABLE_MEMORY * site.device.memory,
     }
 }
@@ -98,16 +97,19 @@ impl Run<'_> {
         let mut compute: f64 = 0.0;
         let mut attention: f64 = 0.0;
         for rank in ranks {
-            let [tokens, text_rows] = shares.rows(*rank);
+            let [tokens, text_rows] = shares.row_counts(*rank);
             let segment: usize = shares.segment(self.topology.coords(*rank).ring).iter().sum();
-            let heads = shares.heads(*rank);
+            let heads = shares.heads(*rank).len();
             let mut moved = self.value_bytes() * model.elementwise_values(tokens, text_rows);
             if ulysses > 1 {
                 // Of q, k, v and the result: packed and unpacked, each with a read and a write.
                 moved += self.value_bytes() * (4 * 4 * (tokens + text_rows) * model.hidden_x) as f64;
             }
-            // A merge reads two partial results and writes one.
-            moved += F32 * ((ring - 1) * 3 * segment * heads * model.head_dim) as f64;
+            if ring > 1 {
+                let values = segment * heads * model.head_dim;
+                // Each pass packs keys and values, and its merge reads two partial results and writes one.
+                moved += (ring - 1) as f64 * values as f64 * (4.0 * self.value_bytes() + 3.0 * F32);
+            }
             let linear = (model.linear_flops(layer, tokens, text_rows) / device.linear).max(weights);
             compute = compute.max(linear + moved / device.bandwidth);
             let flops = model.attention_flops(segment, self.clip.tokens + text, heads);
@@ -172,7 +174,7 @@ impl Run<'_> {
             let values = (tokens * self.model.velocity_values()) as u64;
             peers.into_iter().filter(|peer| *peer != rank).map(|peer| (peer, values)).collect()
         };
-        let [tokens, _] = self.shares(0).rows(rank);
+        let [tokens, _] = self.shares(0).row_counts(rank);
         [others(self.topology.sequence_peers(rank), tokens), others(self.topology.cfg_peers(rank), self.clip.tokens)]
     }
 
@@ -184,7 +186,7 @@ impl Run<'_> {
     }
 
     /// Values sent in a step by the rank that sends most.
-    fn step_values(&self) -> f64 {
+    fn step_values(&self) -> u64 {
         let model = self.model;
         let mut most = 0;
         for (ranks, texts) in self.teams() {
@@ -207,7 +209,7 @@ impl Run<'_> {
                 most = most.max(values);
             }
         }
-        most as f64
+        most
     }
 
     /// Bytes at the peak of a step on the rank that needs most. Rank 0 does, as the first ranks have the larger shares.
@@ -227,10 +229,10 @@ impl Run<'_> {
 
         let text = self.clip.text[0].max(self.clip.text[1]);
         let shares = self.shares(text);
-        let [tokens, text_rows] = shares.rows(0);
+        let [tokens, text_rows] = shares.row_counts(0);
         let rows = (tokens + text_rows) as f64;
         let d = model.hidden_x as f64;
-        let segment = shares.segment(0).iter().sum::<usize>() as f64 * (shares.heads(0) * model.head_dim) as f64;
+        let segment = shares.segment(0).iter().sum::<usize>() as f64 * (shares.heads(0).len() * model.head_dim) as f64;
         // Gathered weights serve both branches of a step before they go.
         let branches = if self.shard && self.topology.cfg() == 1 { 2.0 } else { 1.0 };
         let streams = branches * rows * d * bytes;

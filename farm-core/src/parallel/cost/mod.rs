@@ -22,6 +22,9 @@ pub use self::shape::{ClipShape, ModelShape};
 pub use self::volume::sent_values_per_layer;
 use crate::parallel::topology::{MAX_RANKS, Topology, TopologyError};
 
+/// How much faster a group with a ring has to be than one without.
+const RING_GAIN: f64 = 1.1;
+
 /// One way to spread a clip over a group, and what it is predicted to cost.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(into = "Row", try_from = "Row")]
@@ -32,9 +35,9 @@ pub struct Candidate {
     /// Of the whole denoising.
     pub seconds: f64,
     /// Sent by the rank that sends most, over the whole clip.
-    pub bytes: f64,
+    pub bytes: u64,
     /// Bytes at the peak of the denoising, on the device that needs most.
-    pub memory: f64,
+    pub memory: u64,
     /// The devices have that much memory.
     pub fits: bool,
 }
@@ -48,8 +51,8 @@ struct Row {
     ulysses: usize,
     shard: bool,
     seconds: f64,
-    bytes: f64,
-    memory: f64,
+    bytes: u64,
+    memory: u64,
     fits: bool,
 }
 
@@ -118,17 +121,28 @@ pub fn candidates(
         all.extend(choices.into_iter().map(|shard| estimate::candidate(model, clip, site, topology, shard)));
     }
     all.sort_by(|a, b| {
-        let by_seconds = a.seconds.total_cmp(&b.seconds).then(a.bytes.total_cmp(&b.bytes));
-        let by_memory = a.memory.total_cmp(&b.memory);
+        let by_seconds = a.seconds.total_cmp(&b.seconds).then(a.bytes.cmp(&b.bytes));
+        let by_memory = a.memory.cmp(&b.memory);
         b.fits.cmp(&a.fits).then(if a.fits { by_seconds.then(by_memory) } else { by_memory.then(by_seconds) })
     });
     Ok(all)
 }
 
-/// The best way to spread a clip over exactly `devices` devices; none if no degrees are legal or none fits into memory.
+/// The candidate that is used unless a person decides: the first, unless one without a ring is nearly as fast, because
+/// without a ring the clip has the same bits as on one device.
+///
+/// `candidates` are those of [`candidates`], best first. None of an empty list.
+pub fn choose(candidates: &[Candidate]) -> Option<Candidate> {
+    let best = candidates.first()?;
+    let exact = candidates.iter().find(|candidate| candidate.topology.ring() == 1 && candidate.fits == best.fits);
+    Some(*exact.filter(|exact| exact.seconds <= RING_GAIN * best.seconds).unwrap_or(best))
+}
+
+/// The way to spread a clip over exactly `devices` devices that [`choose`] takes; none if no degrees are legal or none
+/// fits into memory.
 pub fn predict(model: &ModelShape, clip: &ClipShape, site: &Site, devices: usize) -> Option<Candidate> {
     let all = candidates(model, clip, site, devices, Overrides::default()).ok()?;
-    all.into_iter().next().filter(|best| best.fits)
+    choose(&all).filter(|best| best.fits)
 }
 
 /// The error of the topology nearest to what was asked for, when there is no legal one.

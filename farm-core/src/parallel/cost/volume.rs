@@ -1,82 +1,37 @@
 //! What ranks send each other in a layer.
 
-use crate::parallel::shard::Split;
+use crate::parallel::shard::Shares;
 use crate::parallel::topology::{RankCoords, Topology};
 
-/// Who holds which rows and heads of one branch, and what they send each other in one layer.
-///
-/// Visual tokens and text rows are dealt to the sequence ranks, heads to the Ulysses ranks of a ring place. The segment
-/// of a ring place is what its Ulysses ranks hold together.
-#[derive(Clone, Copy, Debug)]
-pub struct Shares {
-    topology: Topology,
-    tokens: Split,
-    text: Split,
-    heads: Split,
-    head_dim: usize,
-}
-
 impl Shares {
-    pub fn new(topology: Topology, tokens: usize, text: usize, heads: usize, head_dim: usize) -> Self {
-        let ranks = topology.sequence_ranks();
-        Self {
-            topology,
-            tokens: Split::new(tokens, ranks),
-            text: Split::new(text, ranks),
-            heads: Split::new(heads, topology.ulysses()),
-            head_dim,
-        }
-    }
-
-    fn sequence_place(&self, at: RankCoords) -> usize {
-        at.ulysses + self.topology.ulysses() * at.ring
-    }
-
-    /// Visual tokens and text rows of `rank`.
-    pub fn rows(&self, rank: usize) -> [usize; 2] {
-        let place = self.sequence_place(self.topology.coords(rank));
-        [self.tokens.len(place), self.text.len(place)]
-    }
-
-    /// Visual tokens and text rows of the segment of ring place `ring`.
-    pub fn segment(&self, ring: usize) -> [usize; 2] {
-        let first = ring * self.topology.ulysses();
-        let sum = |split: Split| (first..first + self.topology.ulysses()).map(|place| split.len(place)).sum();
-        [sum(self.tokens), sum(self.text)]
-    }
-
-    /// Heads that `rank` attends with.
-    pub fn heads(&self, rank: usize) -> usize {
-        self.heads.len(self.topology.coords(rank).ulysses)
-    }
-
     /// Before the attention: q, k and v of a rank's rows, the heads of each Ulysses peer to that peer. (peer, values)
     pub fn ulysses_there(&self, rank: usize) -> impl Iterator<Item = (usize, u64)> + '_ {
-        let [tokens, text] = self.rows(rank);
-        self.others(rank).map(move |peer| (peer, values(&[3, tokens + text, self.heads(peer), self.head_dim])))
+        let [tokens, text] = self.row_counts(rank);
+        let values_to = move |peer| values(&[3, tokens + text, self.heads(peer).len(), self.head_dim()]);
+        self.others(rank).map(move |peer| (peer, values_to(peer)))
     }
 
     /// After it: the attended rows of each Ulysses peer back to that peer, in this rank's heads. (peer, values)
     pub fn ulysses_back(&self, rank: usize) -> impl Iterator<Item = (usize, u64)> + '_ {
         self.others(rank).map(move |peer| {
-            let [tokens, text] = self.rows(peer);
-            (peer, values(&[tokens + text, self.heads(rank), self.head_dim]))
+            let [tokens, text] = self.row_counts(peer);
+            (peer, values(&[tokens + text, self.heads(rank).len(), self.head_dim()]))
         })
     }
 
     /// The passes of a ring: at pass s a rank hands the keys and values that came from s places before it to the next
     /// place. (peer, values)
     pub fn ring_passes(&self, rank: usize) -> impl Iterator<Item = (usize, u64)> + '_ {
-        let (at, ring) = (self.topology.coords(rank), self.topology.ring());
-        let next = self.topology.rank(RankCoords { ring: (at.ring + 1) % ring, ..at });
+        let (at, ring) = (self.topology().coords(rank), self.topology().ring());
+        let next = self.topology().rank(RankCoords { ring: (at.ring + 1) % ring, ..at });
         (0..ring - 1).map(move |pass| {
             let [tokens, text] = self.segment((at.ring + ring - pass) % ring);
-            (next, values(&[2, tokens + text, self.heads(rank), self.head_dim]))
+            (next, values(&[2, tokens + text, self.heads(rank).len(), self.head_dim()]))
         })
     }
 
     fn others(&self, rank: usize) -> impl Iterator<Item = usize> {
-        self.topology.ulysses_peers(rank).into_iter().filter(move |peer| *peer != rank)
+        self.topology().ulysses_peers(rank).into_iter().filter(move |peer| *peer != rank)
     }
 }
 
@@ -180,7 +135,7 @@ mod tests {
                 for rank in group {
                     there += shares.ulysses_there(rank).map(|(_, values)| values).sum::<u64>();
                     back += shares.ulysses_back(rank).map(|(_, values)| values).sum::<u64>();
-                    kept += (shares.rows(rank).iter().sum::<usize>() * shares.heads(rank)) as u64;
+                    kept += (shares.row_counts(rank).iter().sum::<usize>() * shares.heads(rank).len()) as u64;
                 }
                 // Every row in every head either stays or goes, three times before and once after.
                 let all = (shares.segment(ring_place).iter().sum::<usize>() * heads) as u64;

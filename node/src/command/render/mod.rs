@@ -1,5 +1,8 @@
 //! `farm-node render`: one clip, no farm.
 
+mod group;
+mod resume;
+
 use std::collections::BTreeMap;
 use std::io;
 use std::num::NonZeroUsize;
@@ -14,12 +17,15 @@ use farm_core::engine::cpu::CpuEngine;
 use farm_core::job::spec::{GuidanceScale, RenderRequest, RenderSpec};
 use farm_core::job::state::{Progress, Stage};
 use farm_core::model::ModelError;
-use farm_core::model::latent::{LATENT_KEY, NOISE_KEY, from_safetensors, to_safetensors};
+use farm_core::model::latent::{LATENT_KEY, LatentCheckpoint, NOISE_KEY, from_safetensors, to_safetensors};
 use farm_core::model::pipeline::{Pipeline, RenderObserver, Residency, Start};
 use farm_core::model::weights::checkpoint::Checkpoint;
 use farm_core::parallel::group::RankGroup;
+use farm_core::parallel::topology::Topology;
 use indicatif::{ProgressBar, ProgressStyle};
 
+use self::group::{Clip, Follower};
+use self::resume::{Identity, Saved};
 use crate::encode::{self, FrameSink, Mp4Sink, RawSink};
 
 #[derive(clap::Args)]
@@ -34,8 +40,8 @@ pub struct Args {
     #[arg(long, value_name = "DIR")]
     pub model: PathBuf,
     /// Where the clip goes: .mp4, .rgb (raw RGB24 frames) or .safetensors (the final latent)
-    #[arg(long, value_name = "FILE")]
-    pub out: PathBuf,
+    #[arg(long, value_name = "FILE", required_unless_present = "rank")]
+    pub out: Option<PathBuf>,
     /// Pixels, a multiple of 16 [default: the checkpoint's]
     #[arg(long)]
     pub width: Option<u32>,
@@ -57,12 +63,17 @@ pub struct Args {
     /// Noise to start from instead of the seed's: safetensors, key `noise`, f32 [1, 12, T, height/8, width/8]
     #[arg(long, value_name = "FILE")]
     pub noise: Option<PathBuf>,
-    /// Compute threads; the clip has the same bits for any number [default: one per core]
+    /// Compute threads of each device; the clip has the same bits for any number [default: the processor's cores
+    /// divided among the devices]
     #[arg(long, value_name = "N")]
     pub threads: Option<NonZeroUsize>,
     /// Arithmetic of the networks
     #[arg(long, value_enum, default_value_t = Precision::Fp32)]
     pub precision: Precision,
+    #[command(flatten)]
+    pub group: group::GroupArgs,
+    #[command(flatten)]
+    pub resume: resume::ResumeArgs,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -99,54 +110,119 @@ impl Kind {
 }
 
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
-    let kind = Kind::of(&args.out)?;
-    if kind == Kind::Mp4 {
-        encode::check()?;
-    }
     let Precision::Fp32 = args.precision;
-    // Beside the target, so that the finished file is moved and not copied, and removed on any way out.
-    let folder = args.out.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let unfinished = tempfile::Builder::new()
-        .prefix(".farm-node-render-")
-        .tempfile_in(folder)
-        .with_context(|| format!("cannot write to {}", folder.display()))?;
-
+    let target = match (&args.out, args.group.rank()) {
+        (Some(out), 0) => Some(Target::create(out)?),
+        (None, 0) => bail!("rank 0 writes the clip: give it --out"),
+        (Some(out), rank) => bail!("rank {rank} writes nothing; leave {} to rank 0", out.display()),
+        (None, _) => None,
+    };
     let checkpoint = Checkpoint::open(&args.model)?;
     for note in checkpoint.notes() {
         eprintln!("note: {note}");
     }
+    if args.group.rank.is_some() && args.seed.is_none() {
+        bail!("the ranks of a group have to agree on the seed: give all of them the same --seed");
+    }
     let seed = args.seed.unwrap_or_else(rand::random);
     let spec = RenderSpec::resolve(&request(&args), checkpoint.generation_defaults(), seed)?;
     let noise = args.noise.as_deref().map(|path| read_noise(path, &spec)).transpose()?;
-    let threads = args.threads.or_else(|| std::thread::available_parallelism().ok()).map_or(1, NonZeroUsize::get);
-    let engine = CpuEngine::new(threads)?;
-    let pipeline = Pipeline::open(&engine, checkpoint, Residency::WhileUsed)?;
-    let solo = RankGroup::solo()?;
-    let start = noise.map_or(Start::Seed, Start::Noise);
+    let threads = args.group.devices.threads(args.threads);
+    let dit = checkpoint.dit().with_context(|| format!("{} has no transformer", args.model.display()))?;
+    let (topology, sharded) = args.group.plan(dit.config(), &spec, threads)?;
+    // Only of use, and only worth reading every byte, if it is shared or stored.
+    let identity = if args.group.rank.is_some() || args.resume.wanted() {
+        Identity::of(&checkpoint, &spec)?
+    } else {
+        Identity::default()
+    };
+    let saved = match &target {
+        Some(_) => Saved::open(&args.resume, &spec, &identity)?,
+        None => None,
+    };
+    let residency = if sharded { Residency::Sharded } else { Residency::WhileUsed };
+    let pipeline = Pipeline::open(&CpuEngine::new(threads)?, checkpoint, residency)?;
+    pipeline.check_group(topology, &spec)?;
 
-    if args.noise.is_none() {
+    if args.noise.is_none() && args.group.rank() == 0 {
         eprintln!("seed {seed}");
     }
+    if topology != Topology::SOLO {
+        eprintln!("{topology}{}", if sharded { ", weights sharded" } else { "" });
+    }
     let stop = stop_on_signals()?;
-    let mut watcher = Watcher { bar: progress_bar(), stop, output: Output::create(kind, unfinished.path(), &spec)? };
-    let outcome = match kind {
-        Kind::Latent => pipeline.denoise(&engine, &solo, &spec, &start, &mut watcher).and_then(|denoised| {
-            let bytes = to_safetensors(LATENT_KEY, &denoised.values, spec.latent_shape())?;
-            std::fs::write(unfinished.path(), bytes).map_err(ModelError::Output)
-        }),
-        Kind::Mp4 | Kind::Rgb => pipeline
-            .render(&engine, &solo, &spec, &start, &mut watcher)
-            .and_then(|_| watcher.output.finish().map_err(ModelError::Output)),
+    let start = match saved.as_ref().and_then(Saved::latest) {
+        Some(checkpoint) => {
+            eprintln!("resuming after step {} of {}", checkpoint.step, spec.num_inference_steps);
+            Start::Checkpoint(checkpoint)
+        }
+        None => noise.map_or(Start::Seed, Start::Noise),
     };
-    watcher.bar.finish_and_clear();
+    let identity = identity.to_string();
+    let clip = Clip { pipeline: &pipeline, topology, spec: &spec, identity, threads, stop: &stop };
+    let bar = progress_bar();
+    let mut follower = Follower { stop: stop.clone() };
+    let outcome = match &target {
+        None => clip.run(&args.group, |_, _| Ok(()), &mut follower)?,
+        Some(target) => {
+            let output = Output::create(target.kind, target.unfinished.path(), &spec)?;
+            let saved = saved.as_ref();
+            let mut watcher = Watcher { bar: bar.clone(), stop: stop.clone(), output, saved, shown: None };
+            let lead = |engine: &CpuEngine, group: &RankGroup<CpuEngine>| match target.kind {
+                Kind::Latent => {
+                    let denoised = pipeline.denoise(engine, group, &spec, &start, &mut watcher)?;
+                    let bytes = to_safetensors(LATENT_KEY, &denoised.values, spec.latent_shape())?;
+                    std::fs::write(target.unfinished.path(), bytes).map_err(ModelError::Output)
+                }
+                Kind::Mp4 | Kind::Rgb => {
+                    pipeline.render(engine, group, &spec, &start, &mut watcher)?;
+                    watcher.output.finish().map_err(ModelError::Output)
+                }
+            };
+            clip.run(&args.group, lead, &mut follower)?
+        }
+    };
+    bar.finish_and_clear();
     match outcome {
         // 130, as a shell says of a program that Ctrl-C ended.
         Err(ModelError::Stopped) => return Ok(ExitCode::from(130)),
         outcome => outcome?,
     }
-    publish(unfinished, &args.out)?;
-    println!("{}", args.out.display());
+    if let Some(saved) = saved {
+        saved.clear();
+    }
+    if let Some(target) = target {
+        println!("{}", target.publish()?.display());
+    }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The file that is being made. It lies beside its place until it is finished, so that it is moved and not copied, and
+/// removed on any way out.
+struct Target {
+    kind: Kind,
+    out: PathBuf,
+    unfinished: tempfile::NamedTempFile,
+}
+
+impl Target {
+    fn create(out: &Path) -> anyhow::Result<Self> {
+        let kind = Kind::of(out)?;
+        if kind == Kind::Mp4 {
+            encode::check()?;
+        }
+        let folder = out.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let unfinished = tempfile::Builder::new()
+            .prefix(".farm-node-render-")
+            .tempfile_in(folder)
+            .with_context(|| format!("cannot write to {}", folder.display()))?;
+        Ok(Self { kind, out: out.to_owned(), unfinished })
+    }
+
+    fn publish(self) -> anyhow::Result<PathBuf> {
+        publish(self.unfinished, &self.out)?;
+        Ok(self.out)
+    }
 }
 
 fn request(args: &Args) -> RenderRequest {
@@ -241,14 +317,26 @@ impl Output {
     }
 }
 
-struct Watcher {
+struct Watcher<'a> {
     bar: ProgressBar,
     stop: Arc<AtomicBool>,
     output: Output,
+    saved: Option<&'a Saved>,
+    /// The last line for those who see no bar.
+    shown: Option<(Stage, u32)>,
 }
 
-impl RenderObserver for Watcher {
+impl RenderObserver for Watcher<'_> {
     fn progress(&mut self, progress: Progress) -> ControlFlow<()> {
+        // A log gets a line for every step, and for the beginning of the other stages.
+        let line = (progress.stage, if progress.stage == Stage::Denoise { progress.done } else { 0 });
+        if self.bar.is_hidden() && self.shown != Some(line) {
+            self.shown = Some(line);
+            match progress.stage {
+                Stage::Denoise => eprintln!("denoise {}/{}", progress.done, progress.total),
+                stage => eprintln!("{}", stage.as_str()),
+            }
+        }
         self.bar.set_prefix(progress.stage.as_str());
         self.bar.set_length(progress.total.into());
         self.bar.set_position(progress.done.into());
@@ -264,6 +352,16 @@ impl RenderObserver for Watcher {
 
     fn warning(&mut self, message: &str) {
         self.bar.suspend(|| eprintln!("warning: {message}"));
+    }
+
+    fn wants_checkpoint(&mut self, step: u32, _steps: u32) -> bool {
+        self.saved.is_some_and(|saved| saved.wants(step))
+    }
+
+    fn checkpoint(&mut self, checkpoint: LatentCheckpoint) {
+        if let Some(saved) = self.saved {
+            saved.put(checkpoint);
+        }
     }
 
     fn frames(&mut self, rgb24: &[u8], _count: usize) -> io::Result<()> {

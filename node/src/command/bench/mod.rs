@@ -1,4 +1,6 @@
-//! `farm-node bench`: where the time of one clip goes, and how much memory it takes.
+//! `farm-node bench`: where the time of one clip goes, and how much memory it takes. `bench usp`: what ranks gain.
+
+mod usp;
 
 use std::io;
 use std::num::NonZeroUsize;
@@ -23,7 +25,10 @@ const GOAL_SECONDS: f64 = 1.0;
 const GOAL_MIB: f64 = 128.0;
 
 #[derive(clap::Args)]
+#[command(args_conflicts_with_subcommands = true)]
 pub struct Args {
+    #[command(subcommand)]
+    other: Option<Other>,
     /// Checkpoint folder; the goal is set for the bundled one
     #[arg(long, value_name = "DIR", default_value = "assets/mochi-tiny")]
     pub model: PathBuf,
@@ -36,6 +41,12 @@ pub struct Args {
     /// Print the figures as JSON
     #[arg(long)]
     pub json: bool,
+}
+
+#[derive(clap::Subcommand)]
+enum Other {
+    /// Time a step on one and on two ranks, and the part of it that exchanges cost
+    Usp(usp::Args),
 }
 
 /// Medians in seconds.
@@ -62,6 +73,9 @@ struct Figures {
 }
 
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
+    if let Some(Other::Usp(args)) = args.other {
+        return usp::run(args);
+    }
     let threads = args.threads.or_else(|| std::thread::available_parallelism().ok()).map_or(1, NonZeroUsize::get);
     let started = Instant::now();
     let engine = CpuEngine::new(threads)?;

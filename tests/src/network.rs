@@ -1,0 +1,76 @@
+//! Hosts on one network, as network namespaces of this machine. Takes root and `ip`.
+
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+/// Hosts `0..count` at `10.77.0.(i + 1)` on a switch. Gone when dropped.
+pub struct Network {
+    name: String,
+    hosts: usize,
+}
+
+impl Network {
+    /// None, with the reason, where namespaces cannot be made.
+    pub fn new(hosts: usize) -> Result<Self, String> {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let name = format!("farm-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+        // From here on, whatever was made is removed on the way out.
+        let network = Self { name, hosts };
+        let switch = network.switch();
+        ip(&["netns", "add", &switch])?;
+        ip(&["-n", &switch, "link", "add", "switch", "type", "bridge"])?;
+        ip(&["-n", &switch, "link", "set", "switch", "up"])?;
+        for host in 0..hosts {
+            let (namespace, port) = (network.namespace(host), format!("port{host}"));
+            ip(&["netns", "add", &namespace])?;
+            ip(&["-n", &switch, "link", "add", &port, "type", "veth", "peer", "name", "eth0", "netns", &namespace])?;
+            ip(&["-n", &switch, "link", "set", &port, "master", "switch", "up"])?;
+            ip(&["-n", &namespace, "addr", "add", &format!("{}/24", network.address(host)), "dev", "eth0"])?;
+            ip(&["-n", &namespace, "link", "set", "eth0", "up"])?;
+            ip(&["-n", &namespace, "link", "set", "lo", "up"])?;
+        }
+        Ok(network)
+    }
+
+    pub fn address(&self, host: usize) -> String {
+        format!("10.77.0.{}", host + 1)
+    }
+
+    /// A command that runs `program` on a host. The process that is started becomes the program.
+    pub fn command(&self, host: usize, program: &std::path::Path) -> Command {
+        let mut command = Command::new("ip");
+        command.args(["netns", "exec", &self.namespace(host)]).arg(program);
+        command
+    }
+
+    /// Pulls the host's cable, or puts it back.
+    pub fn set_link(&self, host: usize, up: bool) {
+        ip(&["-n", &self.switch(), "link", "set", &format!("port{host}"), if up { "up" } else { "down" }]).unwrap();
+    }
+
+    fn switch(&self) -> String {
+        format!("{}-switch", self.name)
+    }
+
+    fn namespace(&self, host: usize) -> String {
+        format!("{}-{host}", self.name)
+    }
+}
+
+impl Drop for Network {
+    fn drop(&mut self) {
+        let hosts = (0..self.hosts).map(|host| self.namespace(host));
+        for namespace in hosts.chain([self.switch()]) {
+            // Not all of them were made if making failed.
+            let _ = ip(&["netns", "del", &namespace]);
+        }
+    }
+}
+
+fn ip(arguments: &[&str]) -> Result<(), String> {
+    let output = Command::new("ip").args(arguments).stdin(Stdio::null()).output().map_err(|e| format!("ip: {e}"))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    Err(format!("ip {}: {}", arguments.join(" "), String::from_utf8_lossy(&output.stderr).trim()))
+}
