@@ -10,6 +10,8 @@ use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
 use farm_core::id::{BootId, DeviceIndex, NodeId};
+use farm_core::parallel::cost::Site;
+use farm_core::parallel::cost::devices::Devices as Rates;
 use farm_core::store::artifact::ArtifactStore;
 use farm_core::wire::cluster::{Cluster, Role};
 use farm_core::wire::to_scheduler::DeviceInfo;
@@ -57,6 +59,13 @@ pub struct Args {
     /// Compute threads of each device [default: the processor's cores divided among the devices]
     #[arg(long, value_name = "N")]
     pub threads: Option<NonZeroUsize>,
+    /// Steps between two checkpoints of a latent, from which another node goes on if this one is lost; 0 for none
+    #[arg(long, value_name = "K", default_value_t = 8)]
+    pub checkpoint_steps: u32,
+    /// File with rates of the device `cpu` and the link `local`, as `farm-node calibrate` writes it: they decide on how
+    /// many devices a clip is rendered [default: typical ones]
+    #[arg(long, value_name = "FILE")]
+    pub devices_file: Option<PathBuf>,
     /// Folder for clips on their way to the store [default: one in the system's temporary folder]
     #[arg(long, value_name = "DIR")]
     pub data: Option<PathBuf>,
@@ -117,7 +126,7 @@ async fn join(args: Args) -> anyhow::Result<ExitCode> {
         prepared = prepare(args) => prepared?,
         () = signals.next() => return Ok(ExitCode::SUCCESS),
     };
-    let Prepared { name, scheduler, store, scratch, shelf, devices, offer } = prepared;
+    let Prepared { name, scheduler, store, scratch, shelf, devices, checkpoint_steps, offer } = prepared;
 
     let boot = BootId(Uuid::new_v4());
     let (cluster, events) = Cluster::start(Role::Node, boot, scheduler.secret.as_deref()).await?;
@@ -131,6 +140,7 @@ async fn join(args: Args) -> anyhow::Result<ExitCode> {
             scratch,
             devices,
             models,
+            checkpoint_steps,
             log: Box::new(move |key, line| {
                 // Fails only when the process ends.
                 let _ = session.cast(SessionMessage::Log { key, line });
@@ -187,6 +197,7 @@ struct Prepared {
     scratch: Arc<Scratch>,
     shelf: Arc<ModelShelf>,
     devices: Vec<DeviceHandle>,
+    checkpoint_steps: u32,
     offer: Offer,
 }
 
@@ -205,6 +216,7 @@ async fn prepare(args: Args) -> anyhow::Result<Prepared> {
     let data = args.data.unwrap_or_else(|| std::env::temp_dir().join(format!("farm-node-{name}")));
     let scratch = Arc::new(Scratch::open(&data)?);
     let threads = args.devices.threads(args.threads);
+    let site = site(args.devices_file.as_deref(), threads)?;
     let models: Vec<_> = args.models.into_iter().map(|model| (model.name, model.dir)).collect();
     // Beside the runtime: it reads every byte of every checkpoint.
     let shelf = tokio::task::spawn_blocking(move || ModelShelf::open(models, threads)).await??;
@@ -217,9 +229,27 @@ async fn prepare(args: Args) -> anyhow::Result<Prepared> {
         infos.push(DeviceInfo { name: device.name() });
         devices.push(DeviceHandle::spawn(index, device).context("cannot start a device thread")?);
     }
-    let offer = Offer { devices: infos, models: shelf.infos(), store: store.url().to_owned() };
+    let site_json = Some(serde_json::to_string(&site)?);
+    let offer = Offer { devices: infos, site_json, models: shelf.infos(), store: store.url().to_owned() };
     let scheduler = Scheduler { address: args.scheduler, secret };
-    Ok(Prepared { name: NodeId(name), scheduler, store, scratch, shelf, devices, offer })
+    let checkpoint_steps = args.checkpoint_steps;
+    Ok(Prepared { name: NodeId(name), scheduler, store, scratch, shelf, devices, checkpoint_steps, offer })
+}
+
+/// What the scheduler predicts with. Rates of a file are those of the devices as they are; the typical ones are of one
+/// thread.
+fn site(file: Option<&Path>, threads: usize) -> anyhow::Result<Site> {
+    let (rates, threads) = match file {
+        Some(file) => (Rates::with_file(file)?, 1),
+        None => (Rates::embedded()?, threads),
+    };
+    let mut device = rates.device("cpu")?;
+    device.linear *= threads as f64;
+    device.attention *= threads as f64;
+    // The weights are in memory when the node joins, and a clip that has no room besides them has none on any number of
+    // these devices.
+    device.memory = f64::MAX;
+    Ok(Site::one_host(device, rates.link("local")?))
 }
 
 fn read_secret(path: &Path) -> anyhow::Result<String> {
