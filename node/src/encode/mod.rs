@@ -98,16 +98,18 @@ mod tests {
     #[test]
     fn the_bytes_of_an_mp4_do_not_depend_on_what_was_in_memory_before() {
         let folder = tempfile::tempdir().unwrap();
-        // Noise that drifts: something to look ahead for.
-        let noise =
-            |x: u32, y: u32| (x.wrapping_mul(2_654_435_761) ^ y.wrapping_mul(40_503)).wrapping_mul(69_069) >> 24;
-        let frame = |t: u32| (0..48 * 64 * 3).map(move |i| noise(i % 192 / 3 + t, i / 192) as u8);
+        // Waves, whose every block depends on others: 40 frames of 64×64.
+        let pixel = |t: f32, x: f32, y: f32| {
+            let wave = 128.0 + 100.0 * (x / 5.0 + t / 3.0).sin() * (y / 7.0 - t / 5.0).cos();
+            [wave as u8, 255 - wave as u8, (wave as u8).wrapping_mul(3)]
+        };
+        let frame = |t| (0..64 * 64).flat_map(move |i| pixel(t as f32, (i % 64) as f32, (i / 64) as f32));
         let frames: Vec<u8> = (0..40).flat_map(frame).collect();
         let write = |fill: libc::c_int| {
             // SAFETY: a number for the allocator, which fills freed memory with it from then on.
             assert_eq!(unsafe { libc::mallopt(libc::M_PERTURB, fill) }, 1);
             let path = folder.path().join("a.mp4");
-            let mut sink = Mp4Sink::create(&path, 64, 48).unwrap();
+            let mut sink = Mp4Sink::create(&path, 64, 64).unwrap();
             sink.frames(&frames).unwrap();
             sink.finish().unwrap();
             std::fs::read(&path).unwrap()
