@@ -10,8 +10,6 @@ use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
 use farm_core::id::{BootId, DeviceIndex, NodeId};
-use farm_core::parallel::cost::Site;
-use farm_core::parallel::cost::devices::Devices as Rates;
 use farm_core::store::artifact::ArtifactStore;
 use farm_core::wire::cluster::{Cluster, Role};
 use farm_core::wire::to_scheduler::DeviceInfo;
@@ -24,7 +22,7 @@ use uuid::Uuid;
 use crate::attempt::Workshop;
 use crate::cpu_device::CpuDevice;
 use crate::device_thread::DeviceHandle;
-use crate::devices::Devices;
+use crate::devices::{self, Devices};
 use crate::encode;
 use crate::models::ModelShelf;
 use crate::root::{self, Root, RootMessage};
@@ -62,10 +60,6 @@ pub struct Args {
     /// Steps between two checkpoints of a latent, from which another node goes on if this one is lost; 0 for none
     #[arg(long, value_name = "K", default_value_t = 8)]
     pub checkpoint_steps: u32,
-    /// File with rates of the device `cpu` and the link `local`, as `farm-node calibrate` writes it: they decide on how
-    /// many devices a clip is rendered [default: typical ones]
-    #[arg(long, value_name = "FILE")]
-    pub devices_file: Option<PathBuf>,
     /// Folder for clips on their way to the store [default: one in the system's temporary folder]
     #[arg(long, value_name = "DIR")]
     pub data: Option<PathBuf>,
@@ -216,7 +210,10 @@ async fn prepare(args: Args) -> anyhow::Result<Prepared> {
     let data = args.data.unwrap_or_else(|| std::env::temp_dir().join(format!("farm-node-{name}")));
     let scratch = Arc::new(Scratch::open(&data)?);
     let threads = args.devices.threads(args.threads);
-    let site = site(args.devices_file.as_deref(), threads)?;
+    let mut site = devices::cpu_site(threads, false)?;
+    // The weights are in memory when the node joins, and a clip that has no room beside them has none on any number of
+    // these devices.
+    site.device.memory = f64::MAX;
     let models: Vec<_> = args.models.into_iter().map(|model| (model.name, model.dir)).collect();
     // Beside the runtime: it reads every byte of every checkpoint.
     let shelf = tokio::task::spawn_blocking(move || ModelShelf::open(models, threads)).await??;
@@ -234,22 +231,6 @@ async fn prepare(args: Args) -> anyhow::Result<Prepared> {
     let scheduler = Scheduler { address: args.scheduler, secret };
     let checkpoint_steps = args.checkpoint_steps;
     Ok(Prepared { name: NodeId(name), scheduler, store, scratch, shelf, devices, checkpoint_steps, offer })
-}
-
-/// What the scheduler predicts with. Rates of a file are those of the devices as they are; the typical ones are of one
-/// thread.
-fn site(file: Option<&Path>, threads: usize) -> anyhow::Result<Site> {
-    let (rates, threads) = match file {
-        Some(file) => (Rates::with_file(file)?, 1),
-        None => (Rates::embedded()?, threads),
-    };
-    let mut device = rates.device("cpu")?;
-    device.linear *= threads as f64;
-    device.attention *= threads as f64;
-    // The weights are in memory when the node joins, and a clip that has no room besides them has none on any number of
-    // these devices.
-    device.memory = f64::MAX;
-    Ok(Site::one_host(device, rates.link("local")?))
 }
 
 fn read_secret(path: &Path) -> anyhow::Result<String> {
