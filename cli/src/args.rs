@@ -86,6 +86,9 @@ pub struct Up {
     /// Devices of each node.
     #[arg(long, value_name = "cpu:K", default_value = "cpu:1")]
     pub devices: String,
+    /// Steps between two checkpoints of a latent; 0 for none. Left out: the nodes' own default.
+    #[arg(long, value_name = "K")]
+    pub checkpoint_steps: Option<u32>,
     /// Model folder; its name is the model's name. Left out: assets/mochi-tiny, if it is there.
     #[arg(long, value_name = "DIR")]
     pub model: Option<PathBuf>,

@@ -22,9 +22,10 @@ use std::collections::BTreeMap;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use crate::id::{AttemptNo, Epoch, JobId, NodeId, SubmissionId};
+use crate::id::{AttemptNo, DeviceIndex, Epoch, JobId, NodeId, SubmissionId};
 use crate::job::spec::{RenderRequest, RenderSpec};
 use crate::job::state::{JobState, Progress};
+use crate::parallel::topology::Topology;
 
 /// Bytes of one page of a submission; the last may be shorter.
 pub const PAGE_BYTES: usize = 1 << 20;
@@ -176,6 +177,8 @@ pub struct AttemptView {
     pub attempt: AttemptNo,
     pub epoch: Epoch,
     pub node: NodeId,
+    /// The devices of the node that it has or had, together.
+    pub devices: Vec<DeviceIndex>,
     pub started: Timestamp,
     pub ended: Option<Timestamp>,
     /// `running`, `completed`, `aborted`, or the kind of failure.
@@ -227,6 +230,13 @@ pub struct JobResult {
     pub attempt: AttemptNo,
     pub epoch: Epoch,
     pub node: NodeId,
+    /// The devices of the node that rendered the clip together, by rank. Results of versions that knew no groups leave
+    /// this and the topology out.
+    #[serde(default)]
+    pub devices: Vec<DeviceIndex>,
+    /// How the clip was spread over them.
+    #[serde(default = "solo")]
+    pub topology: Topology,
     /// Key of the clip below the store's prefix.
     pub clip: String,
     pub clip_bytes: u64,
@@ -239,6 +249,10 @@ pub struct JobResult {
     pub finished: Timestamp,
     #[serde(default)]
     pub warnings: Vec<String>,
+}
+
+fn solo() -> Topology {
+    Topology::SOLO
 }
 
 /// Wall time of each stage of the accepted attempt. Encoding runs beside decoding; `encode` is its own share.

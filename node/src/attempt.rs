@@ -9,16 +9,21 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use farm_core::api::{JobResult, StageSeconds};
-use farm_core::id::{AttemptKey, NodeId};
+use farm_core::comm::{Patience, local};
+use farm_core::id::{AttemptKey, DeviceIndex, NodeId};
 use farm_core::job::spec::RenderSpec;
 use farm_core::job::state::{FailureKind, Progress, Stage};
+use farm_core::model::pipeline::Start;
+use farm_core::parallel::group::RankGroup;
 use farm_core::store::artifact::{ArtifactStore, Create, StoreError};
 use farm_core::store::key;
 use farm_core::wire::to_node::StartAttempt;
 use farm_core::wire::to_scheduler::AttemptOutcome;
+use futures::future::{join, join_all};
 use sha2::{Digest, Sha256};
 
-use crate::device_thread::{DeviceHandle, Monitor, RenderError, Rendered, Work};
+use crate::checkpoints::{Checkpoints, Slot};
+use crate::device_thread::{DeviceHandle, Monitor, RenderError, Rendered, Reservation, Work};
 use crate::progress::ProgressCell;
 use crate::scratch::Scratch;
 
@@ -35,6 +40,8 @@ pub struct Workshop {
     pub devices: Vec<DeviceHandle>,
     /// Content hash of each model by name.
     pub models: HashMap<String, String>,
+    /// Steps between two latent checkpoints of a clip; 0 for none.
+    pub checkpoint_steps: u32,
     /// Takes lines for jobs' logs.
     pub log: Box<dyn Fn(AttemptKey, String) + Send + Sync>,
 }
@@ -61,18 +68,20 @@ impl From<RenderError> for Failure {
     fn from(error: RenderError) -> Self {
         match error {
             RenderError::Failed { kind, message } => Self { kind, message },
+            RenderError::Group(error) => Self::new(FailureKind::Device, error),
             // Whoever stopped it does not wait for this.
             RenderError::Stopped => Self::new(FailureKind::Device, "stopped"),
         }
     }
 }
 
-/// Runs the attempt to its end. The device is released (`reservation` dropped) as soon as the last frame is encoded;
-/// the upload runs on without it. Setting `stop` ends the device's part at its next step; dropping the future ends ours.
+/// Runs the attempt to its end. The devices are released (`reservation` dropped) as soon as the last frame is encoded;
+/// the upload runs on without them. Setting `stop` ends the devices' part at their next step; dropping the future ends
+/// ours.
 pub async fn run(
     workshop: Arc<Workshop>,
     start: StartAttempt,
-    reservation: Box<dyn Send>,
+    reservation: Reservation,
     progress: ProgressCell,
     stop: Arc<AtomicBool>,
 ) -> AttemptOutcome {
@@ -100,7 +109,7 @@ pub async fn run(
 async fn attempt_clip(
     workshop: &Arc<Workshop>,
     start: &StartAttempt,
-    reservation: Box<dyn Send>,
+    reservation: Reservation,
     progress: ProgressCell,
     stop: Arc<AtomicBool>,
 ) -> Result<AttemptOutcome, Failure> {
@@ -115,32 +124,56 @@ async fn attempt_clip(
     };
     let monitor = Monitor::new(progress, stop, log);
 
+    let spec: RenderSpec = serde_json::from_str(&start.spec_json)
+        .map_err(|e| Failure::new(FailureKind::Input, format!("the spec cannot be rendered: {e}")))?;
+    let checkpoints = Checkpoints {
+        store: workshop.store.clone(),
+        folder: key::latents(attempt.job),
+        spec: Arc::new(spec.clone()),
+        model_hash: start.model_hash.as_str().into(),
+    };
+
     // An earlier attempt may have finished without the scheduler hearing of it: then there is nothing to do.
     if workshop.store.head(&key::result(attempt.job)).await?.is_some() {
         monitor.log(format!("{}: the result exists already", workshop.node));
+        checkpoints.clear().await;
         return existing_result(workshop, attempt).await;
     }
 
-    let [device] = start.devices[..] else {
-        let message = format!("a lease of {} devices; this node renders a clip on one", start.devices.len());
-        return Err(Failure::new(FailureKind::Device, message));
-    };
-    let handle = workshop.devices.get(device.0 as usize).ok_or_else(|| {
-        Failure::new(FailureKind::Device, format!("no device {device}, the node has {}", workshop.devices.len()))
-    })?;
+    let gang = gang(workshop, start)?;
     check_model(workshop, start)?;
-    let spec: RenderSpec = serde_json::from_str(&start.spec_json)
-        .map_err(|e| Failure::new(FailureKind::Input, format!("the spec cannot be rendered: {e}")))?;
-
     let scratch_failure = |e| Failure::new(FailureKind::Device, format!("cannot use the scratch folder: {e}"));
-    // Shared with the device's thread, which may still write when this future is gone.
+    // Shared with the devices' threads, which may still write when this future is gone.
     let folder = Arc::new(workshop.scratch.attempt().map_err(scratch_failure)?);
     let clip = folder.path().join("clip.mp4");
+    // A first attempt has nothing to go on with.
+    let from = if attempt.attempt.0 > 1 { checkpoints.latest(&|note| monitor.log(note)).await } else { None };
+    if let Some(checkpoint) = &from {
+        monitor.log(format!("resumed at step {} of {}", checkpoint.step, spec.num_inference_steps));
+    }
+    let from = Arc::new(from.map_or(Start::Seed, Start::Checkpoint));
     // The scheduler writes its own line into the job's log when it hands the attempt out.
-    tracing::info!(%attempt, %device, model = start.model, "attempt starts");
-    let work = Work { model: start.model.clone(), spec: spec.clone(), clip: clip.clone(), monitor: monitor.clone() };
-    let kept = (reservation, folder.clone());
-    let Rendered { seconds, warnings } = handle.render(work, Box::new(kept)).await?;
+    tracing::info!(%attempt, devices = ?start.devices, topology = %start.topology, model = start.model, "attempt starts");
+    let (slot, inbox) = Slot::new(workshop.checkpoint_steps);
+    let kept: Reservation = Arc::new((reservation, folder.clone()));
+    let ranks = local::ranks(gang.len(), Patience::default()).into_iter().zip(&gang).map(|(rank, handle)| {
+        let group = RankGroup::new(start.topology, Arc::new(rank)).map_err(RenderError::device)?;
+        let work = Work {
+            model: start.model.clone(),
+            spec: spec.clone(),
+            group,
+            start: from.clone(),
+            checkpoints: slot.clone(),
+            clip: clip.clone(),
+            monitor: monitor.clone(),
+        };
+        Ok(handle.render(work, kept.clone()))
+    });
+    let ranks = ranks.collect::<Result<Vec<_>, RenderError>>()?;
+    // From here on only the devices' threads have them, and let go of them.
+    drop((kept, slot));
+    let (rendered, ()) = join(join_all(ranks), checkpoints.save_all(inbox)).await;
+    let Rendered { seconds, warnings } = of_all(rendered, &start.devices)?;
     for warning in &warnings {
         monitor.log(format!("warning: {warning}"));
     }
@@ -156,6 +189,8 @@ async fn attempt_clip(
         attempt: attempt.attempt,
         epoch: attempt.epoch,
         node: workshop.node.clone(),
+        devices: start.devices.clone(),
+        topology: start.topology,
         clip: clip_key,
         clip_bytes,
         clip_sha256,
@@ -167,7 +202,51 @@ async fn attempt_clip(
         finished: jiff::Timestamp::now(),
         warnings,
     };
-    publish(workshop, attempt, result).await
+    let outcome = publish(workshop, attempt, result).await?;
+    checkpoints.clear().await;
+    Ok(outcome)
+}
+
+/// The devices of the lease, by rank.
+fn gang<'a>(workshop: &'a Workshop, start: &StartAttempt) -> Result<Vec<&'a DeviceHandle>, Failure> {
+    let (devices, topology) = (&start.devices, start.topology);
+    if devices.len() != topology.world() {
+        let message = format!("{topology} needs {} devices, the lease has {}", topology.world(), devices.len());
+        return Err(Failure::new(FailureKind::Device, message));
+    }
+    let known = workshop.devices.len();
+    let handle = |device: &DeviceIndex| {
+        let missing = || Failure::new(FailureKind::Device, format!("no device {device}, the node has {known}"));
+        workshop.devices.get(device.0 as usize).ok_or_else(missing)
+    };
+    devices.iter().map(handle).collect()
+}
+
+/// The leader's clip, or the failure that ended the group: that of the first rank that failed by itself, if any did.
+fn of_all(rendered: Vec<Result<Rendered, RenderError>>, devices: &[DeviceIndex]) -> Result<Rendered, RenderError> {
+    let mut ended = None;
+    let mut clip = None;
+    for (rank, rendered) in rendered.into_iter().enumerate() {
+        match rendered {
+            Ok(rendered) if rank == 0 => clip = Some(rendered),
+            Ok(_) => {}
+            Err(RenderError::Failed { kind, message }) => {
+                let place = match devices {
+                    [_] => String::new(),
+                    _ => format!("rank {rank} of {} (device {}): ", devices.len(), devices[rank]),
+                };
+                return Err(RenderError::Failed { kind, message: place + &message });
+            }
+            Err(error) => {
+                ended.get_or_insert(error);
+            }
+        }
+    }
+    match (ended, clip) {
+        (None, Some(clip)) => Ok(clip),
+        (Some(error), _) => Err(error),
+        (None, None) => Err(RenderError::device("the group has no leader")),
+    }
 }
 
 fn check_model(workshop: &Workshop, start: &StartAttempt) -> Result<(), Failure> {

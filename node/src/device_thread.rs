@@ -10,19 +10,31 @@ use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::thread;
 
 use farm_core::api::StageSeconds;
+use farm_core::comm::CommError;
+use farm_core::engine::cpu::CpuEngine;
 use farm_core::id::DeviceIndex;
 use farm_core::job::spec::RenderSpec;
 use farm_core::job::state::{FailureKind, Progress};
+use farm_core::model::pipeline::Start;
+use farm_core::parallel::group::RankGroup;
 use tokio::sync::oneshot;
 
+use crate::checkpoints::Slot;
 use crate::progress::ProgressCell;
 
-/// What a device renders.
+/// A device's part in rendering a clip: the leader of a group makes the mp4, the others denoise with it.
 pub struct Work {
     /// A name that the node offers.
     pub model: String,
     pub spec: RenderSpec,
-    /// Where the mp4 goes.
+    /// This device's place among those that render the clip. The device's thread owns it: if it panics, its end of the
+    /// group is dropped and the other ranks hear of it.
+    pub group: RankGroup<CpuEngine>,
+    /// Where the leader starts.
+    pub start: Arc<Start>,
+    /// Where the leader's checkpoints go.
+    pub checkpoints: Slot,
+    /// Where the leader's mp4 goes.
     pub clip: PathBuf,
     pub monitor: Monitor,
 }
@@ -59,7 +71,7 @@ impl Monitor {
     }
 }
 
-/// A finished mp4 and what is to be said about it.
+/// A finished mp4, from the leader, and what is to be said about it.
 #[derive(Debug, Default)]
 pub struct Rendered {
     /// Text to encode; the rest is not the device's business.
@@ -71,6 +83,9 @@ pub struct Rendered {
 pub enum RenderError {
     #[error("{message}")]
     Failed { kind: FailureKind, message: String },
+    /// Another rank of the group failed, and this one could not go on.
+    #[error(transparent)]
+    Group(CommError),
     /// Somebody asked for it.
     #[error("stopped")]
     Stopped,
@@ -84,14 +99,18 @@ impl RenderError {
 
 /// Something that renders clips, one at a time. Lives on its own thread.
 pub trait Device: Send + 'static {
-    /// Renders the clip into `work.clip`. Calls `work.monitor.advance` at least once per step and chunk of frames.
-    fn render(&mut self, work: &Work) -> Result<Rendered, RenderError>;
+    /// Does its part of the clip; the leader renders it into `work.clip`. If it fails it ends the group. The leader calls
+    /// `work.monitor.advance` at least once per step and chunk of frames; the others look whether it is stopped.
+    fn render(&mut self, work: Work) -> Result<Rendered, RenderError>;
 }
+
+/// Shared by all devices of a group: the last to become idle gives it back.
+pub type Reservation = Arc<dyn Send + Sync>;
 
 struct Command {
     work: Work,
-    /// Dropped when the device is idle again, before the answer: whoever has the answer may use the device.
-    reservation: Box<dyn Send>,
+    /// Dropped when the device is idle again, before the answer: whoever has the answers of all devices may use them.
+    reservation: Reservation,
     answer: oneshot::Sender<Result<Rendered, RenderError>>,
 }
 
@@ -113,7 +132,7 @@ impl DeviceHandle {
 
     /// Hands work to the thread and waits for its end. `reservation` is dropped when the device is idle again, also
     /// if nobody waits any more.
-    pub async fn render(&self, work: Work, reservation: Box<dyn Send>) -> Result<Rendered, RenderError> {
+    pub async fn render(&self, work: Work, reservation: Reservation) -> Result<Rendered, RenderError> {
         let (answer, rendered) = oneshot::channel();
         self.commands.try_send(Command { work, reservation, answer }).map_err(|error| {
             let state = match error {
@@ -130,11 +149,12 @@ fn serve(mut device: impl Device, inbox: Receiver<Command>) {
     while let Ok(Command { work, reservation, answer }) = inbox.recv() {
         // Aborted while it was queued.
         let rendered = if work.monitor.is_stopped() {
+            work.group.abort("stopped");
             Err(RenderError::Stopped)
         } else {
             // A panic is a bug of ours or of a library in one clip. The device holds no state between clips that it
             // could have left half changed, so the thread lives on.
-            catch_unwind(AssertUnwindSafe(|| device.render(&work)))
+            catch_unwind(AssertUnwindSafe(|| device.render(work)))
                 .unwrap_or_else(|panic| Err(RenderError::device(format!("panicked: {}", panic_message(&*panic)))))
         };
         drop(reservation);

@@ -48,7 +48,9 @@ fn shelve(engine: &CpuEngine, name: &str, dir: &Path) -> anyhow::Result<Shelved>
     }
     let hash = checkpoint.content_hash()?.to_owned();
     let defaults_json = serde_json::to_string(checkpoint.generation_defaults())?;
+    let shape = checkpoint.dit().map(|dit| dit.config().shape()).context("it has no transformer")?;
+    let shape_json = serde_json::to_string(&shape)?;
     let pipeline = Pipeline::open(engine, checkpoint, Residency::Kept)?;
     tracing::info!(model = name, %hash, dir = %dir.display(), "model loaded");
-    Ok(Shelved { info: ModelInfo { name: name.to_owned(), hash, defaults_json }, pipeline })
+    Ok(Shelved { info: ModelInfo { name: name.to_owned(), hash, defaults_json, shape_json }, pipeline })
 }

@@ -62,11 +62,17 @@ impl Farm {
 
     /// Starts a node with the bundled checkpoint and waits until the farm knows it.
     pub fn start_node(&mut self, name: &str, devices: u32) {
+        self.start_node_with(name, devices, &[]);
+    }
+
+    /// As [`Farm::start_node`], with more arguments.
+    pub fn start_node_with(&mut self, name: &str, devices: u32, more: &[&str]) {
         let model = format!("mochi-tiny={}", repository().join("assets/mochi-tiny").display());
         let data = self.folder.path().join(name);
         let mut command = self.program("farm-node");
         command.args(["join", "--scheduler", &self.address, "--name", name, "--store", &self.store]);
         command.args(["--devices", &format!("cpu:{devices}"), "--threads", "1", "--model", &model, "--data"]).arg(data);
+        command.args(more);
         let child = self.spawn(command, name);
         self.nodes.insert(name.to_owned(), child);
         wait_until(READY, &format!("{name} joins"), || {

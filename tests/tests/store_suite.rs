@@ -15,6 +15,7 @@ async fn behaves(store: &ArtifactStore) {
     an_object_over_the_limit_is_refused_unread(store).await;
     exactly_one_of_many_creates_wins(store).await;
     a_file_of_several_parts_arrives_whole(store).await;
+    a_folders_keys_are_listed_up_to_a_limit(store).await;
     a_deleted_object_is_gone_and_may_be_deleted_again(store).await;
 }
 
@@ -83,6 +84,20 @@ async fn a_file_of_several_parts_arrives_whole(store: &ArtifactStore) {
     let error = store.put_file("jobs/b/x", &dir.path().join("absent")).await.unwrap_err().to_string();
     assert!(error.contains("jobs/b/x") && error.contains("absent"), "{error}");
     assert_eq!(store.head("jobs/b/x").await.unwrap(), None);
+}
+
+async fn a_folders_keys_are_listed_up_to_a_limit(store: &ArtifactStore) {
+    let folder = "jobs/listed/latent";
+    assert_eq!(store.list(folder, 10).await.unwrap(), Vec::<String>::new());
+    let mut keys = ["1", "2", "deep/er"].map(|name| format!("{folder}/{name}")).to_vec();
+    for key in keys.iter().chain(&["jobs/listed/latent-2/1".to_owned(), "jobs/listed/other".to_owned()]) {
+        store.put(key, Bytes::from("x")).await.unwrap();
+    }
+    let mut listed = store.list(folder, 10).await.unwrap();
+    listed.sort();
+    keys.sort();
+    assert_eq!(listed, keys);
+    assert_eq!(store.list(folder, 2).await.unwrap().len(), 2);
 }
 
 async fn a_deleted_object_is_gone_and_may_be_deleted_again(store: &ArtifactStore) {

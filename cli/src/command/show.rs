@@ -22,6 +22,7 @@ pub async fn run(client: &Client, args: OneJob) -> Result<Status, Error> {
             [
                 attempt.attempt.to_string(),
                 attempt.node.to_string(),
+                attempt.devices.iter().map(ToString::to_string).collect::<Vec<_>>().join("+"),
                 format!("{:.0}", attempt.started),
                 attempt.ended.map(|at| format!("{at:.0}")).unwrap_or_default(),
                 attempt.outcome.clone(),
@@ -29,7 +30,7 @@ pub async fn run(client: &Client, args: OneJob) -> Result<Status, Error> {
             ]
         });
         output::line("")?;
-        output::line(&output::table(["attempt", "node", "started", "ended", "outcome", "message"], rows))?;
+        output::line(&output::table(["attempt", "node", "devices", "started", "ended", "outcome", "message"], rows))?;
     }
     Ok(Status::Ok)
 }
@@ -79,6 +80,10 @@ fn facts(detail: &JobDetail) -> Vec<(&'static str, String)> {
     add("finished", view.finished.map(|at| format!("{at:.0}")));
     if let Some(result) = result {
         let s = result.seconds;
+        add(
+            "spread",
+            Some(format!("{} on {}", result.topology, output::plural(result.topology.world() as u64, "device"))),
+        );
         add("sha-256", Some(result.clip_sha256.clone()));
         add("checkpoint", Some(result.model_hash.clone()));
         add(

@@ -79,7 +79,8 @@ impl Plan {
             let node_data = text(&data.join(&name))?;
             let own = ["join", "--name", &name, "--devices", &args.devices, "--model", &model, "--store", &store];
             let own = own.into_iter().chain(["--data", &node_data]).map(str::to_owned);
-            let node_args = own.chain(secret.clone()).collect();
+            let steps = args.checkpoint_steps.map(|steps| ["--checkpoint-steps".to_owned(), steps.to_string()]);
+            let node_args = own.chain(steps.into_iter().flatten()).chain(secret.clone()).collect();
             Ok((name, node_args))
         });
         Ok(Self {

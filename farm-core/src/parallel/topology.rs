@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use serde::{Deserialize, Serialize};
+
 /// Most ranks of a group.
 pub const MAX_RANKS: usize = 64;
 
@@ -13,11 +15,28 @@ pub const MAX_RANKS: usize = 64;
 ///
 /// `rank = ulysses + U·(ring + R·cfg)`: Ulysses peers, which talk most, are neighbours, and the sequence rank
 /// `ulysses + U·ring` is the place of a rank's tokens in the sequence.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "Degrees")]
 pub struct Topology {
     cfg: usize,
     ring: usize,
     ulysses: usize,
+}
+
+/// Same fields as [`Topology`], before its check: what deserialisation reads.
+#[derive(Deserialize)]
+struct Degrees {
+    cfg: usize,
+    ring: usize,
+    ulysses: usize,
+}
+
+impl TryFrom<Degrees> for Topology {
+    type Error = TopologyError;
+
+    fn try_from(degrees: Degrees) -> Result<Self, TopologyError> {
+        Self::new(degrees.cfg, degrees.ring, degrees.ulysses)
+    }
 }
 
 /// A rank's place along each degree.
@@ -196,6 +215,15 @@ mod tests {
         assert!(error(1, 13, 5).contains("more than 64"));
         assert!(error(2, usize::MAX, 2).contains("more than 64"));
         assert_eq!(topology(1, 8, 8).world(), 64);
+    }
+
+    #[test]
+    fn a_stored_topology_is_checked_when_it_is_read() {
+        let json = serde_json::to_string(&topology(2, 1, 2)).unwrap();
+        assert_eq!(json, r#"{"cfg":2,"ring":1,"ulysses":2}"#);
+        assert_eq!(serde_json::from_str::<Topology>(&json).unwrap(), topology(2, 1, 2));
+        let error = serde_json::from_str::<Topology>(r#"{"cfg":3,"ring":1,"ulysses":2}"#).unwrap_err().to_string();
+        assert!(error.contains("cfg degree 3"), "{error}");
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::id::{AttemptKey, DeviceIndex};
+use crate::parallel::topology::Topology;
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum ToNode {
@@ -34,6 +35,8 @@ pub struct StartAttempt {
     pub key: AttemptKey,
     /// The gang: devices of this node that are leased together. All or none.
     pub devices: Vec<DeviceIndex>,
+    /// How the clip is spread over the gang: rank i is on `devices[i]`.
+    pub topology: Topology,
     pub model: String,
     /// Content hash of the checkpoint the spec was resolved for; a node that has another refuses.
     pub model_hash: String,

@@ -21,6 +21,9 @@ pub enum ToScheduler {
 pub struct Registration {
     pub version: String,
     pub devices: Vec<DeviceInfo>,
+    /// How fast the devices are, alone and together: [`crate::parallel::cost::Site`] as JSON. Without it every clip
+    /// gets one device.
+    pub site_json: Option<String>,
     pub models: Vec<ModelInfo>,
     /// Where the node puts results; has to be the scheduler's own store.
     pub store: String,
@@ -41,6 +44,8 @@ pub struct ModelInfo {
     pub hash: String,
     /// [`crate::job::spec::GenerationDefaults`] as JSON.
     pub defaults_json: String,
+    /// Sizes of the transformer: [`crate::parallel::cost::ModelShape`] as JSON.
+    pub shape_json: String,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

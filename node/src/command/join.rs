@@ -22,7 +22,7 @@ use uuid::Uuid;
 use crate::attempt::Workshop;
 use crate::cpu_device::CpuDevice;
 use crate::device_thread::DeviceHandle;
-use crate::devices::Devices;
+use crate::devices::{self, Devices};
 use crate::encode;
 use crate::models::ModelShelf;
 use crate::root::{self, Root, RootMessage};
@@ -57,6 +57,9 @@ pub struct Args {
     /// Compute threads of each device [default: the processor's cores divided among the devices]
     #[arg(long, value_name = "N")]
     pub threads: Option<NonZeroUsize>,
+    /// Steps between two checkpoints of a latent, from which another node goes on if this one is lost; 0 for none
+    #[arg(long, value_name = "K", default_value_t = 8)]
+    pub checkpoint_steps: u32,
     /// Folder for clips on their way to the store [default: one in the system's temporary folder]
     #[arg(long, value_name = "DIR")]
     pub data: Option<PathBuf>,
@@ -117,7 +120,7 @@ async fn join(args: Args) -> anyhow::Result<ExitCode> {
         prepared = prepare(args) => prepared?,
         () = signals.next() => return Ok(ExitCode::SUCCESS),
     };
-    let Prepared { name, scheduler, store, scratch, shelf, devices, offer } = prepared;
+    let Prepared { name, scheduler, store, scratch, shelf, devices, checkpoint_steps, offer } = prepared;
 
     let boot = BootId(Uuid::new_v4());
     let (cluster, events) = Cluster::start(Role::Node, boot, scheduler.secret.as_deref()).await?;
@@ -131,6 +134,7 @@ async fn join(args: Args) -> anyhow::Result<ExitCode> {
             scratch,
             devices,
             models,
+            checkpoint_steps,
             log: Box::new(move |key, line| {
                 // Fails only when the process ends.
                 let _ = session.cast(SessionMessage::Log { key, line });
@@ -187,6 +191,7 @@ struct Prepared {
     scratch: Arc<Scratch>,
     shelf: Arc<ModelShelf>,
     devices: Vec<DeviceHandle>,
+    checkpoint_steps: u32,
     offer: Offer,
 }
 
@@ -205,6 +210,10 @@ async fn prepare(args: Args) -> anyhow::Result<Prepared> {
     let data = args.data.unwrap_or_else(|| std::env::temp_dir().join(format!("farm-node-{name}")));
     let scratch = Arc::new(Scratch::open(&data)?);
     let threads = args.devices.threads(args.threads);
+    let mut site = devices::cpu_site(threads, false)?;
+    // The weights are in memory when the node joins, and a clip that has no room beside them has none on any number of
+    // these devices.
+    site.device.memory = f64::MAX;
     let models: Vec<_> = args.models.into_iter().map(|model| (model.name, model.dir)).collect();
     // Beside the runtime: it reads every byte of every checkpoint.
     let shelf = tokio::task::spawn_blocking(move || ModelShelf::open(models, threads)).await??;
@@ -217,9 +226,11 @@ async fn prepare(args: Args) -> anyhow::Result<Prepared> {
         infos.push(DeviceInfo { name: device.name() });
         devices.push(DeviceHandle::spawn(index, device).context("cannot start a device thread")?);
     }
-    let offer = Offer { devices: infos, models: shelf.infos(), store: store.url().to_owned() };
+    let site_json = Some(serde_json::to_string(&site)?);
+    let offer = Offer { devices: infos, site_json, models: shelf.infos(), store: store.url().to_owned() };
     let scheduler = Scheduler { address: args.scheduler, secret };
-    Ok(Prepared { name: NodeId(name), scheduler, store, scratch, shelf, devices, offer })
+    let checkpoint_steps = args.checkpoint_steps;
+    Ok(Prepared { name: NodeId(name), scheduler, store, scratch, shelf, devices, checkpoint_steps, offer })
 }
 
 fn read_secret(path: &Path) -> anyhow::Result<String> {

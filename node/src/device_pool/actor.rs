@@ -98,7 +98,7 @@ impl State {
     fn launch(&mut self, me: &ActorRef<PoolMessage>, start: StartAttempt, progress: ProgressCell) {
         let key = start.key;
         let stop = Arc::new(AtomicBool::new(false));
-        let reservation = Box::new(Reservation { pool: me.clone(), key });
+        let reservation = Arc::new(Reservation { pool: me.clone(), key });
         let attempt = attempt::run(self.workshop.clone(), start, reservation, progress, stop.clone());
         let (pool, session) = (me.clone(), self.session.clone());
         let task = tokio::spawn(async move {

@@ -11,7 +11,7 @@ use ffmpeg::software::scaling;
 use ffmpeg::util::color;
 use ffmpeg::{Dictionary, Packet, Rational, codec, format, frame};
 
-use super::{CRF, FRAME_RATE, FrameSink, PRESET, check_whole, frame_bytes};
+use super::{CRF, FRAME_RATE, FrameSink, MBTREE, PRESET, check_whole, frame_bytes};
 
 const ENCODER: &str = "libx264";
 
@@ -64,6 +64,7 @@ impl Mp4Sink {
         options.set("preset", PRESET);
         // One thread: the same frames give the same bytes, and the other cores are rendering.
         options.set("threads", "1");
+        options.set("mbtree", MBTREE);
         let encoder = video.open_as_with(codec, options)?;
         let mut stream = file.add_stream(codec)?;
         stream.set_parameters(&encoder);

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::thread::JoinHandle;
 
-use super::{CRF, FRAME_RATE, FrameSink, PRESET, check_whole, frame_bytes};
+use super::{CRF, FRAME_RATE, FrameSink, MBTREE, PRESET, check_whole, frame_bytes};
 
 /// Of the program's complaints, as much is kept.
 const MESSAGE_BYTES: u64 = 4096;
@@ -39,7 +39,10 @@ impl Mp4Sink {
         let rate = FRAME_RATE.to_string();
         let mut program = Command::new("ffmpeg")
             .args(["-v", "error", "-y", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", &format!("{width}x{height}")])
-            .args(["-r", &rate, "-i", "-", "-c:v", "libx264", "-crf", CRF, "-preset", PRESET, "-threads", "1"])
+            .args([
+                "-r", &rate, "-i", "-", "-c:v", "libx264", "-crf", CRF, "-preset", PRESET, "-threads", "1", "-mbtree",
+                MBTREE,
+            ])
             .args(["-sws_flags", "bilinear+accurate_rnd+full_chroma_int", "-pix_fmt", "yuv420p"])
             // swscale's default matrix, tagged.
             .args(["-colorspace", "smpte170m", "-color_range", "tv", "-movflags", "+faststart", "-f", "mp4"])

@@ -120,6 +120,8 @@ struct Pending {
 #[derive(Clone, Debug)]
 pub struct Offer {
     pub devices: Vec<DeviceInfo>,
+    /// How fast they are, as the registration says it.
+    pub site_json: Option<String>,
     pub models: Vec<ModelInfo>,
     pub store: String,
 }
@@ -377,9 +379,9 @@ impl Session {
     }
 
     fn registration(&self) -> ToScheduler {
-        let Offer { devices, models, store } = self.offer.clone();
+        let Offer { devices, site_json, models, store } = self.offer.clone();
         let version = farm_core::VERSION.to_owned();
-        ToScheduler::Register(Registration { version, devices, models, store, running: self.held() })
+        ToScheduler::Register(Registration { version, devices, site_json, models, store, running: self.held() })
     }
 
     /// Every attempt that is the node's business still: also those whose report is not acknowledged, or the scheduler

@@ -1,6 +1,7 @@
 use super::*;
 
 use farm_core::id::{AttemptNo, DeviceIndex, JobId, NodeId};
+use farm_core::parallel::topology::Topology;
 use proptest::prelude::*;
 use uuid::Uuid;
 
@@ -17,7 +18,12 @@ struct Bench {
 impl Bench {
     fn new() -> Self {
         let now = Instant::now();
-        let offer = Offer { devices: vec![DeviceInfo { name: "cpu".into() }], models: vec![], store: "memory:".into() };
+        let offer = Offer {
+            devices: vec![DeviceInfo { name: "cpu".into() }],
+            site_json: None,
+            models: vec![],
+            store: "memory:".into(),
+        };
         Self { session: Session::new(BOOT, offer, 7, now), now, out: Vec::new() }
     }
 
@@ -91,6 +97,7 @@ fn start(n: u32) -> ToNode {
     ToNode::Start(Box::new(StartAttempt {
         key: key(n),
         devices: vec![DeviceIndex(0)],
+        topology: Topology::SOLO,
         model: "tiny".into(),
         model_hash: "00".into(),
         spec_json: "{}".into(),

@@ -8,11 +8,13 @@ use std::time::Duration;
 use farm_core::id::{AttemptKey, AttemptNo, BootId, DeviceIndex, Epoch, JobId, NodeId};
 use farm_core::job::spec::GenerationDefaults;
 use farm_core::job::state::{FailureKind, Progress};
+use farm_core::parallel::cost::{ModelShape, Site};
 use farm_core::wire::to_node::{StartAttempt, ToNode};
 use farm_core::wire::to_scheduler::{DeviceInfo, ToScheduler};
 
 use super::effects::{Change, Effects, Outcome};
 use super::events::{Event, LiveJob, LoadedRequest, Time};
+use super::forecast::Forecasts;
 
 /// Spans and counts that the rules use. The defaults are the product's; tests use smaller ones.
 #[derive(Clone, Debug)]
@@ -112,6 +114,8 @@ pub(super) struct Node {
     pub boot: BootId,
     pub version: String,
     pub devices: Vec<Device>,
+    /// Without it nothing is predicted, and a clip gets one device.
+    pub site: Option<Site>,
     pub models: BTreeMap<Arc<str>, NodeModel>,
     pub last_seen: Time,
     pub session_closed: Option<Time>,
@@ -137,6 +141,7 @@ pub(super) enum Slot {
 pub(super) struct NodeModel {
     pub hash: String,
     pub defaults: GenerationDefaults,
+    pub shape: ModelShape,
 }
 
 /// Messages that changed nothing, counted.
@@ -165,6 +170,9 @@ pub struct Farm {
     pub(super) orphans: BTreeSet<JobId>,
     pub(super) window_ends: Time,
     pub(super) loaded: HashMap<JobId, LoadedRequest>,
+    /// Jobs that could not start for want of devices of one node, and how many they need.
+    pub(super) short: BTreeMap<JobId, usize>,
+    pub(super) forecasts: Forecasts,
     pub(super) now: Time,
     pub(super) last_tick: Time,
     /// Something changed that may let a queued job start.
@@ -193,6 +201,8 @@ impl Farm {
             boots: HashMap::new(),
             orphans: BTreeSet::new(),
             loaded: HashMap::new(),
+            short: BTreeMap::new(),
+            forecasts: Forecasts::default(),
             now,
             last_tick: now,
             replan: true,

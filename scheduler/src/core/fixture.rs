@@ -8,6 +8,8 @@ use farm_core::api::{JobResult, StageSeconds};
 use farm_core::id::{AttemptKey, AttemptNo, BootId, DeviceIndex, Epoch, JobId, NodeId};
 use farm_core::job::spec::{GenerationDefaults, RenderRequest, RenderSpec};
 use farm_core::job::state::{FailureKind, JobState, Progress, Stage};
+use farm_core::parallel::cost::{DeviceRates, LinkRates, ModelShape, Site};
+use farm_core::parallel::topology::Topology;
 use farm_core::store::key;
 use farm_core::wire::Envelope;
 use farm_core::wire::to_node::{StartAttempt, ToNode};
@@ -19,6 +21,7 @@ use uuid::Uuid;
 use super::effects::{Change, Effects, Outcome, Send};
 use super::events::{Event, LiveAttempt, LiveJob, LoadedRequest, Time};
 use super::farm::{Farm, Limits, Phase, Slot};
+use super::forecast::clip_shape;
 
 pub const STORE: &str = "file:///results";
 
@@ -62,13 +65,29 @@ pub fn job_id(n: u64) -> JobId {
 
 pub fn model(name: &str) -> ModelInfo {
     let defaults_json = serde_json::to_string(&GenerationDefaults::default()).unwrap();
-    ModelInfo { name: name.to_owned(), hash: format!("hash-of-{name}"), defaults_json }
+    let shape_json = serde_json::to_string(&ModelShape::mochi1()).unwrap();
+    ModelInfo { name: name.to_owned(), hash: format!("hash-of-{name}"), defaults_json, shape_json }
 }
 
+/// Devices on which two render a clip of the default size in half the time, and more gain less, with `memory` bytes each.
+pub fn site(memory: f64) -> String {
+    let device =
+        DeviceRates { linear: 1e14, attention: 1e14, memory, bandwidth: 1e12, value_bytes: 2, shared_weights: false };
+    let link = LinkRates { bandwidth: 5e9, latency: 1e-5 };
+    serde_json::to_string(&Site::one_host(device, link)).unwrap()
+}
+
+/// As [`registration`], with devices that may work together.
+pub fn team(devices: usize, models: &[&str]) -> Registration {
+    Registration { site_json: Some(site(1e12)), ..registration(devices, models) }
+}
+
+/// Without rates: every clip gets one device.
 pub fn registration(devices: usize, models: &[&str]) -> Registration {
     Registration {
         version: "test".to_owned(),
         devices: (0..devices).map(|_| DeviceInfo { name: "cpu".to_owned() }).collect(),
+        site_json: None,
         models: models.iter().map(|name| model(name)).collect(),
         store: STORE.to_owned(),
         running: Vec::new(),
@@ -86,6 +105,8 @@ pub fn completed(key: AttemptKey) -> AttemptOutcome {
         attempt: key.attempt,
         epoch: key.epoch,
         node: node("a"),
+        devices: vec![DeviceIndex(0)],
+        topology: Topology::SOLO,
         clip: key::clip(key.job, key.attempt),
         clip_bytes: 3,
         clip_sha256: "0".repeat(64),
@@ -159,6 +180,9 @@ impl World {
 
     fn note_start(&mut self, send: &Send) {
         let ToNode::Start(start) = &send.message else { return };
+        let spec: RenderSpec = serde_json::from_str(&start.spec_json).unwrap();
+        let clip = clip_shape(&spec).unwrap();
+        start.topology.check(start.devices.len(), ModelShape::mochi1().heads, clip.tokens).unwrap();
         let entry = (start.key, send.node.clone(), send.boot);
         if !self.started.contains(&entry) {
             assert!(self.started.iter().all(|(key, ..)| *key != start.key), "an attempt has one owner");

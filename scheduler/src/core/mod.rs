@@ -8,7 +8,8 @@
 //! | [`view`] | what people may ask of it, and why a job waits |
 //! | [`register`] | who may join, and what becomes of attempts that outlived a session or a scheduler |
 //! | [`report`] | heartbeats and reports: which attempts live, which have ended and how |
-//! | [`place`] | which queued job gets which free device |
+//! | [`place`] | which queued job gets which free devices |
+//! | [`gang`], [`forecast`] | how many devices a clip gets, and the predictions behind that |
 //! | [`resolve`] | which model a prompt line means, and the key that makes submitting idempotent |
 //!
 //! The state here is a cache of the queue store plus what nodes last said. Every change is committed before anybody
@@ -17,6 +18,8 @@
 pub mod effects;
 pub mod events;
 pub mod farm;
+mod forecast;
+mod gang;
 mod place;
 mod register;
 mod report;
@@ -25,6 +28,8 @@ pub mod view;
 
 #[cfg(test)]
 mod fixture;
+#[cfg(test)]
+mod gang_rules;
 #[cfg(test)]
 mod random;
 #[cfg(test)]

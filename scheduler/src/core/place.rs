@@ -1,42 +1,67 @@
-//! Which queued job gets which free device: first come, first served, higher priority first. One clip takes one
-//! device, but a lease names a list, and it is taken and given back as a whole.
+//! Which queued job gets which free devices: first come, first served, higher priority first. How many devices a clip
+//! gets is the rule in [`super::gang`]; a gang is of one node, and it is taken and given back as a whole.
 
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, btree_set};
 use std::sync::Arc;
 
 use farm_core::id::{AttemptKey, AttemptNo, DeviceIndex, JobId, NodeId};
 use farm_core::job::spec::RenderSpec;
+use farm_core::parallel::topology::Topology;
 use farm_core::wire::to_node::{StartAttempt, ToNode};
 
 use super::effects::{Change, Effects, devices_text};
 use super::events::LoadedRequest;
 use super::farm::{Confirmation, Farm, Lease, Phase, Rank, Slot};
+use super::forecast::{Sizes, clip_shape};
+use super::gang::{Grant, Load, grant};
 
-/// At most so many starts in one transaction.
-const MAX_STARTS: usize = 1024;
+/// At most so many jobs are looked at in one go.
+const MAX_CANDIDATES: usize = 1024;
 
-struct Assignment {
+/// Free devices by node, the lowest index last. No list is empty.
+type Free = BTreeMap<NodeId, Vec<DeviceIndex>>;
+
+/// A job that could have a device.
+struct Candidate {
     job: JobId,
-    node: NodeId,
-    device: DeviceIndex,
     model: Arc<str>,
 }
 
+/// The devices that a job gets.
+struct Gang {
+    node: NodeId,
+    devices: Vec<DeviceIndex>,
+    topology: Topology,
+}
+
+/// One pass over the queue.
+struct Round {
+    at_start: Free,
+    free: Free,
+    /// The models of the clips that have got their devices in it.
+    started: Vec<Arc<str>>,
+}
+
+impl Round {
+    fn new(free: Free) -> Self {
+        Self { at_start: free.clone(), free, started: Vec::new() }
+    }
+}
+
 impl Farm {
-    /// Starts what can start. Jobs whose requests are not at hand are asked for and placed when those come; the plan
-    /// is the same then, because nothing else happens in between.
+    /// Starts what can start. The requests of all jobs that may be among it are needed for that; if they are not at
+    /// hand they are asked for, and this is called again when they come.
     pub(super) fn place(&mut self, fx: &mut Effects) {
+        self.short.clear();
         loop {
-            let mut failed = false;
-            let plan = self.plan();
-            for assignment in plan {
-                match self.loaded.remove(&assignment.job) {
-                    None => fx.load.push(assignment.job),
-                    Some(request) => failed |= !self.start(assignment, request, fx),
-                }
+            let candidates = self.candidates();
+            if candidates.iter().any(|candidate| !self.loaded.contains_key(&candidate.job)) {
+                fx.load.extend(candidates.iter().map(|candidate| candidate.job));
+                break;
             }
-            // A job that failed leaves its device to the next one.
-            if !failed || !fx.load.is_empty() {
+            // Until nothing more can: jobs that fail, and gangs that leave devices over, make room for others.
+            if !self.start_candidates(candidates, fx) {
                 break;
             }
         }
@@ -46,17 +71,18 @@ impl Farm {
     /// Nothing that waits could start.
     #[cfg(test)]
     pub(super) fn is_settled(&self) -> bool {
-        self.plan().is_empty()
+        self.candidates().is_empty() || !self.short.is_empty()
     }
 
-    fn plan(&self) -> Vec<Assignment> {
-        let mut plan = Vec::new();
+    /// The jobs that would start now if each took one device, in order: none beyond them can.
+    fn candidates(&self) -> Vec<Candidate> {
+        let mut candidates = Vec::new();
         if self.queues.is_empty() {
-            return plan;
+            return candidates;
         }
         let mut free = self.free_devices();
         if free.is_empty() {
-            return plan;
+            return candidates;
         }
         let only_model = self.only_model();
         // The queues whose model is known, each with its head.
@@ -68,25 +94,108 @@ impl Farm {
                 Some((*rest.next()?, named.clone().or_else(|| only_model.clone())?, rest))
             })
             .collect();
-        while plan.len() < MAX_STARTS
+        while candidates.len() < MAX_CANDIDATES
             && let Some(first) = (0..queues.len()).min_by_key(|&i| queues[i].0)
         {
             let (head, model, rest) = &mut queues[first];
-            let Some((node, device)) = self.take_free(&mut free, model) else {
+            let Some(node) = self.most_free(&free, model, &[]) else {
                 drop(queues.swap_remove(first));
                 continue;
             };
-            plan.push(Assignment { job: head.2, node, device, model: model.clone() });
+            take(&mut free, &node, 1);
+            candidates.push(Candidate { job: head.2, model: model.clone() });
             match rest.next() {
                 Some(next) => *head = *next,
                 None => drop(queues.swap_remove(first)),
             }
         }
-        plan
+        candidates
     }
 
-    /// Free devices of nodes that are alive, the lowest index last.
-    fn free_devices(&self) -> BTreeMap<NodeId, Vec<DeviceIndex>> {
+    /// Starts those of the candidates, whose requests are at hand, that get devices. True if any started or failed.
+    fn start_candidates(&mut self, candidates: Vec<Candidate>, fx: &mut Effects) -> bool {
+        let mut round = Round::new(self.free_devices());
+        let mut moved = false;
+        // Nobody overtakes a job of the same model that waits for more devices.
+        let mut stopped: Vec<Arc<str>> = Vec::new();
+        for Candidate { job, model } in candidates {
+            let Some(request) = self.loaded.get(&job).filter(|_| !stopped.contains(&model)) else { continue };
+            let Some(node) = self.most_free(&round.free, &model, &[]) else { continue };
+            let spec = match self.resolve(request, &node, &model) {
+                Ok(spec) => spec,
+                Err(error) => {
+                    self.reject(job, format!("does not fit model {model}: {error}"), fx);
+                    moved = true;
+                    continue;
+                }
+            };
+            match self.gang(&mut round, &model, &spec) {
+                Ok(gang) => moved |= self.start(job, model, &spec, gang, fx),
+                Err(needed) => {
+                    self.short.insert(job, needed);
+                    // As devices get free they are kept for it: each of these nodes has enough of them in all.
+                    round.free.retain(|id, _| !self.has_model(id, &model));
+                    stopped.push(model);
+                }
+            }
+        }
+        moved
+    }
+
+    /// Takes the devices for a clip, or says how many it needs of one node.
+    fn gang(&mut self, round: &mut Round, model: &Arc<str>, spec: &RenderSpec) -> Result<Gang, usize> {
+        let (mut tried, mut needed) = (Vec::new(), usize::MAX);
+        while let Some(id) = self.most_free(&round.free, model, &tried) {
+            let sizes = self.forecast(&id, model, spec);
+            let most = round.free.get(&id).map_or(0, Vec::len);
+            let waiting = self.waiting_for(&id);
+            let load = |free: &Free, waiting| Load { free: self.free_counts(free, model, most), waiting };
+            let started = round.started.iter().filter(|model| self.has_model(&id, model)).count();
+            let start = load(&round.at_start, waiting + started);
+            match grant(&start, &load(&round.free, waiting), &sizes.seconds) {
+                Grant::Devices(count) => {
+                    let devices = take(&mut round.free, &id, count);
+                    round.started.push(model.clone());
+                    return Ok(Gang { node: id, devices, topology: sizes.topology(count) });
+                }
+                Grant::Needs(count) => needed = needed.min(count),
+            }
+            tried.push(id);
+        }
+        Err(needed)
+    }
+
+    /// Free devices of each node with the model. No group is larger than `most`, which is what the node in question
+    /// has: what another has beyond that does not count.
+    fn free_counts(&self, free: &Free, model: &str, most: usize) -> Vec<usize> {
+        let with_model = free.iter().filter(|(id, _)| self.has_model(id, model));
+        with_model.map(|(_, devices)| devices.len().min(most)).collect()
+    }
+
+    /// Predictions for a clip on each number of the node's devices.
+    fn forecast(&mut self, id: &NodeId, model: &Arc<str>, spec: &RenderSpec) -> Sizes {
+        let known = self.nodes.get(id).and_then(|node| Some((node, node.site?, node.models.get(model)?.shape)));
+        match (known, clip_shape(spec)) {
+            (Some((node, site, shape)), Some(clip)) => {
+                let devices = node.devices.len();
+                self.forecasts.sizes(&site, &shape, clip, devices)
+            }
+            _ => Sizes::default(),
+        }
+    }
+
+    /// Queued jobs, that do not wait for a moment after a failure, that the node could take.
+    fn waiting_for(&self, id: &NodeId) -> usize {
+        let Some(node) = self.nodes.get(id) else { return 0 };
+        let only_model = self.only_model();
+        let queues = self.queues.iter().filter(|(named, _)| {
+            named.as_ref().or(only_model.as_ref()).is_some_and(|model| node.models.contains_key(model))
+        });
+        queues.map(|(_, queue)| queue.len()).sum()
+    }
+
+    /// Free devices of nodes that are alive.
+    fn free_devices(&self) -> Free {
         let free_of = |node: &super::farm::Node| -> Vec<DeviceIndex> {
             let indices = node.devices.iter().enumerate().rev();
             indices.filter(|(_, device)| device.slot == Slot::Free).map(|(i, _)| DeviceIndex(i as u32)).collect()
@@ -99,15 +208,14 @@ impl Farm {
             .collect()
     }
 
-    /// Takes a device of the node with the model that has most free ones; of equals, the first by name.
-    fn take_free(&self, free: &mut BTreeMap<NodeId, Vec<DeviceIndex>>, model: &str) -> Option<(NodeId, DeviceIndex)> {
-        let has_model = |id: &NodeId| self.nodes.get(id).is_some_and(|node| node.models.contains_key(model));
-        let (id, devices) = free
-            .iter_mut()
-            .filter(|(id, devices)| !devices.is_empty() && has_model(id))
-            .rev() // because the last of equals wins
-            .max_by_key(|(_, devices)| devices.len())?;
-        Some((id.clone(), devices.pop()?))
+    /// The node with the model that has most free devices, but for those `tried`; of equals, the first by name.
+    fn most_free(&self, free: &Free, model: &str, tried: &[NodeId]) -> Option<NodeId> {
+        let possible = free.iter().filter(|(id, _)| self.has_model(id, model) && !tried.contains(id));
+        possible.min_by_key(|(_, devices)| Reverse(devices.len())).map(|(id, _)| id.clone())
+    }
+
+    fn has_model(&self, id: &NodeId, model: &str) -> bool {
+        self.nodes.get(id).is_some_and(|node| node.models.contains_key(model))
     }
 
     /// The name of the only registered model, if there is exactly one.
@@ -117,31 +225,38 @@ impl Farm {
         names.all(|name| name == first).then(|| first.clone())
     }
 
-    /// Grants the lease. False if the request does not fit the model's defaults: then the job has failed.
-    fn start(&mut self, assignment: Assignment, loaded: LoadedRequest, fx: &mut Effects) -> bool {
-        let Assignment { job: id, node: node_id, device, model } = assignment;
+    fn resolve(&self, loaded: &LoadedRequest, node: &NodeId, model: &str) -> Result<RenderSpec, String> {
+        let registered = self.nodes.get(node).and_then(|node| node.models.get(model));
+        let defaults = &registered.ok_or_else(|| format!("node {node} does not have it"))?.defaults;
+        RenderSpec::resolve(&loaded.request, defaults, loaded.seed).map_err(|error| error.to_string())
+    }
+
+    /// The job fails before any attempt at it.
+    fn reject(&mut self, id: JobId, reason: String, fx: &mut Effects) {
+        fx.log(id, None, format!("failed: {reason}"));
+        fx.changes.push(Change::Failed { job: id, reason });
+        self.forget(id);
+    }
+
+    /// Grants the lease. False if nothing has changed.
+    fn start(&mut self, id: JobId, model: Arc<str>, spec: &RenderSpec, gang: Gang, fx: &mut Effects) -> bool {
+        let Gang { node: node_id, devices, topology } = gang;
         let now = self.now;
-        let (Some(job), Some(node)) = (self.jobs.get(&id), self.nodes.get_mut(&node_id)) else { return true };
-        let Some(registered) = node.models.get(&model) else { return true };
-        let spec = RenderSpec::resolve(&loaded.request, &registered.defaults, loaded.seed)
-            .map_err(|error| error.to_string())
-            .and_then(|spec| serde_json::to_string(&spec).map_err(|error| error.to_string()));
-        let spec_json = match spec {
+        let spec_json = match serde_json::to_string(spec) {
             Ok(spec_json) => spec_json,
             Err(error) => {
-                let reason = format!("does not fit model {model}: {error}");
-                fx.log(id, None, format!("failed: {reason}"));
-                fx.changes.push(Change::Failed { job: id, reason });
-                self.forget(id);
-                return false;
+                self.reject(id, format!("cannot be sent: {error}"), fx);
+                return true;
             }
         };
+        let (Some(job), Some(node)) = (self.jobs.get(&id), self.nodes.get_mut(&node_id)) else { return false };
+        let Some(registered) = node.models.get(&model) else { return false };
         let attempt = AttemptNo(job.attempt.0 + 1);
         let key = AttemptKey { job: id, attempt, epoch: self.epoch };
-        let devices = vec![device];
         let start = Box::new(StartAttempt {
             key,
             devices: devices.clone(),
+            topology,
             model: model.to_string(),
             model_hash: registered.hash.clone(),
             spec_json,
@@ -165,8 +280,23 @@ impl Farm {
             }));
         }
         fx.changes.push(Change::Started { start: start.clone(), node: node_id.clone(), boot });
-        fx.log(id, Some(attempt), format!("started on node {node_id}, device {}", devices_text(&devices)));
+        let on = match devices.len() {
+            1 => format!("device {}", devices_text(&devices)),
+            _ => format!("devices {}, {topology}", devices_text(&devices)),
+        };
+        fx.log(id, Some(attempt), format!("started on node {node_id}, {on}"));
         fx.send(&node_id, boot, ToNode::Start(start));
         true
     }
+}
+
+/// Takes `count` devices of a node, or all if it has fewer, the lowest first.
+fn take(free: &mut Free, node: &NodeId, count: usize) -> Vec<DeviceIndex> {
+    let Some(devices) = free.get_mut(node) else { return Vec::new() };
+    let mut taken = devices.split_off(devices.len().saturating_sub(count));
+    taken.reverse();
+    if devices.is_empty() {
+        free.remove(node);
+    }
+    taken
 }

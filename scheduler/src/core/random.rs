@@ -21,6 +21,8 @@ enum Step {
         node: u8,
         boot: u8,
         devices: usize,
+        /// Whether it says how fast they are, so that clips may be rendered by several.
+        rated: bool,
         models: u8,
         running: u32,
     },
@@ -66,8 +68,10 @@ enum Step {
 fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
         4 => (-1..2i32, any::<u8>()).prop_map(|(priority, model)| Step::Submit { priority, model }),
-        4 => (0..3u8, 0..5u8, 0..4usize, any::<u8>(), any::<u32>()).prop_map(
-            |(node, boot, devices, models, running)| Step::Register { node, boot, devices, models, running }
+        4 => (0..3u8, 0..5u8, 0..6usize, any::<bool>(), any::<u8>(), any::<u32>()).prop_map(
+            |(node, boot, devices, rated, models, running)| {
+                Step::Register { node, boot, devices, rated, models, running }
+            }
         ),
         3 => (0..3u8, 0..5u8, any::<u32>()).prop_map(|(node, boot, listed)| Step::Heartbeat { node, boot, listed }),
         2 => (0..3u8, 0..5u8, any::<usize>(), any::<u8>(), 1..3u8)
@@ -100,9 +104,9 @@ impl Run {
                 let n = self.jobs.len() as u64 + 1;
                 self.jobs.push(world.submit(n, priority, model));
             }
-            Step::Register { node, boot: b, devices, models, running } => {
+            Step::Register { node, boot: b, devices, rated, models, running } => {
                 let models: &[&str] = [&["m"][..], &["n"], &["m", "n"], &[]][models as usize % 4];
-                let mut registration = registration(devices, models);
+                let mut registration = if rated { team(devices, models) } else { registration(devices, models) };
                 registration.running = subset(&world.started, running).into_iter().map(listed).collect();
                 world.register(NODES[node as usize], boot(b.into()), registration);
             }
@@ -201,7 +205,7 @@ proptest! {
         // Whatever happened, a healthy node finishes what is left.
         let healthy = boot(99);
         run.world.pass(Duration::from_secs(120));
-        run.world.register("z", healthy, registration(2, &["m", "n"]));
+        run.world.register("z", healthy, team(3, &["m", "n"]));
         for _ in 0..10 * run.jobs.len() + 10 {
             let mine: Vec<AttemptKey> = run.world.started.iter().filter(|(.., b)| *b == healthy).map(|(key, ..)| *key)
                 .filter(|key| run.world.farm.lease(key).is_some()).collect();

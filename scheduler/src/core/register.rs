@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
 use farm_core::id::{BootId, NodeId};
+use farm_core::parallel::cost::{ModelShape, Site};
 use farm_core::wire::to_node::ToNode;
 use farm_core::wire::to_scheduler::Registration;
 
@@ -13,11 +14,19 @@ use super::farm::{Confirmation, Device, Farm, Node, NodeModel, Phase, Slot};
 const MAX_NAME: usize = 128;
 const MAX_DEVICES: usize = 256;
 const MAX_MODELS: usize = 256;
+/// Larger than any width of a network or number of its layers.
+const MAX_MODEL_SIZE: usize = 1 << 20;
+
+/// What a registration says, read and checked.
+struct Admitted {
+    site: Option<Site>,
+    models: BTreeMap<Arc<str>, NodeModel>,
+}
 
 impl Farm {
     pub(super) fn on_register(&mut self, id: NodeId, boot: BootId, registration: Registration, fx: &mut Effects) {
-        let models = match self.admit(&id, boot, &registration) {
-            Ok(models) => models,
+        let Admitted { site, models } = match self.admit(&id, boot, &registration) {
+            Ok(admitted) => admitted,
             Err(reason) => {
                 fx.note(format!("node {} is refused: {reason}", id.0.escape_debug()));
                 return fx.send(&id, boot, ToNode::Refused { reason });
@@ -40,6 +49,7 @@ impl Farm {
             boot,
             version: registration.version,
             devices,
+            site,
             models,
             last_seen: self.now,
             session_closed: None,
@@ -91,13 +101,8 @@ impl Farm {
         }
     }
 
-    /// The registered models, or why the node may not join.
-    fn admit(
-        &self,
-        id: &NodeId,
-        boot: BootId,
-        registration: &Registration,
-    ) -> Result<BTreeMap<Arc<str>, NodeModel>, String> {
+    /// What the node brings, or why it may not join.
+    fn admit(&self, id: &NodeId, boot: BootId, registration: &Registration) -> Result<Admitted, String> {
         check_name("node name", &id.0)?;
         if registration.store != self.store {
             return Err(format!(
@@ -118,7 +123,8 @@ impl Farm {
         {
             return Err(format!("node {id} is already joined by another process that is alive; choose another --name"));
         }
-        self.admit_models(id, registration)
+        let site = registration.site_json.as_deref().map(read_site).transpose()?;
+        Ok(Admitted { site, models: self.admit_models(id, registration)? })
     }
 
     fn admit_models(&self, id: &NodeId, registration: &Registration) -> Result<BTreeMap<Arc<str>, NodeModel>, String> {
@@ -146,9 +152,27 @@ impl Farm {
             }
             let defaults = serde_json::from_str(&model.defaults_json)
                 .map_err(|error| format!("generation defaults of model {} do not parse: {error}", model.name))?;
-            models.insert(Arc::from(model.name.as_str()), NodeModel { hash: model.hash.clone(), defaults });
+            let shape =
+                read_shape(&model.shape_json).map_err(|error| format!("shape of model {}: {error}", model.name))?;
+            models.insert(Arc::from(model.name.as_str()), NodeModel { hash: model.hash.clone(), defaults, shape });
         }
         Ok(models)
+    }
+}
+
+/// Rates that predict nothing sensible are not noticed here: a prediction that is no time is none.
+fn read_site(json: &str) -> Result<Site, String> {
+    serde_json::from_str(json).map_err(|error| format!("rates of the devices do not parse: {error}"))
+}
+
+/// Sizes that the arithmetic of predictions can take.
+fn read_shape(json: &str) -> Result<ModelShape, String> {
+    let shape: ModelShape = serde_json::from_str(json).map_err(|error| format!("it does not parse: {error}"))?;
+    let ModelShape { layers, heads, head_dim, hidden_x, hidden_y, ffn_x, ffn_y, text_dim, time_dim, channels } = shape;
+    let sizes = [layers, heads, head_dim, hidden_x, hidden_y, ffn_x, ffn_y, text_dim, time_dim, channels];
+    match sizes.into_iter().find(|size| !(1..=MAX_MODEL_SIZE).contains(size)) {
+        Some(size) => Err(format!("a size of {size} is not in 1..={MAX_MODEL_SIZE}")),
+        None => Ok(shape),
     }
 }
 

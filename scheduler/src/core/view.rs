@@ -98,14 +98,17 @@ impl Farm {
                 let seconds = until.since(self.now).as_secs_f64().ceil() as u64;
                 Some(WaitReason::Delayed { seconds, cause: cause.to_string() })
             }
-            Phase::Waiting => Some(self.model_wait_reason(job.model.as_deref())),
+            Phase::Waiting => Some(match self.short.get(&id) {
+                Some(&devices) => WaitReason::Short { devices },
+                None => self.model_wait_reason(job.model.as_deref()),
+            }),
         }
     }
 
     /// Why jobs that name this model cannot start at all, if they cannot.
     pub fn cannot_start(&self, named: Option<&str>) -> Option<WaitReason> {
         match self.model_wait_reason(named) {
-            WaitReason::Busy { .. } => None,
+            WaitReason::Busy { .. } | WaitReason::Short { .. } => None,
             reason => Some(reason),
         }
     }
@@ -133,10 +136,26 @@ impl Farm {
 #[derive(Clone, Debug, PartialEq)]
 pub enum WaitReason {
     NoModel,
-    UnknownModel { name: String, registered: Vec<String> },
-    Ambiguous { registered: Vec<String> },
-    Delayed { seconds: u64, cause: String },
-    Busy { model: String, devices: usize, silent: usize },
+    UnknownModel {
+        name: String,
+        registered: Vec<String>,
+    },
+    Ambiguous {
+        registered: Vec<String>,
+    },
+    Delayed {
+        seconds: u64,
+        cause: String,
+    },
+    Busy {
+        model: String,
+        devices: usize,
+        silent: usize,
+    },
+    /// It needs so many devices of one node.
+    Short {
+        devices: usize,
+    },
 }
 
 impl fmt::Display for WaitReason {
@@ -155,6 +174,7 @@ impl fmt::Display for WaitReason {
                 registered.join(", ")
             ),
             Self::Delayed { seconds, cause } => write!(f, "tries again in {seconds} s after a failure: {cause}"),
+            Self::Short { devices } => write!(f, "needs {devices} devices of one node at once; they are kept for it"),
             Self::Busy { model, devices, silent: 0 } => {
                 write!(f, "all {devices} devices with model {model} are busy")
             }

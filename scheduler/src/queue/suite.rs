@@ -5,6 +5,7 @@ use std::sync::Arc;
 use farm_core::api::SubmissionReply;
 use farm_core::id::{AttemptKey, AttemptNo, BootId, DeviceIndex, Epoch, JobId, NodeId, SubmissionId};
 use farm_core::job::state::{FailureKind, JobState};
+use farm_core::parallel::topology::Topology;
 use farm_core::wire::to_node::StartAttempt;
 use futures::future::BoxFuture;
 use jiff::Timestamp;
@@ -108,7 +109,8 @@ fn started(key: AttemptKey) -> Change {
     Change::Started {
         start: Box::new(StartAttempt {
             key,
-            devices: vec![DeviceIndex(1)],
+            devices: vec![DeviceIndex(1), DeviceIndex(3)],
+            topology: Topology::new(2, 1, 1).unwrap(),
             model: "m".to_owned(),
             model_hash: "h".to_owned(),
             spec_json: "{}".to_owned(),
@@ -257,6 +259,7 @@ async fn a_job_passes_through_its_states(opener: &dyn Opener) {
     let outcomes: Vec<_> = attempts.iter().map(|a| (a.attempt.0, a.outcome.as_str(), a.started, a.ended)).collect();
     assert_eq!(outcomes, [(1, "node_lost", at(10), Some(at(20))), (2, "aborted", at(30), Some(at(40)))]);
     assert_eq!(attempts[0].message.as_deref(), Some("gone"));
+    assert_eq!(attempts[0].devices, [DeviceIndex(1), DeviceIndex(3)]);
     store.apply(epoch, &[Change::Retried { job }], at(50)).await.unwrap();
     let (state, live) = store.live_job(job).await.unwrap().unwrap();
     assert_eq!((state, live.attempt, live.losses, live.running), (JobState::Queued, AttemptNo(2), 0, None));
@@ -299,7 +302,7 @@ async fn live_jobs_are_what_a_restart_needs(opener: &dyn Opener) {
     let attempt = live[0].running.clone().unwrap();
     assert_eq!(
         (attempt.key, attempt.devices, attempt.boot),
-        (running, vec![DeviceIndex(1)], BootId(Uuid::from_u128(7)))
+        (running, vec![DeviceIndex(1), DeviceIndex(3)], BootId(Uuid::from_u128(7)))
     );
     assert_eq!(live[1].running, None);
     let requests = store.requests(&[jobs[2], jobs[1]]).await.unwrap();

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use farm_core::api::{CommitSubmission, JobResult, OpenSubmission, PAGE_BYTES, StageSeconds, SubmissionOpened};
 use farm_core::id::{AttemptKey, BootId, Epoch, NodeId, SubmissionId};
 use farm_core::job::spec::{GenerationDefaults, RenderSpec};
+use farm_core::parallel::cost::ModelShape;
 use farm_core::store::artifact::ArtifactStore;
 use farm_core::store::key;
 use farm_core::wire::cluster::ClusterError;
@@ -129,10 +130,12 @@ pub fn registration(devices: usize, models: &[&str], store: &str) -> Registratio
         name: name.to_string(),
         hash: format!("hash-of-{name}"),
         defaults_json: defaults_json.clone(),
+        shape_json: serde_json::to_string(&ModelShape::mochi1()).unwrap(),
     };
     Registration {
         version: "test".to_owned(),
         devices: (0..devices).map(|n| DeviceInfo { name: format!("cpu {n}") }).collect(),
+        site_json: None,
         models: models.iter().map(model).collect(),
         store: store.to_owned(),
         running: Vec::new(),
@@ -195,6 +198,8 @@ pub fn completed(start: &StartAttempt, bytes: u64) -> AttemptOutcome {
         attempt: start.key.attempt,
         epoch: start.key.epoch,
         node: NodeId("a".to_owned()),
+        devices: start.devices.clone(),
+        topology: start.topology,
         clip: key::clip(start.key.job, start.key.attempt),
         clip_bytes: bytes,
         clip_sha256: "ab".repeat(32),

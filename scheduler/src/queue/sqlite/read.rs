@@ -127,7 +127,7 @@ impl SqliteQueue {
 
     pub(super) async fn read_attempts(&self, job: JobId) -> Result<Vec<AttemptView>, QueueError> {
         let rows = query(
-            "SELECT attempt, epoch, node, started, ended, outcome, message FROM attempts \
+            "SELECT attempt, epoch, node, devices, started, ended, outcome, message FROM attempts \
              WHERE job = (SELECT seq FROM jobs WHERE id = ?) ORDER BY attempt",
         )
         .bind(job.to_string())
@@ -139,6 +139,7 @@ impl SqliteQueue {
                     attempt: get_attempt(row, "attempt")?,
                     epoch: Epoch(get_u64(row, "epoch")?),
                     node: NodeId(row.try_get("node")?),
+                    devices: get_json(row, "devices")?,
                     started: get_time(row, "started")?,
                     ended: get_optional_time(row, "ended")?,
                     outcome: row.try_get("outcome")?,
