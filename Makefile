@@ -30,7 +30,6 @@ alone:
 	cargo check --locked -p farmctl
 	cargo check --locked -p farm-scheduler
 	cargo check --locked -p farm-node --no-default-features
-	cargo check --locked -p farm-core --features cuda
 
 # What `make test` does a few times, many times: a group of four processes loses a rank, fifty times. Takes root.
 chaos: setup

@@ -1,10 +1,12 @@
 //! Which devices of this machine a command uses.
 
 use std::num::NonZeroUsize;
+use std::path::Path;
 use std::str::FromStr;
 
-use farm_core::parallel::cost::devices::DevicesError;
-use farm_core::parallel::cost::{self, DeviceRates, Site};
+use anyhow::Context;
+use farm_core::parallel::cost::Site;
+use farm_core::parallel::cost::devices::Devices as Rates;
 
 /// More devices than this on one node is a typing error.
 const MAX_DEVICES: usize = 256;
@@ -34,19 +36,53 @@ impl Devices {
     }
 }
 
-/// Rates of devices of `threads` compute threads each: of one process, or of one process each on hosts of their own.
-pub fn cpu_site(threads: usize, processes: bool) -> Result<Site, DevicesError> {
-    let known = cost::devices::Devices::embedded()?;
-    let one = known.device("cpu")?;
-    let times = threads as f64;
-    let device = DeviceRates {
-        linear: one.linear * times,
-        attention: one.attention * times,
-        bandwidth: one.bandwidth * times,
-        ..one
-    };
-    let site = Site::one_host(device, known.link("local")?);
-    Ok(if processes { Site { between: known.link("10gbe")?, devices_per_host: 1, ..site } } else { site })
+/// Names that `farm-node calibrate` gives to what it measures.
+pub const CALIBRATED_CPU: &str = "cpu-here";
+pub const CALIBRATED_LOCAL: &str = "local-here";
+pub const CALIBRATED_TCP: &str = "tcp-here";
+
+/// Where ranks are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Placing {
+    /// Threads of one process.
+    Threads,
+    /// One process each, on hosts of their own.
+    Processes,
+}
+
+impl Devices {
+    /// Rates of these devices with `threads` compute threads each: those of a file that `farm-node calibrate` has
+    /// written here, or typical ones. The machine's memory is divided among them.
+    pub fn site(self, threads: usize, placing: Placing, calibrated: Option<&Path>) -> anyhow::Result<Site> {
+        let (mut device, inside, between) = match calibrated {
+            Some(file) => {
+                let known = Rates::with_file(file)?;
+                (known.device(CALIBRATED_CPU)?, known.link(CALIBRATED_LOCAL)?, known.link(CALIBRATED_TCP)?)
+            }
+            None => {
+                let known = Rates::embedded()?;
+                let mut device = known.device("cpu")?;
+                for rate in [&mut device.linear, &mut device.attention, &mut device.bandwidth] {
+                    *rate *= threads as f64;
+                }
+                (device, known.link("local")?, known.link("10gbe")?)
+            }
+        };
+        device.memory = memory_bytes()? / self.cpus as f64;
+        let site = Site::one_host(device, inside);
+        Ok(match placing {
+            Placing::Threads => site,
+            Placing::Processes => Site { between, devices_per_host: 1, ..site },
+        })
+    }
+}
+
+/// Of this machine.
+fn memory_bytes() -> anyhow::Result<f64> {
+    let text = std::fs::read_to_string("/proc/meminfo").context("the size of the memory is read from /proc")?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:")).context("/proc/meminfo has no MemTotal")?;
+    let kib: f64 = line.trim().trim_end_matches(" kB").parse().with_context(|| format!("MemTotal is {line:?}"))?;
+    Ok(1024.0 * kib)
 }
 
 #[cfg(test)]

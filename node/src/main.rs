@@ -30,7 +30,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Render one clip here, without a farm
-    Render(command::render::Args),
+    Render(Box<command::render::Args>),
     /// Lend this machine's devices to a farm
     Join(command::join::Args),
     /// Inspect a checkpoint, compare it with reference tensors, tokenize
@@ -45,7 +45,7 @@ enum Command {
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
-        Command::Render(args) => command::render::run(args),
+        Command::Render(args) => command::render::run(*args),
         Command::Join(args) => command::join::run(args),
         Command::Model(args) => command::model::run(args),
         Command::Bench(args) => command::bench::run(args),

@@ -20,7 +20,7 @@ use farm_core::model::weights::checkpoint::Checkpoint;
 use farm_core::parallel::cost::devices::{DeviceEntry, Devices as Rates, LinkEntry};
 use farm_core::parallel::cost::{ClipShape, ModelShape};
 
-use crate::devices::Devices;
+use crate::devices::{CALIBRATED_CPU, CALIBRATED_LOCAL, CALIBRATED_TCP, Devices};
 
 /// Rows of a product, and rows of keys, at most: as fast per value as more of them, and quick.
 const MAX_ROWS: usize = 256;
@@ -87,8 +87,8 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     );
     let rates = Rates {
         defaults: None,
-        device: BTreeMap::from([("cpu-here".into(), device)]),
-        link: BTreeMap::from([("local-here".into(), local), ("tcp-here".into(), tcp)]),
+        device: BTreeMap::from([(CALIBRATED_CPU.into(), device)]),
+        link: BTreeMap::from([(CALIBRATED_LOCAL.into(), local), (CALIBRATED_TCP.into(), tcp)]),
     };
     let text = toml::to_string(&rates)?;
     match &args.out {

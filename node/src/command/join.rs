@@ -22,7 +22,7 @@ use uuid::Uuid;
 use crate::attempt::Workshop;
 use crate::cpu_device::CpuDevice;
 use crate::device_thread::DeviceHandle;
-use crate::devices::{self, Devices};
+use crate::devices::{Devices, Placing};
 use crate::encode;
 use crate::models::ModelShelf;
 use crate::root::{self, Root, RootMessage};
@@ -60,6 +60,10 @@ pub struct Args {
     /// Steps between two checkpoints of a latent, from which another node goes on if this one is lost; 0 for none
     #[arg(long, value_name = "K", default_value_t = 8)]
     pub checkpoint_steps: u32,
+    /// Rates that `farm-node calibrate` has measured here: they decide on how many devices a clip is rendered
+    /// [default: typical ones]
+    #[arg(long, value_name = "FILE")]
+    pub devices_file: Option<PathBuf>,
     /// Folder for clips on their way to the store [default: one in the system's temporary folder]
     #[arg(long, value_name = "DIR")]
     pub data: Option<PathBuf>,
@@ -210,7 +214,7 @@ async fn prepare(args: Args) -> anyhow::Result<Prepared> {
     let data = args.data.unwrap_or_else(|| std::env::temp_dir().join(format!("farm-node-{name}")));
     let scratch = Arc::new(Scratch::open(&data)?);
     let threads = args.devices.threads(args.threads);
-    let mut site = devices::cpu_site(threads, false)?;
+    let mut site = args.devices.site(threads, Placing::Threads, args.devices_file.as_deref())?;
     // The weights are in memory when the node joins, and a clip that has no room beside them has none on any number of
     // these devices.
     site.device.memory = f64::MAX;

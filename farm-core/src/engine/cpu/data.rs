@@ -62,8 +62,8 @@ impl Transfer for Tensor {
 /// Row-major f32, little endian.
 pub(super) fn to_bytes(x: &Tensor) -> Result<Vec<u8>> {
     let values = slice("to_bytes", x)?;
-    let mut bytes = Vec::with_capacity(4 * values.len());
-    values.iter().for_each(|value| bytes.extend_from_slice(&value.to_le_bytes()));
+    let mut bytes = vec![0; 4 * values.len()];
+    bytes.as_chunks_mut().0.iter_mut().zip(&values[..]).for_each(|(bytes, value)| *bytes = value.to_le_bytes());
     Ok(bytes)
 }
 

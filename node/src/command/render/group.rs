@@ -21,7 +21,7 @@ use farm_core::parallel::group::RankGroup;
 use farm_core::parallel::topology::Topology;
 
 use crate::command::plan::Degrees;
-use crate::devices::{Devices, cpu_site};
+use crate::devices::{Devices, Placing};
 
 /// What a group waits for its last member to be started.
 const FORMING: Duration = Duration::from_secs(120);
@@ -36,6 +36,9 @@ pub struct GroupArgs {
     pub devices: Devices,
     #[command(flatten)]
     degrees: Degrees,
+    /// Rates that `farm-node calibrate` has measured here, to choose degrees by [default: typical ones]
+    #[arg(long, value_name = "FILE")]
+    devices_file: Option<PathBuf>,
     /// This process is one rank of a group of processes, and the first of them writes the clip
     #[arg(long, value_name = "R", requires_all = ["world", "peers"], conflicts_with = "devices")]
     pub rank: Option<usize>,
@@ -87,7 +90,8 @@ impl GroupArgs {
             spec.num_inference_steps,
             [&spec.prompt, &spec.negative_prompt].map(|text| if text.is_empty() { 0 } else { TYPICAL_TEXT }),
         )?;
-        let site = cpu_site(threads, self.rank.is_some())?;
+        let placing = if self.rank.is_some() { Placing::Processes } else { Placing::Threads };
+        let site = self.devices.site(threads, placing, self.devices_file.as_deref())?;
         let all = cost::candidates(&model.shape(), &clip, &site, world, self.degrees.into())?;
         let best = cost::choose(&all).context("no way to spread the clip")?;
         Ok((best.topology, best.shard))
