@@ -2,9 +2,8 @@
 //!
 //! All mixing over time is in the causal convolutions, each of which looks back two frames; norms are per frame. So a
 //! [`DecodeStream`] that keeps the last two input frames of every convolution gives, chunk by chunk, the frames of the
-//! whole decode, and its memory does not grow with their number. (To the bit, unless a chunk is so small that the engine
-//! sums a linear layer of it in another order: on the CPU, 256 results or fewer.) The first chunk of `m` latents gives `6(m − 1) + 1`
-//! frames, every later one `6m` (6 being the product of the temporal expansions): an up stage drops its first
+//! whole decode to the bit, and its memory does not grow with their number. The first chunk of `m` latents gives
+//! `6(m − 1) + 1` frames, every later one `6m` (6 being the product of the temporal expansions): an up stage drops its first
 //! `expansion − 1` frames, but of the clip, not of a chunk.
 
 use crate::engine::{ConvCache, Engine, SequenceOps};
