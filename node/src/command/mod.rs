@@ -6,3 +6,20 @@ pub mod join;
 pub mod model;
 pub mod plan;
 pub mod render;
+
+/// The size of a clip, as far as a command says it.
+#[derive(clap::Args)]
+pub struct ClipSize {
+    /// Pixels, a multiple of 16 [default: the checkpoint's]
+    #[arg(long)]
+    pub width: Option<u32>,
+    /// Pixels, a multiple of 16 [default: the checkpoint's]
+    #[arg(long)]
+    pub height: Option<u32>,
+    /// 6k+1 [default: the checkpoint's]
+    #[arg(long)]
+    pub num_frames: Option<u32>,
+    /// Denoising steps [default: the checkpoint's]
+    #[arg(long)]
+    pub steps: Option<u32>,
+}

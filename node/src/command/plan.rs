@@ -12,6 +12,8 @@ use farm_core::parallel::cost::devices::Devices;
 use farm_core::parallel::cost::shape::MAX_TEXT_TOKENS;
 use farm_core::parallel::cost::{Candidate, ClipShape, ModelShape, Overrides, Site, candidates};
 
+use super::ClipSize;
+
 #[derive(clap::Args)]
 pub struct Args {
     /// Number of devices
@@ -35,18 +37,8 @@ pub struct Args {
     /// Checkpoint folder [default: sizes of the published model]
     #[arg(long, value_name = "DIR")]
     pub model: Option<PathBuf>,
-    /// Pixels, a multiple of 16 [default: the checkpoint's]
-    #[arg(long)]
-    pub width: Option<u32>,
-    /// Pixels, a multiple of 16 [default: the checkpoint's]
-    #[arg(long)]
-    pub height: Option<u32>,
-    /// 6k+1 [default: the checkpoint's]
-    #[arg(long)]
-    pub num_frames: Option<u32>,
-    /// Denoising steps [default: the checkpoint's]
-    #[arg(long)]
-    pub steps: Option<u32>,
+    #[command(flatten)]
+    pub size: ClipSize,
     /// Text tokens of the prompt, its end mark among them; there is no negative prompt
     #[arg(long, value_name = "N", default_value_t = MAX_TEXT_TOKENS)]
     pub text_tokens: usize,
@@ -90,9 +82,9 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
             (dit.config().shape(), checkpoint.generation_defaults().clone())
         }
     };
-    let (width, height) = (args.width.unwrap_or(defaults.width), args.height.unwrap_or(defaults.height));
-    let num_frames = args.num_frames.unwrap_or(defaults.num_frames);
-    let steps = args.steps.unwrap_or(defaults.num_inference_steps);
+    let (width, height) = (args.size.width.unwrap_or(defaults.width), args.size.height.unwrap_or(defaults.height));
+    let num_frames = args.size.num_frames.unwrap_or(defaults.num_frames);
+    let steps = args.size.steps.unwrap_or(defaults.num_inference_steps);
     let text = args.text_tokens;
     ensure!((1..=MAX_TEXT_TOKENS).contains(&text), "--text-tokens {text} is not in 1..={MAX_TEXT_TOKENS}");
     let clip = ClipShape::new(width, height, num_frames, steps, [text, 0])?;

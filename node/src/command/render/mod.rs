@@ -26,6 +26,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use self::group::{Clip, Follower};
 use self::resume::{Identity, Saved};
+use crate::command::ClipSize;
 use crate::encode::{self, FrameSink, Mp4Sink, RawSink};
 
 #[derive(clap::Args)]
@@ -42,18 +43,8 @@ pub struct Args {
     /// Where the clip goes: .mp4, .rgb (raw RGB24 frames) or .safetensors (the final latent)
     #[arg(long, value_name = "FILE", required_unless_present = "rank")]
     pub out: Option<PathBuf>,
-    /// Pixels, a multiple of 16 [default: the checkpoint's]
-    #[arg(long)]
-    pub width: Option<u32>,
-    /// Pixels, a multiple of 16 [default: the checkpoint's]
-    #[arg(long)]
-    pub height: Option<u32>,
-    /// 6k+1 [default: the checkpoint's]
-    #[arg(long)]
-    pub num_frames: Option<u32>,
-    /// Denoising steps [default: the checkpoint's]
-    #[arg(long)]
-    pub steps: Option<u32>,
+    #[command(flatten)]
+    pub size: ClipSize,
     /// A number, or one number per step, separated by commas [default: the checkpoint's]
     #[arg(long, value_parser = parse_guidance)]
     pub guidance_scale: Option<GuidanceScale>,
@@ -229,10 +220,10 @@ fn request(args: &Args) -> RenderRequest {
     RenderRequest {
         prompt: args.prompt.clone(),
         negative_prompt: Some(args.negative_prompt.clone()),
-        width: args.width,
-        height: args.height,
-        num_frames: args.num_frames,
-        num_inference_steps: args.steps,
+        width: args.size.width,
+        height: args.size.height,
+        num_frames: args.size.num_frames,
+        num_inference_steps: args.size.steps,
         guidance_scale: args.guidance_scale.clone(),
         seed: args.seed,
         id: None,
