@@ -95,6 +95,29 @@ fn a_request_that_cannot_be_rendered_is_refused_and_leaves_nothing() {
 }
 
 #[test]
+fn a_group_that_cannot_be_is_refused_with_what_is_wrong() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("clip.rgb");
+    let peers = "127.0.0.1:9,127.0.0.1:10";
+    for (arguments, reason) in [
+        (&["--devices", "cpu:4", "--cfg", "2", "--ring", "1", "--ulysses", "3"][..], "needs 6 devices, there are 4"),
+        (&["--devices", "cpu:2", "--ring", "0"], "degree of 0"),
+        (&["--devices", "cpu:3", "--cfg", "3"], "1 or 2"),
+        (&["--devices", "cpu:13", "--ulysses", "13"], "13 ulysses ranks share 12 heads"),
+        (&["--devices", "cpu:33", "--ring", "33", "--cfg", "1"], "33 sequence ranks share 32 tokens"),
+        (&["--devices", "cpu:65"], "more than 64 ranks"),
+        (&["--rank", "2", "--world", "2", "--peers", peers, "--seed", "1"], "leave"),
+        (&["--rank", "0", "--world", "3", "--peers", peers, "--seed", "1"], "2 addresses for --world 3"),
+        (&["--rank", "0", "--world", "2", "--peers", peers], "same --seed"),
+    ] {
+        let output = render(&out, arguments);
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.code() == Some(1) && error.contains(reason), "{arguments:?}: {error}");
+        assert!(!out.exists());
+    }
+}
+
+#[test]
 fn an_inspected_checkpoint_lists_every_tensor() {
     let output = farm_node(&["model", "inspect", "assets/mochi-tiny", "--json"]);
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
