@@ -221,11 +221,6 @@ impl<T: Clone> Group<T> {
         self.comm.start(vec![(self.members[to], message)], vec![(self.members[from], shape)])
     }
 
-    /// Ends the whole group, not only these members.
-    pub fn abort(&self, reason: &str) {
-        self.comm.abort(reason);
-    }
-
     fn others(&self) -> impl Iterator<Item = usize> + '_ {
         let own = self.members[self.me];
         self.members.iter().copied().filter(move |member| *member != own)
