@@ -6,6 +6,7 @@
 //! | plain | [`api`] | what `farmctl` and the scheduler say to each other over HTTP |
 //! | plain | [`wire`] | what the scheduler and the nodes say to each other; `wire::cluster` (`cluster`) carries it over ractor |
 //! | plain | [`parallel`] | how a clip is spread over a group of devices |
+//! | plain | [`tiles`] | how its decode is cut into tiles |
 //! | `store` | [`store`] | artifacts in object storage and the create-once result |
 //! | `model` | [`engine`], [`comm`], [`model`] | the operations of one device; messages between ranks; Mochi over both |
 //!
@@ -24,6 +25,7 @@ pub mod model;
 pub mod parallel;
 #[cfg(feature = "store")]
 pub mod store;
+pub mod tiles;
 pub mod wire;
 
 /// Version of the program, recorded in every result.

@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use farm_core::id::{AttemptNo, DeviceIndex, Epoch, JobId};
 use farm_core::job::spec::GenerationDefaults;
 use farm_core::parallel::topology::Topology;
+use farm_core::tiles::plan::Tiling;
 use uuid::Uuid;
 
 use super::*;
@@ -102,6 +103,7 @@ fn start(n: u32) -> StartAttempt {
         model: "tiny".into(),
         model_hash: "abc".into(),
         spec_json: serde_json::to_string(&spec).unwrap(),
+        tiling: Tiling::AUTO,
     }
 }
 
@@ -341,6 +343,7 @@ mod gang {
                 model: "tiny".into(),
                 model_hash: self.hash.clone(),
                 spec_json: serde_json::to_string(&spec).unwrap(),
+                tiling: Tiling::AUTO,
             }
         }
 

@@ -8,6 +8,7 @@ mod device_pool;
 mod device_thread;
 mod devices;
 mod encode;
+mod link;
 mod models;
 mod progress;
 mod root;

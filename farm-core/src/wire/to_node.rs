@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::id::{AttemptKey, DeviceIndex};
 use crate::parallel::topology::Topology;
+use crate::tiles::plan::Tiling;
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum ToNode {
@@ -19,6 +20,14 @@ pub enum ToNode {
     Start(Box<StartAttempt>),
     /// Stop the attempt and report nothing for it.
     Abort { key: AttemptKey, reason: String },
+    /// Answer to `WantHands`: of the attempt's own devices decode on `keep` and give the others back; `helpers` more,
+    /// of other nodes or of this one, have been told to join.
+    Hands { key: AttemptKey, round: u32, keep: Vec<DeviceIndex>, helpers: u32 },
+    /// Decode tiles of another attempt's clip on a device that is idle. Repeated until a heartbeat lists it; a repeat is
+    /// a no-op.
+    Help(Box<HelpDecode>),
+    /// Stop helping the attempt on this device.
+    Dismiss { key: AttemptKey, device: DeviceIndex },
     /// The report with this number is committed; drop it from the outbox.
     Acknowledged { report: u64 },
     /// Answer to every `Heartbeat`. ractor_cluster never notices a dead link, so a node that has not seen this for
@@ -42,4 +51,20 @@ pub struct StartAttempt {
     pub model_hash: String,
     /// The [`crate::job::spec::RenderSpec`] as JSON: it carries its own check, and bincode is positional.
     pub spec_json: String,
+    /// How the farm decodes clips.
+    pub tiling: Tiling,
+}
+
+/// A device lent to an attempt of a clip, on any node, for its decode. The attempt's node says which tiles.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct HelpDecode {
+    pub key: AttemptKey,
+    pub device: DeviceIndex,
+    pub model: String,
+    pub model_hash: String,
+    /// As [`StartAttempt::spec_json`].
+    pub spec_json: String,
+    /// Where the attempt's node lets hands join, and what they have to show for it.
+    pub url: String,
+    pub token: String,
 }

@@ -2,15 +2,19 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::id::{AttemptKey, AttemptNo};
+use crate::id::{AttemptKey, AttemptNo, DeviceIndex};
 use crate::job::state::{FailureKind, Progress};
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum ToScheduler {
     /// First message of a session, repeated until `Welcome` or `Refused`.
     Register(Registration),
-    /// Sent on a timer of its own, so that no device can delay it. Lists every attempt the node holds.
-    Heartbeat { running: Vec<RunningAttempt> },
+    /// Sent on a timer of its own, so that no device can delay it, and at once when a device is given back. Lists every
+    /// attempt that the node holds and every device that helps another's.
+    Heartbeat { running: Vec<RunningAttempt>, helping: Vec<Helping> },
+    /// The attempt's latent is finished and stored, and its decode has this many tiles: which devices may do it?
+    /// Repeated until `Hands` answers this round. Further rounds follow where all hands were lost.
+    WantHands { key: AttemptKey, round: u32, tiles: u32, url: String, token: String },
     /// The end of an attempt. Kept in the node's outbox and repeated until `Acknowledged`.
     Report { number: u64, report: AttemptReport },
     /// A line for the job's log. Best effort.
@@ -27,8 +31,24 @@ pub struct Registration {
     pub models: Vec<ModelInfo>,
     /// Where the node puts results; has to be the scheduler's own store.
     pub store: String,
+    /// What the devices are for.
+    pub roles: Roles,
     /// Attempts that survived a lost session or a scheduler restart.
     pub running: Vec<RunningAttempt>,
+    pub helping: Vec<Helping>,
+}
+
+/// What a node's devices are for; at least one of both.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Roles {
+    /// Clips are started here: text and denoising.
+    pub denoise: bool,
+    /// Tiles of any node's clips are decoded here.
+    pub decode: bool,
+}
+
+impl Roles {
+    pub const ALL: Self = Self { denoise: true, decode: true };
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -52,6 +72,15 @@ pub struct ModelInfo {
 pub struct RunningAttempt {
     pub key: AttemptKey,
     pub progress: Progress,
+    /// Devices of its lease that it has not given back.
+    pub devices: Vec<DeviceIndex>,
+}
+
+/// A device that decodes tiles for an attempt of any node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Helping {
+    pub key: AttemptKey,
+    pub device: DeviceIndex,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -6,12 +6,12 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use farm_core::id::{AttemptKey, BootId, Epoch};
+use farm_core::id::{AttemptKey, BootId, DeviceIndex, Epoch};
 use farm_core::job::state::FailureKind;
 use farm_core::wire::Envelope;
 use farm_core::wire::to_node::{SCHEDULER_SILENCE, StartAttempt, ToNode};
 use farm_core::wire::to_scheduler::{
-    AttemptOutcome, AttemptReport, DeviceInfo, ModelInfo, Registration, RunningAttempt, ToScheduler,
+    AttemptOutcome, AttemptReport, DeviceInfo, ModelInfo, Registration, Roles, RunningAttempt, ToScheduler,
 };
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -106,6 +106,8 @@ enum Link {
 struct Held {
     key: AttemptKey,
     progress: ProgressCell,
+    /// Devices of its lease that it has not given back.
+    devices: Vec<DeviceIndex>,
 }
 
 #[derive(Debug)]
@@ -258,6 +260,7 @@ impl Session {
                 // Also if it is unknown: its `Start` may still be on the way.
                 self.remember(key);
             }
+            ToNode::Hands { .. } | ToNode::Help(_) | ToNode::Dismiss { .. } => {}
             ToNode::Acknowledged { report } => self.outbox.retain(|pending| pending.number != report),
         }
     }
@@ -293,7 +296,7 @@ impl Session {
             return;
         }
         let progress = ProgressCell::new();
-        self.running.push(Held { key, progress: progress.clone() });
+        self.running.push(Held { key, progress: progress.clone(), devices: start.devices.clone() });
         out.push(Action::Start { start, progress });
     }
 
@@ -353,7 +356,7 @@ impl Session {
                 if now >= next_heartbeat {
                     // From now, not from the time it was due: after a pause one heartbeat is enough.
                     self.link = Link::Joined { peer, interval, next_heartbeat: now + interval, last_answer };
-                    out.push(Action::Send(ToScheduler::Heartbeat { running: self.held() }));
+                    out.push(Action::Send(ToScheduler::Heartbeat { running: self.held(), helping: Vec::new() }));
                 }
             }
             _ => {}
@@ -381,14 +384,27 @@ impl Session {
     fn registration(&self) -> ToScheduler {
         let Offer { devices, site_json, models, store } = self.offer.clone();
         let version = farm_core::VERSION.to_owned();
-        ToScheduler::Register(Registration { version, devices, site_json, models, store, running: self.held() })
+        ToScheduler::Register(Registration {
+            version,
+            devices,
+            site_json,
+            models,
+            store,
+            roles: Roles::ALL,
+            running: self.held(),
+            helping: Vec::new(),
+        })
     }
 
     /// Every attempt that is the node's business still: also those whose report is not acknowledged, or the scheduler
     /// would take them for lost between their end and their report.
     fn held(&self) -> Vec<RunningAttempt> {
         let unreported = self.outbox.iter().map(|pending| &pending.held);
-        let listed = |held: &Held| RunningAttempt { key: held.key, progress: held.progress.get() };
+        let listed = |held: &Held| RunningAttempt {
+            key: held.key,
+            progress: held.progress.get(),
+            devices: held.devices.clone(),
+        };
         self.running.iter().chain(unreported).map(listed).collect()
     }
 

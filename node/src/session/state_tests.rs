@@ -2,6 +2,7 @@ use super::*;
 
 use farm_core::id::{AttemptNo, DeviceIndex, JobId, NodeId};
 use farm_core::parallel::topology::Topology;
+use farm_core::tiles::plan::Tiling;
 use proptest::prelude::*;
 use uuid::Uuid;
 
@@ -101,6 +102,7 @@ fn start(n: u32) -> ToNode {
         model: "tiny".into(),
         model_hash: "00".into(),
         spec_json: "{}".into(),
+        tiling: Tiling::AUTO,
     }))
 }
 
@@ -118,7 +120,7 @@ fn reports(sent: &[ToScheduler]) -> Vec<u64> {
 
 fn listed(sent: &[ToScheduler]) -> Option<Vec<AttemptKey>> {
     sent.iter().rev().find_map(|message| match message {
-        ToScheduler::Heartbeat { running } => Some(running.iter().map(|attempt| attempt.key).collect()),
+        ToScheduler::Heartbeat { running, .. } => Some(running.iter().map(|attempt| attempt.key).collect()),
         _ => None,
     })
 }

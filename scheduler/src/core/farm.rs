@@ -251,7 +251,8 @@ impl Farm {
         known.session_closed = None;
         match registration {
             ToScheduler::Register(_) => {}
-            ToScheduler::Heartbeat { running } => {
+            ToScheduler::WantHands { .. } => {}
+            ToScheduler::Heartbeat { running, .. } => {
                 fx.send(&node, boot, ToNode::HeartbeatSeen);
                 if seq > known.heartbeat {
                     known.heartbeat = seq;

@@ -14,7 +14,7 @@ use farm_core::store::key;
 use farm_core::wire::Envelope;
 use farm_core::wire::to_node::{StartAttempt, ToNode};
 use farm_core::wire::to_scheduler::{
-    AttemptOutcome, AttemptReport, DeviceInfo, ModelInfo, Registration, RunningAttempt, ToScheduler,
+    AttemptOutcome, AttemptReport, DeviceInfo, ModelInfo, Registration, Roles, RunningAttempt, ToScheduler,
 };
 use uuid::Uuid;
 
@@ -90,12 +90,18 @@ pub fn registration(devices: usize, models: &[&str]) -> Registration {
         site_json: None,
         models: models.iter().map(|name| model(name)).collect(),
         store: STORE.to_owned(),
+        roles: Roles::ALL,
         running: Vec::new(),
+        helping: Vec::new(),
     }
 }
 
 pub fn listed(key: AttemptKey) -> RunningAttempt {
-    RunningAttempt { key, progress: Progress { stage: Stage::Denoise, done: 1, total: 2, eta_seconds: None } }
+    RunningAttempt {
+        key,
+        progress: Progress { stage: Stage::Denoise, done: 1, total: 2, eta_seconds: None },
+        devices: Vec::new(),
+    }
 }
 
 pub fn completed(key: AttemptKey) -> AttemptOutcome {
@@ -231,7 +237,7 @@ impl World {
 
     pub fn heartbeat(&mut self, id: &str, boot: BootId, keys: &[AttemptKey]) {
         let running = keys.iter().copied().map(listed).collect();
-        self.message(id, boot, ToScheduler::Heartbeat { running });
+        self.message(id, boot, ToScheduler::Heartbeat { running, helping: Vec::new() });
     }
 
     pub fn report(&mut self, id: &str, boot: BootId, key: AttemptKey, outcome: AttemptOutcome) {

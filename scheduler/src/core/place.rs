@@ -8,6 +8,7 @@ use std::sync::Arc;
 use farm_core::id::{AttemptKey, AttemptNo, DeviceIndex, JobId, NodeId};
 use farm_core::job::spec::RenderSpec;
 use farm_core::parallel::topology::Topology;
+use farm_core::tiles::plan::Tiling;
 use farm_core::wire::to_node::{StartAttempt, ToNode};
 
 use super::effects::{Change, Effects, devices_text};
@@ -260,6 +261,7 @@ impl Farm {
             model: model.to_string(),
             model_hash: registered.hash.clone(),
             spec_json,
+            tiling: Tiling::AUTO,
         });
         let boot = node.boot;
         for device in &devices {

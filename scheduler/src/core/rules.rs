@@ -344,7 +344,7 @@ fn a_heartbeat_that_comes_late_says_nothing() {
         node: node("a"),
         boot: boot(1),
         seq: 0,
-        body: farm_core::wire::to_scheduler::ToScheduler::Heartbeat { running: Vec::new() },
+        body: farm_core::wire::to_scheduler::ToScheduler::Heartbeat { running: Vec::new(), helping: Vec::new() },
     };
     for _ in 0..40 {
         world.pass(Duration::from_millis(500));

@@ -6,6 +6,7 @@ use farm_core::api::SubmissionReply;
 use farm_core::id::{AttemptKey, AttemptNo, BootId, DeviceIndex, Epoch, JobId, NodeId, SubmissionId};
 use farm_core::job::state::{FailureKind, JobState};
 use farm_core::parallel::topology::Topology;
+use farm_core::tiles::plan::Tiling;
 use farm_core::wire::to_node::StartAttempt;
 use futures::future::BoxFuture;
 use jiff::Timestamp;
@@ -114,6 +115,7 @@ fn started(key: AttemptKey) -> Change {
             model: "m".to_owned(),
             model_hash: "h".to_owned(),
             spec_json: "{}".to_owned(),
+            tiling: Tiling::AUTO,
         }),
         node: NodeId("a".to_owned()),
         boot: BootId(Uuid::from_u128(7)),

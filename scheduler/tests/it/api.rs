@@ -31,7 +31,7 @@ async fn a_job_can_be_followed_from_submission_to_clip() {
     let start = node.hear_start().await;
     assert_eq!(start.key.job, job.job);
     let progress = Progress { stage: Stage::Denoise, done: 1, total: 3, eta_seconds: Some(1.5) };
-    node.beat(vec![RunningAttempt { key: start.key, progress }]).await;
+    node.beat(vec![RunningAttempt { key: start.key, progress, devices: start.devices.clone() }]).await;
     let job: JobDetail = http.get(&format!("/v1/jobs/{}", job.job)).await;
     assert_eq!(
         (job.view.state, job.view.progress, job.view.node),

@@ -14,7 +14,7 @@ use farm_core::store::key;
 use farm_core::wire::cluster::ClusterError;
 use farm_core::wire::to_node::{StartAttempt, ToNode};
 use farm_core::wire::to_scheduler::{
-    AttemptOutcome, AttemptReport, DeviceInfo, ModelInfo, Registration, RunningAttempt, ToScheduler,
+    AttemptOutcome, AttemptReport, DeviceInfo, ModelInfo, Registration, Roles, RunningAttempt, ToScheduler,
 };
 use farm_core::wire::{Envelope, codec};
 use farm_scheduler::actor::Scheduler;
@@ -138,7 +138,9 @@ pub fn registration(devices: usize, models: &[&str], store: &str) -> Registratio
         site_json: None,
         models: models.iter().map(model).collect(),
         store: store.to_owned(),
+        roles: Roles::ALL,
         running: Vec::new(),
+        helping: Vec::new(),
     }
 }
 
@@ -173,7 +175,7 @@ impl FakeNode<'_> {
     }
 
     pub async fn beat(&self, running: Vec<RunningAttempt>) {
-        self.say(ToScheduler::Heartbeat { running }).await;
+        self.say(ToScheduler::Heartbeat { running, helping: Vec::new() }).await;
         self.hear("an answer", |message| matches!(message, ToNode::HeartbeatSeen)).await;
     }
 
