@@ -13,6 +13,9 @@
 //!
 //! [`plan`] is geometry, [`statistics`] arithmetic, [`message`] what hands and the crew say to each other.
 
+pub mod crew;
+pub mod hand;
 pub mod message;
 pub mod plan;
+pub mod shape;
 pub mod statistics;
