@@ -9,7 +9,6 @@
 //! Nothing waits without an end: hands that were announced are waited for until a deadline, a tile without a hand goes to
 //! those that are there, and without any hand more are asked for, a few times.
 
-use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -142,6 +141,10 @@ pub struct Crew {
     opened: Instant,
     /// The longest that a step was open.
     longest: Duration,
+    /// When the first tile was assigned.
+    began: Option<Instant>,
+    /// What a tile that starts over may take until it has caught up.
+    catching_up: Duration,
     /// Chunks of which some tiles are there.
     frames: BTreeMap<u32, Vec<Option<Arc<Pixels>>>>,
     handed_on: u32,
@@ -164,6 +167,8 @@ impl Crew {
             given: vec![None; tiles],
             opened: now,
             longest: Duration::ZERO,
+            began: None,
+            catching_up: Duration::ZERO,
             frames: BTreeMap::new(),
             handed_on: 0,
             encoded: 0,
@@ -288,7 +293,10 @@ impl Crew {
             Err(error) => return self.fail(format!("step {step} cannot be closed: {error}"), out),
         };
         self.log.push(totals.clone());
-        self.longest = self.longest.max(now.saturating_duration_since(self.opened));
+        if self.catching_up.is_zero() {
+            self.longest = self.longest.max(now.saturating_duration_since(self.opened));
+        }
+        self.catching_up = Duration::ZERO;
         self.opened = now;
         self.rounds_left = self.patience.rounds;
         for (&hand, member) in &self.members {
@@ -351,7 +359,7 @@ impl Crew {
     /// Deals all tiles to those that are there, neighbours to the same.
     fn start(&mut self, now: Instant, out: &mut Vec<Action>) {
         self.phase = Phase::Decoding;
-        self.opened = now;
+        self.wait_anew(now);
         let hands: Vec<HandId> = self.members.keys().copied().collect();
         let split = Split::new(self.given.len(), hands.len());
         for (hand, tiles) in hands.into_iter().zip(split.ranges()) {
@@ -361,6 +369,13 @@ impl Crew {
             }
             tiles.for_each(|tile| self.assign(hand, tile as u32, out));
         }
+    }
+
+    /// Tiles change hands: those that get them start over, at about the pace of everybody so far.
+    fn wait_anew(&mut self, now: Instant) {
+        let began = *self.began.get_or_insert(now);
+        self.opened = now;
+        self.catching_up = 3 * now.saturating_duration_since(began);
     }
 
     fn assign(&mut self, hand: HandId, number: u32, out: &mut Vec<Action>) {
@@ -397,6 +412,9 @@ impl Crew {
         self.counters.lost += 1;
         let (tiles, left) = (member.tiles.len(), self.members.len());
         out.push(Action::Note(format!("decode: hand {hand} with {tiles} tiles is lost, {left} are left: {reason}")));
+        if let Phase::Gathering { expected, .. } = &mut self.phase {
+            *expected -= 1;
+        }
         if self.phase != Phase::Decoding || self.members.is_empty() {
             return;
         }
@@ -404,7 +422,7 @@ impl Crew {
             // Edges are too much to be kept.
             return self.fail(format!("exact tiles cannot be taken over, and a device was lost: {reason}"), out);
         }
-        self.opened = now;
+        self.wait_anew(now);
         for number in member.tiles {
             if self.members.values().any(|other| other.tiles.contains(&number)) {
                 continue;
@@ -423,7 +441,7 @@ impl Crew {
             return;
         }
         let waited = now.saturating_duration_since(self.opened);
-        if waited >= self.patience.stall.max(10 * self.longest) {
+        if waited >= self.patience.stall.max(10 * self.longest).max(self.catching_up) {
             let blamed = self.members.iter().filter(|(_, member)| member.tiles.iter().any(|n| missing.contains(n)));
             for hand in blamed.map(|(hand, _)| *hand).collect::<Vec<_>>() {
                 self.refuse(hand, &format!("step {open} has waited for it for {} s", waited.as_secs()), now, out);

@@ -184,7 +184,7 @@ impl Hand {
                     Place::Before(self.chunks)
                 };
                 if chunk < run.wanted_from {
-                    return self.go_on(number);
+                    return self.next();
                 }
                 Todo::Frames { number, chunk }
             }
