@@ -61,7 +61,8 @@ struct Run {
 /// The tiles of one device.
 #[derive(Clone, Debug)]
 pub struct Hand {
-    /// Steps of a chunk.
+    norms: u32,
+    /// Steps of a chunk; known from the first tile on.
     steps: u32,
     chunks: u32,
     /// Norms are exchanged: a step is in the middle of a chunk. Otherwise there is one step, before it.
@@ -73,16 +74,18 @@ pub struct Hand {
 }
 
 impl Hand {
-    /// For a clip of `chunks` chunks of `steps` steps each.
-    pub fn new(steps: u32, chunks: u32, exchange: bool) -> Self {
+    /// For a clip of `chunks` chunks, and a decoder with this number of norms.
+    pub fn new(norms: u32, chunks: u32) -> Self {
         let (runs, closed) = (BTreeMap::new(), BTreeMap::new());
-        Self { steps: steps.max(1), chunks, exchange, runs, dropped: Vec::new(), closed, done: false }
+        Self { norms, steps: 1, chunks, exchange: false, runs, dropped: Vec::new(), closed, done: false }
     }
 
     /// Takes in what the crew says.
     pub fn hear(&mut self, message: ToHand) -> Result<(), String> {
         match message {
             ToHand::Assign { number, tile, frame, wanted_from, closed } => {
+                self.exchange = frame.mode.exchanges();
+                self.steps = if self.exchange { self.norms.max(1) } else { 1 };
                 if closed.len() as u64 > u64::from(self.steps) * u64::from(self.chunks) {
                     return Err(format!("tile {number} comes with totals of {} steps", closed.len()));
                 }
@@ -109,7 +112,7 @@ impl Hand {
     }
 
     /// What comes next. It counts as done when this is called again.
-    pub fn next(&mut self) -> Todo {
+    pub fn todo(&mut self) -> Todo {
         if self.done {
             return Todo::Done;
         }
@@ -184,7 +187,7 @@ impl Hand {
                     Place::Before(self.chunks)
                 };
                 if chunk < run.wanted_from {
-                    return self.next();
+                    return self.todo();
                 }
                 Todo::Frames { number, chunk }
             }

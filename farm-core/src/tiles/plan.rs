@@ -32,6 +32,13 @@ pub enum Mode {
     Exact,
 }
 
+impl Mode {
+    /// Tiles meet at every norm.
+    pub fn exchanges(self) -> bool {
+        matches!(self, Self::Shared | Self::Exact)
+    }
+}
+
 /// How a clip is to be decoded, as a person or a farm says it:
 /// `auto | whole | exact | [shared:|independent:|exact:]HxW[+OVERLAP]`, each with `@BYTES` for the memory of one tile.
 /// Sizes are in latent pixels, which are 8 pixels of a clip.

@@ -28,6 +28,12 @@ pub struct NormShape {
 }
 
 impl Shape {
+    /// `norms` are the decoder's, whatever the mode.
+    pub fn new(plan: TilePlan, frames: Vec<u32>, norms: Vec<NormShape>) -> Self {
+        let norms = if plan.mode.exchanges() { norms } else { Vec::new() };
+        Self { plan, frames, norms }
+    }
+
     /// Steps of a chunk: one per norm, or one in front of it.
     pub fn steps(&self) -> u32 {
         self.norms.len().max(1) as u32
