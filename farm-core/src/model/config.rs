@@ -1,5 +1,6 @@
 //! Sizes of the networks. All of them are read from the checkpoint; nothing here is a constant of the published model.
 
+use crate::tiles::shape::NormShape;
 use crate::parallel::cost::ModelShape;
 
 /// T5 v1.1 encoder sizes (`text_encoder/config.json`).
@@ -71,3 +72,27 @@ pub struct VaeConfig {
     pub latents_mean: Vec<f64>,
     pub latents_std: Vec<f64>,
 }
+
+impl VaeConfig {
+    /// The sums that a frame's group norms need, norm by norm in the order of a decode: two in each ResBlock. The config is
+    /// one that a decoder can be loaded with.
+    pub fn norm_shapes(&self) -> Vec<NormShape> {
+        let mut norms = Vec::new();
+        let (mut frames, mut pixels) = (1, 1);
+        let stages = self.channels.len();
+        for (part, &blocks) in self.layers.iter().enumerate() {
+            // The first part is before the up stages, the last after them; the stages expand after their blocks.
+            let stage = part.saturating_sub(1).min(stages - 1);
+            if let Some(before) = part.checked_sub(2) {
+                frames *= self.temporal_expansions[before];
+                pixels *= self.spatial_expansions[before].pow(2);
+            }
+            let per_pixel = (pixels * self.channels[stage] / NORM_GROUPS) as u64;
+            norms.extend(vec![NormShape { frames: [1, frames], groups: NORM_GROUPS, per_pixel }; 2 * blocks]);
+        }
+        norms
+    }
+}
+
+/// Groups of every group norm; part of the architecture, written in no config.
+pub const NORM_GROUPS: usize = 32;

@@ -62,7 +62,7 @@ pub fn from_safetensors(bytes: &[u8], key: &str, shape: [usize; 4]) -> Result<Ve
     }
 }
 
-/// Where a denoise can go on: the latent `[C, T, h, w]` after `step` steps.
+/// Where a clip can go on: the latent `[C, T, h, w]` after `step` steps, which after the last is to be decoded.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LatentCheckpoint {
     pub step: u32,
@@ -103,7 +103,7 @@ impl LatentCheckpoint {
             return Err(bad("it is of another clip or another model".into()));
         }
         let step: u32 = get("step")?.parse().map_err(|_| bad("its step is no number".into()))?;
-        if step == 0 || step >= spec.num_inference_steps {
+        if step == 0 || step > spec.num_inference_steps {
             return Err(bad(format!("step {step} of {}", spec.num_inference_steps)));
         }
         Ok(Self { step, values: from_safetensors(bytes, LATENT_KEY, spec.latent_shape())? })
@@ -159,7 +159,7 @@ mod tests {
         }
         let latent = to_safetensors(LATENT_KEY, &values(), SHAPE).unwrap();
         assert!(error(&latent, spec(1), "hash").contains("no \"format\""));
-        let finished = LatentCheckpoint { step: 8, values: values() }.to_bytes(&spec(1), "hash").unwrap();
-        assert!(error(&finished, spec(1), "hash").contains("step 8 of 8"));
+        let beyond = LatentCheckpoint { step: 9, values: values() }.to_bytes(&spec(1), "hash").unwrap();
+        assert!(error(&beyond, spec(1), "hash").contains("step 9 of 8"));
     }
 }
