@@ -183,8 +183,9 @@ fn serve(mut device: impl Device, inbox: Receiver<(Command, Reservation)>) {
                     work.group.abort("stopped");
                     Err(RenderError::Stopped)
                 } else {
-                    catch_unwind(AssertUnwindSafe(|| device.denoise(work)))
-                        .unwrap_or_else(|panic| Err(RenderError::device(format!("panicked: {}", panic_message(&*panic)))))
+                    catch_unwind(AssertUnwindSafe(|| device.denoise(work))).unwrap_or_else(|panic| {
+                        Err(RenderError::device(format!("panicked: {}", panic_message(&*panic))))
+                    })
                 };
                 drop(reservation);
                 let _ = answer.send(denoised);

@@ -19,6 +19,8 @@ pub mod cpu;
 use std::fmt;
 use std::ops::Range;
 
+use crate::tiles::statistics::{Sums, Totals};
+
 /// What an engine cannot do. Carries the operation and the shapes, so that the caller can name the tensor.
 #[derive(Debug, thiserror::Error)]
 pub enum EngineError {
@@ -236,17 +238,29 @@ pub trait Engine: SequenceOps {
         weight: &Self::ConvWeight,
         cache: Option<&ConvCache<Self::Tensor>>,
     ) -> Result<(Self::Tensor, ConvCache<Self::Tensor>)>;
-    /// `silu(group_norm(x)·weight + bias)` with statistics per frame over (C/groups, H, W), eps 1e-5, biased variance.
+    /// Sums of `x` `[T, H, W, C]` for a group norm: per frame and group, over the rectangle `rows` × `cols` of each frame.
+    /// In f64 and in an order that depends on the rectangle's size only.
+    fn group_sums(&self, x: &Self::Tensor, groups: usize, rows: Range<usize>, cols: Range<usize>) -> Result<Sums>;
+    /// `silu((x − mean)·a + bias)` with `a = weight / sqrt(variance + 1e-5)`, computed in f64 from the f32 variance and
+    /// rounded once: a group norm over (C/groups, H, W) of each frame `[T, H, W, C]`. Mean and variance are `totals`,
+    /// `[T · groups]`; without any they are those of `x` itself, rounded to f32 as [`merge`] does: the same bits as with
+    /// the totals of its own [`Engine::group_sums`].
+    ///
+    /// [`merge`]: crate::tiles::statistics::merge
     fn group_norm_silu(
         &self,
         x: &Self::Tensor,
         weight: &Self::Tensor,
         bias: &Self::Tensor,
         groups: usize,
+        totals: Option<&Totals>,
     ) -> Result<Self::Tensor>;
     /// Depth to space and time: `[T, H, W, C·st·s·s]`, channel order (c, st, s, s) with c slowest → `[st·T − drop, s·H, s·W, C]`,
     /// without the first `drop` frames.
     fn depth_to_space_time(&self, x: &Self::Tensor, st: usize, s: usize, drop: usize) -> Result<Self::Tensor>;
     /// Frames `[T, H, W, 3]` in [-1, 1] → RGB24 bytes: `trunc(255 · clamp((x + 1)/2, 0, 1))`; NaN becomes 0.
     fn to_rgb8(&self, x: &Self::Tensor) -> Result<Vec<u8>>;
+    /// The same frames with 16 bits a value, to be blended: `trunc(257 · 255 · clamp((x + 1)/2, 0, 1))`. A 257th of it,
+    /// truncated, is the byte of [`Engine::to_rgb8`].
+    fn to_rgb16(&self, x: &Self::Tensor) -> Result<Vec<u16>>;
 }

@@ -1,7 +1,8 @@
 //! Sizes of the networks. All of them are read from the checkpoint; nothing here is a constant of the published model.
 
-use crate::tiles::shape::NormShape;
+use crate::model::vae::NORM_GROUPS;
 use crate::parallel::cost::ModelShape;
+use crate::tiles::shape::NormShape;
 
 /// T5 v1.1 encoder sizes (`text_encoder/config.json`).
 #[derive(Clone, Debug, PartialEq)]
@@ -93,6 +94,3 @@ impl VaeConfig {
         norms
     }
 }
-
-/// Groups of every group norm; part of the architecture, written in no config.
-pub const NORM_GROUPS: usize = 32;

@@ -8,6 +8,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::parallel::shard::Split;
 
+/// Pixels of a clip in a latent pixel's height, and in its width. [`Pipeline::open`] refuses a decoder that makes others.
+///
+/// [`Pipeline::open`]: crate::model::pipeline::Pipeline::open
+pub const PIXELS: usize = 8;
 /// Latents of fewer pixels than this are decoded whole unless somebody asks for tiles: 480×320 pixels of a clip.
 const TILED_FROM: usize = 60 * 40;
 /// Tiles that are taken where nobody names any: of 848×480 they make 3×6.

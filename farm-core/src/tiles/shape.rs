@@ -2,11 +2,8 @@
 //! comes from another process is checked against it.
 
 use super::message::{Frame, Pixels};
-use super::plan::{Mode, Tile, TilePlan};
+use super::plan::{Mode, PIXELS, Tile, TilePlan};
 use super::statistics::Sums;
-
-/// Pixels of a clip in a row of one latent pixel.
-const SPATIAL: usize = 8;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Shape {
@@ -62,7 +59,7 @@ impl Shape {
             Mode::Exact => [tile.rows.own().len(), tile.cols.own().len()],
             Mode::Whole | Mode::Shared | Mode::Independent => [tile.rows.len(), tile.cols.len()],
         };
-        size.map(|side| side * SPATIAL)
+        size.map(|side| side * PIXELS)
     }
 
     /// Values that a tile has in a chunk.

@@ -51,7 +51,8 @@ impl ClipDecode<'_> {
         mut answers: mpsc::Receiver<Hands>,
     ) -> Result<Stitched, Failure> {
         let spec = self.spec;
-        let device_failure = |error: std::io::Error| Failure::new(FailureKind::Device, format!("cannot begin the mp4: {error}"));
+        let device_failure =
+            |error: std::io::Error| Failure::new(FailureKind::Device, format!("cannot begin the mp4: {error}"));
         let sink = Mp4Sink::create(&self.clip, spec.width, spec.height).map_err(device_failure)?;
         let sink = Kept { sink, _folder: self.folder.clone() };
         let mut open = self.workshop.data.open(stored, max_message(spec), MAX_HELPERS);

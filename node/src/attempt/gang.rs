@@ -92,4 +92,3 @@ fn of_all(denoised: Vec<Result<Denoised, RenderError>>, devices: &[DeviceIndex])
         (None, None) => Err(RenderError::device("the group has no leader")),
     }
 }
-

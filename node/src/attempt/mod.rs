@@ -199,15 +199,24 @@ async fn attempt_clip(
     }
 
     let model = workshop.model(&start.model, &start.model_hash)?;
-    let shape = tiles::shape(start.tiling, spec.latent_shape(), &model.vae)
-        .map_err(|error| Failure::new(FailureKind::Input, format!("cannot be decoded with --tiles {}: {error}", start.tiling)))?;
+    let shape = tiles::shape(start.tiling, spec.latent_shape(), &model.vae).map_err(|error| {
+        Failure::new(FailureKind::Input, format!("cannot be decoded with --tiles {}: {error}", start.tiling))
+    })?;
     let scratch_failure = |e| Failure::new(FailureKind::Device, format!("cannot use the scratch folder: {e}"));
     // Shared with the encoder's thread, which may still write when this future is gone.
     let folder = Arc::new(workshop.scratch.attempt().map_err(scratch_failure)?);
     let clip = folder.path().join("clip.mp4");
 
     let latent = latent(workshop, start, &checkpoints, &lease, &monitor).await?;
-    let decode = ClipDecode { workshop, start, spec: &spec, shape: shape.clone(), clip: clip.clone(), folder, monitor: &monitor };
+    let decode = ClipDecode {
+        workshop,
+        start,
+        spec: &spec,
+        shape: shape.clone(),
+        clip: clip.clone(),
+        folder,
+        monitor: &monitor,
+    };
     let stitched = decode.run(latent.finished, latent.stored, lease, hands).await?;
     for warning in &latent.warnings {
         monitor.log(format!("warning: {warning}"));

@@ -18,7 +18,11 @@ use super::{Failure, Workshop};
 const MAX_RESULT_BYTES: usize = 192 * 1024;
 
 /// The commit point: of all attempts of a job, one creates the result.
-pub(super) async fn publish(workshop: &Workshop, attempt: AttemptKey, result: JobResult) -> Result<AttemptOutcome, Failure> {
+pub(super) async fn publish(
+    workshop: &Workshop,
+    attempt: AttemptKey,
+    result: JobResult,
+) -> Result<AttemptOutcome, Failure> {
     let result_json = serde_json::to_string(&result)
         .map_err(|e| Failure::new(FailureKind::Device, format!("the result does not encode: {e}")))?;
     let created =
@@ -81,4 +85,3 @@ pub(super) async fn hash_file(path: &Path) -> std::io::Result<(u64, String)> {
     });
     hashed.await.map_err(std::io::Error::other)?
 }
-

@@ -7,6 +7,7 @@ mod attention;
 mod conv;
 mod data;
 mod elementwise;
+mod group_norm;
 mod linear;
 mod norm;
 mod pool;
@@ -23,6 +24,7 @@ use candle_core::Tensor;
 use self::data::{candle, from_vec, shape_error, slice, widen_pieces};
 use self::pool::Pool;
 use crate::engine::{AttentionOut, ConvCache, Engine, EngineError, Qkv, RawTensor, Result, RopeTable, SequenceOps};
+use crate::tiles::statistics::{Sums, Totals};
 
 /// One CPU device: a number of threads of its own.
 pub struct CpuEngine {
@@ -210,8 +212,19 @@ impl Engine for CpuEngine {
         Ok((out, ConvCache(cache)))
     }
 
-    fn group_norm_silu(&self, x: &Tensor, weight: &Tensor, bias: &Tensor, groups: usize) -> Result<Tensor> {
-        volume::group_norm_silu(&self.pool, x, weight, bias, groups)
+    fn group_sums(&self, x: &Tensor, groups: usize, rows: Range<usize>, cols: Range<usize>) -> Result<Sums> {
+        group_norm::group_sums(&self.pool, x, groups, rows, cols)
+    }
+
+    fn group_norm_silu(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        bias: &Tensor,
+        groups: usize,
+        totals: Option<&Totals>,
+    ) -> Result<Tensor> {
+        group_norm::group_norm_silu(&self.pool, x, weight, bias, groups, totals)
     }
 
     fn depth_to_space_time(&self, x: &Tensor, st: usize, s: usize, drop: usize) -> Result<Tensor> {
@@ -220,5 +233,9 @@ impl Engine for CpuEngine {
 
     fn to_rgb8(&self, x: &Tensor) -> Result<Vec<u8>> {
         volume::to_rgb8(&self.pool, x)
+    }
+
+    fn to_rgb16(&self, x: &Tensor) -> Result<Vec<u16>> {
+        volume::to_rgb16(&self.pool, x)
     }
 }

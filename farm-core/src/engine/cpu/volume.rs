@@ -1,117 +1,11 @@
-//! Operations on volumes `[T, H, W, C]`: group norm with SiLU, depth to space and time, the ends of the decoder.
+//! Operations on volumes `[T, H, W, C]`: depth to space and time, the ends of the decoder.
 
 use candle_core::Tensor;
 use rayon::prelude::*;
 
 use super::data::{dims, from_vec, shape_error, slice};
 use super::pool::Pool;
-use super::wide::{silu, wide};
 use crate::engine::Result;
-
-/// Pixels whose statistics are summed by one task. Fixed, so that sums do not depend on the number of threads.
-const NORM_BLOCK_PIXELS: usize = 1024;
-const GROUP_NORM_EPS: f64 = 1e-5;
-
-/// `silu(group_norm(x) · weight + bias)` of `[T, H, W, C]` with statistics per frame over (C/groups, H, W), biased
-/// variance, eps 1e-5; weight and bias `[C]`. Sums are in f64; the result is `(x − mean) · a + bias` in f32 with
-/// `a = weight / sqrt(variance + eps)` rounded once, then SiLU.
-pub fn group_norm_silu(pool: &Pool, x: &Tensor, weight: &Tensor, bias: &Tensor, groups: usize) -> Result<Tensor> {
-    const OP: &str = "group_norm_silu";
-    let shape @ [_, height, width, channels] = dims(OP, "[T, H, W, C]", x)?;
-    if groups == 0 || !channels.is_multiple_of(groups) || x.elem_count() == 0 {
-        return Err(shape_error(OP, format!("channels that {groups} groups divide, none empty"), x.dims()));
-    }
-    for affine in [weight, bias] {
-        if affine.dims() != [channels] {
-            return Err(shape_error(OP, format!("[{channels}]"), affine.dims()));
-        }
-    }
-    let (x, weight, bias) = (slice(OP, x)?, slice(OP, weight)?, slice(OP, bias)?);
-    let (x, weight, bias): (&[f32], &[f32], &[f32]) = (&x, &weight, &bias);
-
-    let frame_len = height * width * channels;
-    let block_len = NORM_BLOCK_PIXELS * channels;
-    let blocks_per_frame = frame_len.div_ceil(block_len);
-    let blocks = x.par_chunks(frame_len).flat_map(|frame| frame.par_chunks(block_len));
-    let sums: Vec<_> = pool.install(|| {
-        blocks
-            .map(|block| {
-                wide(
-                    #[inline(always)]
-                    || channel_sums(block, channels),
-                )
-            })
-            .collect()
-    });
-    let frames: Vec<Affine> =
-        sums.chunks(blocks_per_frame).map(|blocks| Affine::of_frame(blocks, height * width, groups, weight)).collect();
-
-    let mut out = vec![0f32; x.len()];
-    let by_block =
-        out.par_chunks_mut(frame_len).zip(x.par_chunks(frame_len)).zip(&frames).flat_map(|((out, x), affine)| {
-            out.par_chunks_mut(block_len).zip(x.par_chunks(block_len)).map(move |(out, x)| (out, x, affine))
-        });
-    pool.install(|| {
-        by_block.for_each(|(out, x, affine)| {
-            wide(
-                #[inline(always)]
-                || affine.apply(x, bias, out),
-            )
-        })
-    });
-    from_vec(OP, out, &shape)
-}
-
-/// Sum and sum of squares of each channel. In f64, where the squares of f32 values are exact and the variance loses nothing to cancellation.
-#[inline(always)]
-fn channel_sums(block: &[f32], channels: usize) -> Vec<[f64; 2]> {
-    let (mut sums, mut squares) = (vec![0f64; channels], vec![0f64; channels]);
-    for pixel in block.chunks_exact(channels) {
-        for ((sum, square), &x) in sums.iter_mut().zip(&mut squares).zip(pixel) {
-            let x = f64::from(x);
-            *sum += x;
-            *square += x * x;
-        }
-    }
-    sums.into_iter().zip(squares).map(|(sum, square)| [sum, square]).collect()
-}
-
-/// What a frame's statistics make of the norm, by channel.
-struct Affine {
-    mean: Vec<f32>,
-    scale: Vec<f32>,
-}
-
-impl Affine {
-    fn of_frame(blocks: &[Vec<[f64; 2]>], pixels: usize, groups: usize, weight: &[f32]) -> Self {
-        let group_channels = weight.len() / groups;
-        let count = (pixels * group_channels) as f64;
-        let mut affine = Self { mean: Vec::with_capacity(weight.len()), scale: Vec::with_capacity(weight.len()) };
-        for (group, weights) in weight.chunks_exact(group_channels).enumerate() {
-            let channels = group * group_channels..(group + 1) * group_channels;
-            let sums = blocks.iter().flat_map(|block| &block[channels.clone()]);
-            let [sum, square] = sums.fold([0f64; 2], |[a, b], [sum, square]| [a + sum, b + square]);
-            let mean = sum / count;
-            let variance = (square / count - mean * mean).max(0.0);
-            let inverse = 1.0 / (variance + GROUP_NORM_EPS).sqrt();
-            affine.mean.extend(weights.iter().map(|_| mean as f32));
-            affine.scale.extend(weights.iter().map(|&w| (f64::from(w) * inverse) as f32));
-        }
-        affine
-    }
-
-    /// Norm, bias and SiLU of some pixels.
-    #[inline(always)]
-    fn apply(&self, x: &[f32], bias: &[f32], out: &mut [f32]) {
-        let channels = bias.len();
-        for (out, x) in out.chunks_exact_mut(channels).zip(x.chunks_exact(channels)) {
-            let parameters = self.mean.iter().zip(&self.scale).zip(bias);
-            for ((out, &x), ((mean, scale), bias)) in out.iter_mut().zip(x).zip(parameters) {
-                *out = silu((x - mean) * scale + bias);
-            }
-        }
-    }
-}
 
 /// `[T, H, W, C·st·s·s]`, channel order (c, st, s, s) with c slowest → `[st·T − drop, s·H, s·W, C]` without the first `drop` frames.
 pub fn depth_to_space_time(pool: &Pool, x: &Tensor, st: usize, s: usize, drop: usize) -> Result<Tensor> {
@@ -166,15 +60,31 @@ pub fn denormalize_latent(latent: &Tensor, mean: &[f32], std: &[f32]) -> Result<
 
 /// Frames `[T, H, W, 3]` in [-1, 1] → RGB24 bytes: `trunc(255 · clamp((x + 1)/2, 0, 1))`; NaN becomes 0.
 pub fn to_rgb8(pool: &Pool, x: &Tensor) -> Result<Vec<u8>> {
-    const OP: &str = "to_rgb8";
-    if x.dims().len() != 4 || x.dims()[3] != 3 {
-        return Err(shape_error(OP, "[T, H, W, 3]", x.dims()));
-    }
-    let x = slice(OP, x)?;
-    let x: &[f32] = &x;
     // A conversion to an integer type truncates, and turns NaN into 0.
-    let byte = |x: &f32| (255.0 * ((x + 1.0) / 2.0).clamp(0.0, 1.0)) as u8;
-    Ok(pool.install(|| x.par_iter().with_min_len(1 << 14).map(byte).collect()))
+    to_integers("to_rgb8", pool, x, |value| value as u8)
+}
+
+/// The same with 257 times as many levels, so that a 257th of each, truncated, is the byte of [`to_rgb8`]. (The product
+/// never rounds up to the next multiple of 257: of a value below one it is at least 257 units of the value's last place
+/// away, and half a unit of its own last place is at most 256 of them.)
+pub fn to_rgb16(pool: &Pool, x: &Tensor) -> Result<Vec<u16>> {
+    to_integers("to_rgb16", pool, x, |value| (257.0 * value) as u16)
+}
+
+/// `convert` of every value of frames, which are mapped to 0 … 255 and clamped to it before.
+fn to_integers<T: Send>(
+    op: &'static str,
+    pool: &Pool,
+    x: &Tensor,
+    convert: impl Fn(f32) -> T + Sync + Send,
+) -> Result<Vec<T>> {
+    if x.dims().len() != 4 || x.dims()[3] != 3 {
+        return Err(shape_error(op, "[T, H, W, 3]", x.dims()));
+    }
+    let x = slice(op, x)?;
+    let x: &[f32] = &x;
+    let level = |x: &f32| convert(255.0 * ((x + 1.0) / 2.0).clamp(0.0, 1.0));
+    Ok(pool.install(|| x.par_iter().with_min_len(1 << 14).map(level).collect()))
 }
 
 #[cfg(test)]
@@ -203,56 +113,6 @@ pub(super) mod tests {
 
     fn volume(dims: [usize; 4], values: Vec<f32>) -> Tensor {
         from_vec("test", values, &dims).unwrap()
-    }
-
-    fn vector(values: Vec<f32>) -> Tensor {
-        let len = values.len();
-        from_vec("test", values, &[len]).unwrap()
-    }
-
-    #[test]
-    fn group_norm_equals_f64_for_every_frame_alone() {
-        // A mean far from zero shows lost digits; two frames of different scale show shared statistics.
-        let dims = [2, 35, 40, 6];
-        let mut x = noise(dims.iter().product(), 1);
-        let half = x.len() / 2;
-        x[half..].iter_mut().for_each(|x| *x = *x * 0.01 + 30.0);
-        let (weight, bias, groups) = (noise(6, 2), noise(6, 3), 3);
-        let got =
-            group_norm_silu(&pool(1), &volume(dims, x.clone()), &vector(weight.clone()), &vector(bias.clone()), groups);
-        let got = values(&got.unwrap());
-
-        for (index, got) in got.into_iter().enumerate() {
-            let (frame, c) = (index / (35 * 40 * 6), index % 6);
-            let group = x[frame * 35 * 40 * 6..][..35 * 40 * 6]
-                .iter()
-                .enumerate()
-                .filter(|(i, _)| i % 6 / 2 == c / 2)
-                .map(|(_, &x)| f64::from(x));
-            // The reference sums are the same for a whole group: only a few elements are worth their cost.
-            if index % 97 != 0 {
-                continue;
-            }
-            let count = group.clone().count() as f64;
-            let mean = group.clone().sum::<f64>() / count;
-            let variance = group.map(|x| (x - mean).powi(2)).sum::<f64>() / count;
-            let normed = (f64::from(x[index]) - mean) / (variance + 1e-5).sqrt();
-            let y = normed * f64::from(weight[c]) + f64::from(bias[c]);
-            let expected = y / (1.0 + (-y).exp());
-            let tolerance = if frame == 0 { 2e-6 } else { 2e-4 }; // 30 ± 0.01 in f32 has 2e-6 / 0.01 left
-            assert!((f64::from(got) - expected).abs() < tolerance, "at {index}: {got}, expected {expected}");
-        }
-    }
-
-    #[test]
-    fn norm_has_the_same_bits_for_any_number_of_threads() {
-        let dims = [3, 50, 41, 8];
-        let x = volume(dims, noise(dims.iter().product(), 4));
-        let (weight, bias) = (vector(noise(8, 5)), vector(noise(8, 6)));
-        let run = |threads| values(&group_norm_silu(&pool(threads), &x, &weight, &bias, 4).unwrap());
-        let one = run(1);
-        assert_eq!(one, run(2));
-        assert_eq!(one, run(3));
     }
 
     #[test]
@@ -293,16 +153,27 @@ pub(super) mod tests {
     }
 
     #[test]
+    fn sixteen_bits_become_the_bytes_of_eight() {
+        // Around every border between two bytes, and everywhere.
+        let border = (0..=255).map(|k| 2.0 * k as f32 / 255.0 - 1.0);
+        let borders = border.flat_map(|x| (-8..=8).map(move |ulps| f32::from_bits((x.to_bits() as i32 + ulps) as u32)));
+        let mut x: Vec<f32> = borders.chain(noise(3 << 16, 8)).chain([f32::NAN, f32::INFINITY, -0.0]).collect();
+        x.truncate(x.len() / 3 * 3);
+        let x = volume([1, 1, x.len() / 3, 3], x);
+        let fine = to_rgb16(&pool(1), &x).unwrap();
+        assert!(fine.contains(&0) && fine.contains(&u16::MAX));
+        let bytes: Vec<u8> = fine.iter().map(|&value| (value / 257) as u8).collect();
+        assert_eq!(bytes, to_rgb8(&pool(1), &x).unwrap());
+    }
+
+    #[test]
     fn wrong_shapes_are_errors() {
         let x = volume([1, 2, 2, 6], vec![0.0; 24]);
-        let six = vector(vec![1.0; 6]);
-        assert!(group_norm_silu(&pool(1), &x, &six, &six, 4).is_err());
-        assert!(group_norm_silu(&pool(1), &x, &six, &six, 0).is_err());
-        assert!(group_norm_silu(&pool(1), &x, &six, &vector(vec![1.0; 5]), 3).is_err());
+        let six = from_vec("test", vec![1.0; 6], &[6]).unwrap();
         assert!(depth_to_space_time(&pool(1), &x, 1, 2, 0).is_err());
         assert!(depth_to_space_time(&pool(1), &x, 3, 1, 3).is_err());
         assert!(depth_to_space_time(&pool(1), &x, 0, 1, 0).is_err());
-        assert!(to_rgb8(&pool(1), &x).is_err());
+        assert!(to_rgb8(&pool(1), &x).is_err() && to_rgb16(&pool(1), &x).is_err());
         assert!(depth_to_space_time(&pool(1), &six, 1, 1, 0).is_err());
     }
 }

@@ -1,0 +1,77 @@
+//! A decoder of any size with random weights, for measurements and tests that no checkpoint has the size for.
+
+use std::collections::HashMap;
+
+use crate::engine::{Engine, RawDtype, RawTensor};
+use crate::model::ModelError;
+use crate::model::config::VaeConfig;
+use crate::model::noise::normals;
+use crate::model::vae::VaeDecoder;
+use crate::model::weights::{Loader, StoredTensor, WeightError, WeightSource};
+
+/// A checkpoint's tensors, drawn so that values keep their size on the way through the network. The same for the same
+/// seed, on any machine.
+pub struct RandomWeights {
+    /// Shape, and values in f32.
+    tensors: HashMap<String, (Vec<usize>, Vec<u8>)>,
+}
+
+/// A decoder with [`RandomWeights`].
+pub fn decoder<E: Engine>(engine: &E, config: &VaeConfig, seed: u64) -> Result<VaeDecoder<E>, ModelError> {
+    VaeDecoder::load(&Loader { engine, source: &RandomWeights::new(config, seed) }, config)
+}
+
+impl RandomWeights {
+    /// What a decoder of this config asks for. A config that does not fit together is [`VaeDecoder::load`]'s to refuse.
+    pub fn new(config: &VaeConfig, seed: u64) -> Self {
+        let (mut tensors, mut drawn) = (HashMap::new(), 0u64);
+        let mut draw = |name: String, shape: &[usize], mean: f64, deviation: f64| {
+            let count = shape.iter().product::<usize>() as u64;
+            let values = normals(seed, drawn..drawn + count);
+            drawn += count;
+            let values = values.iter().flat_map(|&v| ((f64::from(v) * deviation + mean) as f32).to_le_bytes());
+            tensors.insert(name, (shape.to_vec(), values.collect()));
+        };
+        let layer = |draw: &mut dyn FnMut(String, &[usize], f64, f64), name: &str, shape: &[usize]| {
+            let inputs: usize = shape[1..].iter().product();
+            draw(format!("{name}.weight"), shape, 0.0, (inputs as f64).powf(-0.5));
+            draw(format!("{name}.bias"), &shape[..1], 0.0, 0.1);
+        };
+        let channels = &config.channels;
+        let (first, last) = (channels.first().copied().unwrap_or(0), channels.last().copied().unwrap_or(0));
+        layer(&mut draw, "blocks.0.0", &[first, config.latent_channels, 1, 1, 1]);
+        layer(&mut draw, "output_proj", &[3, last]);
+        // Name and channels of every residual block.
+        let layers = |stage: usize| 0..config.layers.get(stage).copied().unwrap_or(0);
+        let mut blocks: Vec<_> = layers(0).map(|i| (format!("blocks.0.{}", i + 1), first)).collect();
+        let factors = config.temporal_expansions.iter().zip(&config.spatial_expansions);
+        for (stage, (pair, (temporal, spatial))) in channels.windows(2).zip(factors).enumerate() {
+            let name = format!("blocks.{}", stage + 1);
+            layer(&mut draw, &format!("{name}.proj"), &[pair[1] * temporal * spatial * spatial, pair[0]]);
+            blocks.extend(layers(stage + 1).map(|i| (format!("{name}.blocks.{i}"), pair[0])));
+        }
+        let end = channels.len();
+        blocks.extend(layers(end).map(|i| (format!("blocks.{end}.{i}"), last)));
+        for (name, channels) in blocks {
+            for conv in [2, 5] {
+                layer(&mut draw, &format!("{name}.stack.{conv}"), &[channels, channels, 3, 3, 3]);
+            }
+            for norm in [0, 3] {
+                draw(format!("{name}.stack.{norm}.weight"), &[channels], 1.0, 0.2);
+                draw(format!("{name}.stack.{norm}.bias"), &[channels], 0.0, 0.2);
+            }
+        }
+        Self { tensors }
+    }
+
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+}
+
+impl WeightSource for RandomWeights {
+    fn get(&self, name: &str) -> Result<StoredTensor<'_>, WeightError> {
+        let (shape, bytes) = self.tensors.get(name).ok_or_else(|| WeightError::Missing { name: name.into() })?;
+        Ok(StoredTensor { shape: shape.clone(), pieces: vec![RawTensor { dtype: RawDtype::F32, shape, bytes }] })
+    }
+}

@@ -1,0 +1,75 @@
+//! All tiles of a clip on one engine, norm by norm: what a crew of devices does, without the devices.
+
+use std::sync::Arc;
+
+use super::blend::Blender;
+use super::message::{Edges, Frame};
+use super::plan::TilePlan;
+use super::statistics::{Sums, Totals};
+use crate::engine::Engine;
+use crate::model::ModelError;
+use crate::model::latent::VaeLatent;
+use crate::model::vae::{Advance, TileStream, VaeDecoder};
+
+/// The tiles of a clip, side by side.
+pub struct Lockstep<E: Engine>(Vec<TileStream<E>>);
+
+impl<E: Engine> Lockstep<E> {
+    pub fn new(decoder: &Arc<VaeDecoder<E>>, plan: &TilePlan) -> Result<Self, ModelError> {
+        let frame = Frame { mode: plan.mode, latent: plan.latent, grid: plan.grid };
+        let tiles = plan.tiles.iter().zip(0..);
+        tiles
+            .map(|(&tile, number)| TileStream::new(decoder.clone(), number, tile, frame))
+            .collect::<Result<_, _>>()
+            .map(Self)
+    }
+
+    /// The next latent frames `[T, h, w, C]` → the frames of each tile. `close` makes totals of the tiles' sums, at every
+    /// norm in modes that exchange.
+    pub fn chunk(
+        &mut self,
+        engine: &E,
+        latent: &VaeLatent<E::Tensor>,
+        close: &mut dyn FnMut(&[Sums]) -> Result<Totals, String>,
+    ) -> Result<Vec<E::Tensor>, ModelError> {
+        let mut steps = self.0.iter_mut().map(|tile| tile.begin(engine, latent)).collect::<Result<Vec<_>, _>>()?;
+        loop {
+            let (mut sums, mut edges, mut frames) = (Vec::new(), Vec::new(), Vec::new());
+            for (number, step) in (0..).zip(steps) {
+                match step {
+                    Advance::Norm { sums: part, edges: strips } => {
+                        sums.push(part);
+                        edges.extend(strips.map(|strips: Edges| (number, Arc::new(strips))));
+                    }
+                    Advance::Frames(x) => frames.push(x),
+                }
+            }
+            // All have the same network before them.
+            if sums.is_empty() {
+                return Ok(frames);
+            }
+            let totals = close(&sums).map_err(ModelError::Input)?;
+            let tiles = self.0.iter_mut();
+            steps = tiles.map(|tile| tile.advance(engine, &totals, &edges)).collect::<Result<Vec<_>, _>>()?;
+        }
+    }
+}
+
+/// The frames `[F, H, W, 3]` of a whole latent `[T, h, w, C]`, decoded in tiles in chunks of one latent frame and blended.
+pub fn decode<E: Engine>(
+    engine: &E,
+    decoder: &Arc<VaeDecoder<E>>,
+    latent: &VaeLatent<E::Tensor>,
+    plan: &TilePlan,
+    close: &mut dyn FnMut(&[Sums]) -> Result<Totals, String>,
+) -> Result<Vec<f32>, ModelError> {
+    let (mut tiles, blender, mut clip) = (Lockstep::new(decoder, plan)?, Blender::new(plan), Vec::new());
+    for t in 0..engine.shape(&latent.0)[0] {
+        let chunk = tiles.chunk(engine, &VaeLatent(engine.narrow(&latent.0, 0, t, 1)?), close)?;
+        let frames = chunk.first().map_or(0, |frames| engine.shape(frames)[0]);
+        let chunk = chunk.iter().map(|frames| engine.download(frames)).collect::<Result<Vec<_>, _>>()?;
+        let chunk: Vec<&[f32]> = chunk.iter().map(|frames| &frames[..]).collect();
+        clip.extend(blender.floats(&chunk, frames).map_err(ModelError::Input)?);
+    }
+    Ok(clip)
+}
