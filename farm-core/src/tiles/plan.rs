@@ -37,6 +37,15 @@ pub enum Mode {
 }
 
 impl Mode {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Whole => "whole",
+            Self::Shared => "shared",
+            Self::Independent => "independent",
+            Self::Exact => "exact",
+        }
+    }
+
     /// Tiles meet at every norm.
     pub fn exchanges(self) -> bool {
         matches!(self, Self::Shared | Self::Exact)

@@ -53,6 +53,11 @@ impl Shape {
         Frame { mode: self.plan.mode, latent: self.plan.latent, grid: self.plan.grid }
     }
 
+    /// Height and width of the clip.
+    pub fn frame_size(&self) -> [usize; 2] {
+        self.plan.latent.map(|side| side * PIXELS)
+    }
+
     /// Height and width of a tile's frames.
     pub fn tile_size(&self, tile: Tile) -> [usize; 2] {
         let size = match self.plan.mode {
