@@ -14,7 +14,7 @@ use ractor::{Actor, ActorProcessingErr, ActorRef};
 use tokio::task::JoinHandle;
 
 use super::messages::PoolMessage;
-use super::state::{Devices, Reserve};
+use super::state::{Devices, Holder, Reserve};
 use crate::attempt::{self, Workshop};
 use crate::device_thread::panic_message;
 use crate::progress::ProgressCell;
@@ -60,19 +60,22 @@ impl Actor for DevicePool {
         state: &mut State,
     ) -> Result<(), ActorProcessingErr> {
         match message {
-            PoolMessage::Start { start, progress } => match state.devices.reserve(start.key, &start.devices) {
-                Ok(Reserve::Granted) => state.launch(&me, *start, progress),
-                Ok(Reserve::Waiting) => {
-                    state.waiting.insert(start.key, (start, progress));
+            PoolMessage::Start { start, progress } => {
+                match state.devices.reserve(Holder::Attempt(start.key), &start.devices) {
+                    Ok(Reserve::Granted) => state.launch(&me, *start, progress),
+                    Ok(Reserve::Waiting) => {
+                        state.waiting.insert(start.key, (start, progress));
+                    }
+                    Err(refusal) => {
+                        tracing::warn!(key = %start.key, %refusal, "lease refused");
+                        let outcome =
+                            AttemptOutcome::Failed { kind: FailureKind::Device, message: refusal.to_string() };
+                        state.session.cast(SessionMessage::Ended { key: start.key, outcome })?;
+                    }
                 }
-                Err(refusal) => {
-                    tracing::warn!(key = %start.key, %refusal, "lease refused");
-                    let outcome = AttemptOutcome::Failed { kind: FailureKind::Device, message: refusal.to_string() };
-                    state.session.cast(SessionMessage::Ended { key: start.key, outcome })?;
-                }
-            },
+            }
             PoolMessage::Abort(key) => {
-                state.devices.abort(key);
+                state.devices.abort(Holder::Attempt(key));
                 state.waiting.remove(&key);
                 if let Some(Running { stop, task }) = state.running.remove(&key) {
                     stop.store(true, Ordering::Relaxed);
@@ -80,14 +83,21 @@ impl Actor for DevicePool {
                 }
             }
             PoolMessage::Released(key) => {
-                for granted in state.devices.release(key) {
-                    if let Some((start, progress)) = state.waiting.remove(&granted) {
+                for granted in state.devices.release(Holder::Attempt(key)) {
+                    if let Holder::Attempt(granted) = granted
+                        && let Some((start, progress)) = state.waiting.remove(&granted)
+                    {
                         state.launch(&me, *start, progress);
                     }
                 }
             }
             PoolMessage::Finished(key) => {
                 state.running.remove(&key);
+            }
+            // No attempt asks for hands yet, and no device can help.
+            PoolMessage::Hands { .. } | PoolMessage::Dismiss { .. } => {}
+            PoolMessage::Help(help) => {
+                state.session.cast(SessionMessage::HelpEnded { key: help.key, device: help.device })?;
             }
         }
         Ok(())

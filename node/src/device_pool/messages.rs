@@ -1,7 +1,7 @@
 //! What the device pool is told.
 
-use farm_core::id::AttemptKey;
-use farm_core::wire::to_node::StartAttempt;
+use farm_core::id::{AttemptKey, DeviceIndex};
+use farm_core::wire::to_node::{HelpDecode, StartAttempt};
 
 use ractor_cluster::RactorMessage;
 
@@ -15,6 +15,20 @@ pub enum PoolMessage {
     },
     /// Stop it as soon as its device comes up for air; report nothing.
     Abort(AttemptKey),
+    /// Who decodes the attempt's clip: these of its own devices, and so many others that will join.
+    Hands {
+        key: AttemptKey,
+        round: u32,
+        keep: Vec<DeviceIndex>,
+        helpers: u32,
+    },
+    /// Decode tiles of another attempt's clip.
+    Help(Box<HelpDecode>),
+    /// Stop that as soon as the device comes up for air.
+    Dismiss {
+        key: AttemptKey,
+        device: DeviceIndex,
+    },
     /// The devices of the attempt are idle again. Its upload may still run.
     Released(AttemptKey),
     /// The attempt is over, upload and all.
