@@ -210,6 +210,9 @@ pub struct NodeList {
 pub struct NodeView {
     pub node: NodeId,
     pub version: String,
+    /// What its devices are for: `denoise`, `decode`, or both.
+    #[serde(default)]
+    pub roles: Vec<String>,
     pub devices: Vec<DeviceView>,
     pub models: Vec<ModelView>,
     pub last_heartbeat_seconds: f32,
@@ -221,6 +224,9 @@ pub struct NodeView {
 pub struct DeviceView {
     pub name: String,
     pub job: Option<JobId>,
+    /// It decodes tiles of the job's clip for the attempt that runs it.
+    #[serde(default)]
+    pub helps: bool,
     pub progress: Option<Progress>,
 }
 

@@ -12,7 +12,7 @@ use anyhow::{Context, bail, ensure};
 use farm_core::id::{BootId, DeviceIndex, NodeId};
 use farm_core::store::artifact::ArtifactStore;
 use farm_core::wire::cluster::{Cluster, Role};
-use farm_core::wire::to_scheduler::DeviceInfo;
+use farm_core::wire::to_scheduler::{DeviceInfo, Roles};
 use ractor::{Actor, ActorRef};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::oneshot;
@@ -51,6 +51,9 @@ pub struct Args {
     /// This node's name, unique in the farm [default: the host's name]
     #[arg(long, value_parser = parse_name)]
     pub name: Option<String>,
+    /// What the devices are for: denoise, decode, or both; may be repeated
+    #[arg(long = "role", value_name = "ROLE", value_delimiter = ',', default_values = ["denoise", "decode"])]
+    pub roles: Vec<DeviceRole>,
     /// File with the farm's shared secret
     #[arg(long, value_name = "FILE")]
     pub secret_file: Option<PathBuf>,
@@ -67,6 +70,14 @@ pub struct Args {
     /// Folder for clips on their way to the store [default: one in the system's temporary folder]
     #[arg(long, value_name = "DIR")]
     pub data: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum DeviceRole {
+    /// Clips are started here
+    Denoise,
+    /// Tiles of any node's clips are decoded here
+    Decode,
 }
 
 /// `NAME=DIR`
@@ -231,7 +242,9 @@ async fn prepare(args: Args) -> anyhow::Result<Prepared> {
         devices.push(DeviceHandle::spawn(index, device).context("cannot start a device thread")?);
     }
     let site_json = Some(serde_json::to_string(&site)?);
-    let offer = Offer { devices: infos, site_json, models: shelf.infos(), store: store.url().to_owned() };
+    let roles =
+        Roles { denoise: args.roles.contains(&DeviceRole::Denoise), decode: args.roles.contains(&DeviceRole::Decode) };
+    let offer = Offer { devices: infos, site_json, models: shelf.infos(), store: store.url().to_owned(), roles };
     let scheduler = Scheduler { address: args.scheduler, secret };
     let checkpoint_steps = args.checkpoint_steps;
     Ok(Prepared { name: NodeId(name), scheduler, store, scratch, shelf, devices, checkpoint_steps, offer })
@@ -252,6 +265,8 @@ fn host_name() -> anyhow::Result<String> {
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser;
+
     use super::*;
 
     #[test]
@@ -261,6 +276,24 @@ mod tests {
         for bad in ["", "tiny", "tiny=", "=dir", "a b=dir", "../x=dir"] {
             assert!(bad.parse::<NamedModel>().is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn roles_are_both_unless_some_are_named() {
+        #[derive(clap::Parser)]
+        struct Line {
+            #[command(flatten)]
+            args: Args,
+        }
+        let roles = |more: &[&str]| {
+            let line = "node --scheduler h:1 --devices cpu:1 --model m=d --store s";
+            Line::try_parse_from(line.split(' ').chain(more.iter().copied())).map(|line| line.args.roles)
+        };
+        assert_eq!(roles(&[]).unwrap(), [DeviceRole::Denoise, DeviceRole::Decode]);
+        assert_eq!(roles(&["--role", "decode"]).unwrap(), [DeviceRole::Decode]);
+        assert_eq!(roles(&["--role", "denoise,decode"]).unwrap(), roles(&[]).unwrap());
+        assert_eq!(roles(&["--role", "denoise", "--role", "decode"]).unwrap(), roles(&[]).unwrap());
+        assert!(roles(&["--role", "upload"]).is_err());
     }
 
     #[test]

@@ -24,6 +24,7 @@ impl Bench {
             site_json: None,
             models: vec![],
             store: "memory:".into(),
+            roles: Roles::ALL,
         };
         Self { session: Session::new(BOOT, offer, 7, now), now, out: Vec::new() }
     }
@@ -106,6 +107,35 @@ fn start(n: u32) -> ToNode {
     }))
 }
 
+fn help(n: u32, round: u32) -> ToNode {
+    ToNode::Help(Box::new(HelpDecode {
+        key: key(n),
+        round,
+        device: DeviceIndex(0),
+        model: "tiny".into(),
+        model_hash: "00".into(),
+        spec_json: "{}".into(),
+        url: "http://there".into(),
+        token: "t".into(),
+    }))
+}
+
+fn dismiss(n: u32) -> ToNode {
+    ToNode::Dismiss { key: key(n), device: DeviceIndex(0) }
+}
+
+fn help_ended(n: u32) -> Event {
+    Event::HelpEnded { key: key(n), device: DeviceIndex(0) }
+}
+
+fn hands(n: u32, round: u32) -> ToNode {
+    ToNode::Hands { key: key(n), round, keep: vec![DeviceIndex(0)], helpers: 2 }
+}
+
+fn want(n: u32, round: u32) -> Event {
+    Event::WantHands { key: key(n), round, tiles: 18, url: "http://here".into(), token: "t".into() }
+}
+
 fn failed() -> AttemptOutcome {
     AttemptOutcome::Failed { kind: FailureKind::Device, message: "x".into() }
 }
@@ -123,6 +153,41 @@ fn listed(sent: &[ToScheduler]) -> Option<Vec<AttemptKey>> {
         ToScheduler::Heartbeat { running, .. } => Some(running.iter().map(|attempt| attempt.key).collect()),
         _ => None,
     })
+}
+
+/// The devices that help in the newest heartbeat or registration.
+fn helping(sent: &[ToScheduler]) -> Option<Vec<AttemptKey>> {
+    sent.iter().rev().find_map(|message| match message {
+        ToScheduler::Heartbeat { helping, .. } => Some(helping.iter().map(|help| help.key).collect()),
+        ToScheduler::Register(registration) => Some(registration.helping.iter().map(|help| help.key).collect()),
+        _ => None,
+    })
+}
+
+/// Rounds of the wishes that were sent.
+fn wishes(sent: &[ToScheduler]) -> Vec<u32> {
+    let round = |message: &ToScheduler| match message {
+        ToScheduler::WantHands { round, .. } => Some(*round),
+        _ => None,
+    };
+    sent.iter().filter_map(round).collect()
+}
+
+/// What the attempts were answered.
+fn answers(out: &[Action]) -> Vec<(u32, u32)> {
+    let answer = |action: &Action| match action {
+        Action::Hands { key, round, .. } => Some((key.attempt.0, *round)),
+        _ => None,
+    };
+    out.iter().filter_map(answer).collect()
+}
+
+fn helps(out: &[Action]) -> usize {
+    out.iter().filter(|action| matches!(action, Action::Help(_))).count()
+}
+
+fn dismissals(out: &[Action]) -> usize {
+    out.iter().filter(|action| matches!(action, Action::Dismiss { .. })).count()
 }
 
 #[test]
@@ -323,10 +388,141 @@ fn a_leaving_node_hands_its_attempts_back_and_exits_once_that_is_acknowledged() 
 }
 
 #[test]
+fn a_wish_is_repeated_until_its_round_is_answered_and_answered_once() {
+    let mut bench = Bench::joined();
+    bench.start(1);
+    bench.on(want(1, 1));
+    assert_eq!(wishes(&bench.sent()), [1], "at once");
+    bench.pass(RESEND_WISH);
+    assert_eq!(wishes(&bench.sent()), [1]);
+    bench.receive(5, hands(1, 7));
+    bench.receive(5, hands(2, 1));
+    assert!(answers(&bench.out).is_empty(), "of another round or attempt");
+    bench.receive(5, hands(1, 1));
+    bench.receive(5, hands(1, 1));
+    assert_eq!(answers(&bench.out), [(1, 1)]);
+    bench.pass(3 * RESEND_WISH);
+    assert!(wishes(&bench.sent()).is_empty());
+
+    bench.on(want(1, 2));
+    bench.on(want(1, 3));
+    bench.on(want(1, 2));
+    bench.sent();
+    bench.pass(RESEND_WISH);
+    assert_eq!(wishes(&bench.sent()), [3], "a newer round takes the place of an older one");
+    bench.receive(5, hands(1, 2));
+    assert!(answers(&bench.out).is_empty());
+}
+
+#[test]
+fn a_wish_waits_for_a_scheduler_and_ends_with_its_attempt() {
+    let mut bench = Bench::joined();
+    for n in 1..=3 {
+        bench.start(n);
+    }
+    bench.on(Event::Closed(SCHEDULER));
+    (1..=3).for_each(|n| bench.on(want(n, 1)));
+    assert!(wishes(&bench.sent()).is_empty());
+    bench.wait_for(|action| matches!(action, Action::Dial));
+    bench.on(Event::Dialed(Ok(())));
+    bench.on(Event::Ready(SCHEDULER));
+    assert!(wishes(&bench.sent()).is_empty(), "nobody knows this node yet");
+    bench.receive(6, ToNode::Welcome { heartbeat_ms: 1000 });
+    assert_eq!(wishes(&bench.sent()), [1, 1, 1]);
+    bench.receive(6, ToNode::Abort { key: key(1), reason: "cancelled".into() });
+    bench.on(Event::Ended { key: key(2), outcome: failed() });
+    bench.pass(RESEND_WISH);
+    assert_eq!(wishes(&bench.sent()), [1]);
+    bench.on(want(1, 2));
+    assert!(wishes(&bench.sent()).is_empty(), "of an attempt that is no more");
+}
+
+#[test]
+fn a_device_that_is_given_back_is_told_at_once_and_an_attempt_that_ended_has_none() {
+    let mut bench = Bench::joined();
+    bench.start(1);
+    let devices = |sent: &[ToScheduler]| match sent.iter().rev().find(|m| matches!(m, ToScheduler::Heartbeat { .. })) {
+        Some(ToScheduler::Heartbeat { running, .. }) => running.iter().map(|attempt| attempt.devices.len()).collect(),
+        _ => Vec::new(),
+    };
+    bench.on(Event::Released { key: key(1), keep: vec![DeviceIndex(0), DeviceIndex(5)] });
+    assert_eq!(devices(&bench.sent()), [1], "and none that it never had");
+    bench.on(Event::Released { key: key(1), keep: vec![] });
+    assert_eq!(devices(&bench.sent()), [0]);
+    bench.start(2);
+    bench.on(Event::Ended { key: key(2), outcome: failed() });
+    bench.sent();
+    bench.pass(Duration::from_secs(1));
+    assert_eq!(devices(&bench.sent()), [0, 0]);
+}
+
+#[test]
+fn a_help_begins_once_a_round_and_is_listed_from_its_beginning_to_its_end() {
+    let mut bench = Bench::joined();
+    bench.sent();
+    for _ in 0..2 {
+        bench.receive(5, help(1, 1));
+    }
+    assert_eq!(helps(&bench.out), 1);
+    assert_eq!(helping(&bench.sent()), Some(vec![key(1)]), "at once");
+    bench.on(help_ended(1));
+    assert_eq!(helping(&bench.sent()), Some(vec![]), "at once");
+    bench.receive(5, help(1, 1));
+    assert_eq!(helps(&bench.out), 0, "a late repeat");
+    bench.receive(5, help(1, 2));
+    assert_eq!(helps(&bench.out), 1, "all hands were lost, and this one is asked again");
+    bench.receive(4, dismiss(1));
+    assert_eq!(dismissals(&bench.out), 0, "of an older epoch");
+}
+
+#[test]
+fn a_dismissed_device_is_listed_until_it_is_idle() {
+    let mut bench = Bench::joined();
+    bench.receive(5, help(1, 1));
+    bench.out.clear();
+    for _ in 0..2 {
+        bench.receive(5, dismiss(1));
+        bench.receive(5, dismiss(2));
+    }
+    assert_eq!(dismissals(&bench.out), 1);
+    bench.sent();
+    bench.pass(Duration::from_secs(1));
+    assert_eq!(helping(&bench.sent()), Some(vec![key(1)]));
+    bench.on(help_ended(1));
+    assert_eq!(helping(&bench.sent()), Some(vec![]));
+}
+
+#[test]
+fn helps_survive_a_lost_session_but_neither_two_minutes_alone_nor_the_nodes_leave() {
+    let mut bench = Bench::joined();
+    bench.receive(5, help(1, 1));
+    bench.on(Event::Closed(SCHEDULER));
+    bench.receive(5, help(2, 1));
+    assert_eq!(helps(&bench.out), 1, "only a scheduler that listens is obeyed");
+    bench.wait_for(|action| matches!(action, Action::Dial));
+    bench.on(Event::Dialed(Ok(())));
+    bench.on(Event::Ready(SCHEDULER));
+    assert_eq!(helping(&bench.sent()), Some(vec![key(1)]));
+    bench.on(Event::Closed(SCHEDULER));
+    bench.pass(CUT_OFF);
+    assert_eq!(dismissals(&bench.out), 1);
+
+    let mut leaving = Bench::joined();
+    leaving.receive(5, help(1, 1));
+    leaving.on(Event::Stop);
+    assert_eq!(dismissals(&leaving.out), 1);
+    leaving.out.clear();
+    leaving.receive(5, help(2, 1));
+    assert_eq!(helps(&leaving.out), 0);
+}
+
+#[test]
 fn what_is_held_is_bounded_however_many_starts_come() {
     let mut bench = Bench::joined();
     let started: usize = (1..100).map(|n| bench.start(n)).sum();
     assert_eq!(started, HELD_PER_DEVICE);
+    (1..100).for_each(|n| bench.receive(5, help(n, 1)));
+    assert_eq!(helps(&bench.out), HELD_PER_DEVICE);
 }
 
 #[derive(Clone, Debug)]
@@ -343,6 +539,11 @@ enum Step {
     Reregister,
     Seen,
     Ended(u32),
+    Want(u32, u32),
+    Hands(u64, u32, u32),
+    Help(u64, u32, u32),
+    Dismiss(u64, u32),
+    HelpEnded(u32),
 }
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
@@ -359,6 +560,11 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         1 => Just(Step::Reregister),
         4 => Just(Step::Seen),
         4 => (1..6u32).prop_map(Step::Ended),
+        2 => (1..6u32, 1..4u32).prop_map(|(n, round)| Step::Want(n, round)),
+        4 => (3..6u64, 1..6u32, 1..4u32).prop_map(|(epoch, n, round)| Step::Hands(epoch, n, round)),
+        4 => (3..6u64, 1..6u32, 1..4u32).prop_map(|(epoch, n, round)| Step::Help(epoch, n, round)),
+        2 => (3..6u64, 1..6u32).prop_map(|(epoch, n)| Step::Dismiss(epoch, n)),
+        4 => (1..6u32).prop_map(Step::HelpEnded),
     ];
     prop::collection::vec(step, 1..200)
 }
@@ -370,6 +576,9 @@ proptest! {
         let mut started: Vec<AttemptKey> = Vec::new();
         let mut aborted: Vec<AttemptKey> = Vec::new();
         let mut ended: Vec<AttemptKey> = Vec::new();
+        let mut answered: Vec<(AttemptKey, u32)> = Vec::new();
+        let mut helped: Vec<(AttemptKey, u32)> = Vec::new();
+        let mut busy: Vec<AttemptKey> = Vec::new();
         let mut newest = 0;
         for step in steps {
             let epoch = bench.session.epoch().0;
@@ -398,6 +607,19 @@ proptest! {
                         bench.on(Event::Ended { key: key(n), outcome: failed() });
                     }
                 }
+                Step::Want(n, round) => {
+                    let asks_on = answered.iter().all(|(k, answered)| *k != key(n) || *answered < round);
+                    if asks_on && started.contains(&key(n)) {
+                        bench.on(want(n, round));
+                    }
+                }
+                Step::Hands(epoch, n, round) => bench.receive(epoch, hands(n, round)),
+                Step::Help(epoch, n, round) => bench.receive(epoch, help(n, round)),
+                Step::Dismiss(epoch, n) => bench.receive(epoch, dismiss(n)),
+                Step::HelpEnded(n) => {
+                    busy.retain(|k| *k != key(n));
+                    bench.on(help_ended(n));
+                }
             }
             for action in std::mem::take(&mut bench.out) {
                 match action {
@@ -411,6 +633,25 @@ proptest! {
                         prop_assert!(ended.contains(&report.key) && !aborted.contains(&report.key));
                     }
                     Action::Abort(key) => prop_assert!(started.contains(&key)),
+                    Action::Hands { key, round, .. } => {
+                        prop_assert!(started.contains(&key) && !ended.contains(&key) && !aborted.contains(&key));
+                        prop_assert!(!answered.contains(&(key, round)), "answered twice");
+                        answered.push((key, round));
+                    }
+                    Action::Help(help) => {
+                        let before = |(k, round): &(AttemptKey, u32)| *k == help.key && *round >= help.round;
+                        prop_assert!(!helped.iter().any(before) && !busy.contains(&help.key), "helps twice");
+                        helped.push((help.key, help.round));
+                        busy.push(help.key);
+                    }
+                    Action::Dismiss { key, .. } => prop_assert!(busy.contains(&key)),
+                    Action::Send(ToScheduler::Heartbeat { helping, .. }) => {
+                        let mut listed: Vec<AttemptKey> = helping.iter().map(|help| help.key).collect();
+                        let mut expected = busy.clone();
+                        listed.sort_by_key(|key| key.attempt);
+                        expected.sort_by_key(|key| key.attempt);
+                        prop_assert_eq!(listed, expected, "what is busy is listed, and nothing else");
+                    }
                     Action::Exit => prop_assert!(false, "nobody asked it to stop"),
                     _ => {}
                 }

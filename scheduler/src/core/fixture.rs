@@ -1,7 +1,7 @@
 //! A farm on a model of the queue store, for tests: applies what the core asks for, refuses what a database would
 //! refuse, and checks the whole picture after every event.
 
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::Duration;
 
 use farm_core::api::{JobResult, StageSeconds};
@@ -11,15 +11,16 @@ use farm_core::job::state::{FailureKind, JobState, Progress, Stage};
 use farm_core::parallel::cost::{DeviceRates, LinkRates, ModelShape, Site};
 use farm_core::parallel::topology::Topology;
 use farm_core::store::key;
+use farm_core::tiles::plan::Tiling;
 use farm_core::wire::Envelope;
 use farm_core::wire::to_node::{StartAttempt, ToNode};
 use farm_core::wire::to_scheduler::{
-    AttemptOutcome, AttemptReport, DeviceInfo, ModelInfo, Registration, Roles, RunningAttempt, ToScheduler,
+    AttemptOutcome, AttemptReport, DeviceInfo, Helping, ModelInfo, Registration, Roles, RunningAttempt, ToScheduler,
 };
 use uuid::Uuid;
 
 use super::effects::{Change, Effects, Outcome, Send};
-use super::events::{Event, LiveAttempt, LiveJob, LoadedRequest, Time};
+use super::events::{Clip, Event, LiveAttempt, LiveJob, LoadedRequest, Time};
 use super::farm::{Farm, Limits, Phase, Slot};
 use super::forecast::clip_shape;
 
@@ -48,6 +49,10 @@ pub struct World {
     pub notes: Vec<String>,
     /// Every attempt ever started, with the process it was given to.
     pub started: Vec<(AttemptKey, NodeId, BootId)>,
+    /// The devices that each was started on.
+    pub gangs: HashMap<AttemptKey, Vec<DeviceIndex>>,
+    /// What each joined process said last of its devices that help.
+    helping: HashMap<BootId, Vec<Helping>>,
     seq: u64,
 }
 
@@ -96,11 +101,12 @@ pub fn registration(devices: usize, models: &[&str]) -> Registration {
     }
 }
 
-pub fn listed(key: AttemptKey) -> RunningAttempt {
+/// An attempt that has these devices left.
+pub fn listed_on(key: AttemptKey, devices: &[u32]) -> RunningAttempt {
     RunningAttempt {
         key,
         progress: Progress { stage: Stage::Denoise, done: 1, total: 2, eta_seconds: None },
-        devices: Vec::new(),
+        devices: devices.iter().copied().map(DeviceIndex).collect(),
     }
 }
 
@@ -135,7 +141,7 @@ pub fn failed(kind: FailureKind) -> AttemptOutcome {
 impl World {
     pub fn new() -> Self {
         let limits = Limits::default();
-        let farm = Farm::restore(limits.clone(), Epoch(1), STORE.to_owned(), [], Time::default());
+        let farm = Farm::restore(limits.clone(), Epoch(1), STORE.to_owned(), Tiling::AUTO, [], Time::default());
         Self {
             farm,
             limits,
@@ -145,6 +151,8 @@ impl World {
             changes: Vec::new(),
             notes: Vec::new(),
             started: Vec::new(),
+            gangs: HashMap::new(),
+            helping: HashMap::new(),
             seq: 0,
         }
     }
@@ -155,8 +163,9 @@ impl World {
         let mut live: Vec<LiveJob> = live.collect();
         live.sort_by_key(|job| job.seq);
         let epoch = Epoch(self.farm.epoch().0 + 1);
+        self.helping.clear();
         // A new process counts from zero; going on is as good.
-        self.farm = Farm::restore(self.limits.clone(), epoch, STORE.to_owned(), live, self.now);
+        self.farm = Farm::restore(self.limits.clone(), epoch, STORE.to_owned(), Tiling::AUTO, live, self.now);
         self.check();
     }
 
@@ -193,6 +202,7 @@ impl World {
         if !self.started.contains(&entry) {
             assert!(self.started.iter().all(|(key, ..)| *key != start.key), "an attempt has one owner");
             self.started.push(entry);
+            self.gangs.insert(start.key, start.devices.clone());
         }
     }
 
@@ -227,8 +237,24 @@ impl World {
 
     pub fn message(&mut self, id: &str, boot: BootId, body: ToScheduler) {
         self.seq += 1;
+        let helping = match &body {
+            ToScheduler::Register(Registration { helping, .. }) | ToScheduler::Heartbeat { helping, .. } => {
+                Some(helping.clone())
+            }
+            _ => None,
+        };
         let envelope = Envelope { epoch: self.farm.epoch(), node: node(id), boot, seq: self.seq, body };
         self.event(Event::FromNode(Box::new(envelope)));
+        let refused = |send: &Send| matches!(send.message, ToNode::Refused { .. } | ToNode::Reregister);
+        if let Some(helping) = helping.filter(|_| !self.sent.iter().any(refused)) {
+            self.helping.insert(boot, helping);
+        }
+        for node in self.farm.nodes.values() {
+            let helping = self.helping.get(&node.boot).into_iter().flatten();
+            for device in helping.filter_map(|help| node.devices.get(help.device.0 as usize)) {
+                assert_ne!(device.slot, Slot::Free, "a device that helps is not free before its node says so");
+            }
+        }
     }
 
     pub fn register(&mut self, id: &str, boot: BootId, registration: Registration) {
@@ -236,8 +262,14 @@ impl World {
     }
 
     pub fn heartbeat(&mut self, id: &str, boot: BootId, keys: &[AttemptKey]) {
-        let running = keys.iter().copied().map(listed).collect();
+        let running = keys.iter().map(|key| self.listed(*key)).collect();
         self.message(id, boot, ToScheduler::Heartbeat { running, helping: Vec::new() });
+    }
+
+    /// An attempt that has all its devices still.
+    pub fn listed(&self, key: AttemptKey) -> RunningAttempt {
+        let devices = self.gangs.get(&key).cloned().unwrap_or_default();
+        RunningAttempt { devices, ..listed_on(key, &[]) }
     }
 
     pub fn report(&mut self, id: &str, boot: BootId, key: AttemptKey, outcome: AttemptOutcome) {
@@ -322,6 +354,11 @@ impl World {
                     node: node.clone(),
                     boot: *boot,
                     devices: start.devices.clone(),
+                    clip: Clip {
+                        model: start.model.clone(),
+                        model_hash: start.model_hash.clone(),
+                        spec_json: start.spec_json.clone(),
+                    },
                 });
                 row.outcomes.push("running");
                 row.state = JobState::Running;
@@ -372,17 +409,16 @@ impl World {
     /// What must hold after every event.
     pub fn check(&self) {
         self.farm.check();
-        let mut taken = HashSet::new();
         for (id, row) in &self.rows {
             let attempt = row.live.running.as_ref();
             assert_eq!(attempt.is_some(), row.state == JobState::Running, "job {id}");
-            for device in attempt.iter().flat_map(|attempt| &attempt.devices) {
-                let attempt = attempt.unwrap();
-                assert!(taken.insert((attempt.node.clone(), attempt.boot, *device)), "a device has one lease");
-            }
             match self.farm.jobs.get(id).map(|job| &job.phase) {
                 None => assert!(row.state.is_terminal(), "job {id} is forgotten"),
-                Some(Phase::Running(lease)) => assert_eq!(Some(lease.key), attempt.map(|attempt| attempt.key)),
+                Some(Phase::Running(lease)) => {
+                    assert_eq!(Some(lease.key), attempt.map(|attempt| attempt.key));
+                    let granted = &self.gangs[&lease.key];
+                    assert!(lease.devices.iter().all(|device| granted.contains(device)), "a lease only shrinks");
+                }
                 Some(Phase::Waiting | Phase::Delayed { .. }) => {
                     assert_eq!(row.state, JobState::Queued);
                     assert!(!self.reason(*id).is_empty(), "every queued job has a reason");
@@ -416,15 +452,15 @@ impl Farm {
                 continue;
             };
             assert_eq!(lease.key.attempt, job.attempt);
-            assert!(!lease.devices.is_empty());
             match self.nodes.get(&lease.node).filter(|_| !self.orphans.contains(id)) {
                 None => assert!(self.orphans.contains(id), "a lease has a node or waits for it"),
                 Some(node) => {
                     assert_eq!(node.boot, lease.boot);
                     for (i, device) in node.devices.iter().enumerate() {
                         let leased = lease.devices.contains(&DeviceIndex(i as u32));
-                        assert_eq!(device.slot == Slot::Leased(*id), leased, "all or none");
+                        assert_eq!(device.slot == Slot::Leased(*id), leased, "the lease and the devices agree");
                     }
+                    assert!(node.leases.contains(id));
                 }
             }
         }
@@ -432,10 +468,14 @@ impl Farm {
         assert!(self.orphans.iter().all(running));
         for (id, node) in &self.nodes {
             assert_eq!(self.boots.get(&node.boot), Some(id));
+            let mut leases = node.leases.clone();
             for device in &node.devices {
                 if let Slot::Leased(job) = device.slot {
-                    assert!(matches!(&self.jobs[&job].phase, Phase::Running(lease) if lease.node == *id));
+                    leases.insert(job);
                 }
+            }
+            for job in leases {
+                assert!(matches!(&self.jobs[&job].phase, Phase::Running(lease) if lease.node == *id));
             }
         }
         assert_eq!(self.boots.len(), self.nodes.len());

@@ -107,7 +107,8 @@ impl Run {
             Step::Register { node, boot: b, devices, rated, models, running } => {
                 let models: &[&str] = [&["m"][..], &["n"], &["m", "n"], &[]][models as usize % 4];
                 let mut registration = if rated { team(devices, models) } else { registration(devices, models) };
-                registration.running = subset(&world.started, running).into_iter().map(listed).collect();
+                registration.running =
+                    subset(&world.started, running).into_iter().map(|key| world.listed(key)).collect();
                 world.register(NODES[node as usize], boot(b.into()), registration);
             }
             Step::Heartbeat { node, boot: b, listed } => {

@@ -238,7 +238,7 @@ fn a_closed_session_is_forgiven_if_the_node_comes_back_in_time() {
     world.event(Event::SessionClosed(boot(1)));
     world.pass(seconds(4));
     let mut again = registration(1, &["m"]);
-    again.running = vec![listed(key)];
+    again.running = vec![world.listed(key)];
     world.register("a", boot(1), again);
     world.pass_with(seconds(30), &[("a", boot(1), &[key])]);
     assert_eq!(world.state(job), JobState::Running);
@@ -270,7 +270,7 @@ fn a_silent_node_is_lost_at_its_ttl_and_told_to_stop_when_it_comes_back() {
     world.heartbeat("a", boot(1), &[key]);
     assert!(matches!(world.sent[0].message, ToNode::Reregister));
     let mut again = registration(1, &["m"]);
-    again.running = vec![listed(key)];
+    again.running = vec![world.listed(key)];
     world.register("a", boot(1), again);
     assert_eq!(world.aborts(), [key]);
     assert_eq!(world.start().key.attempt, AttemptNo(2));
@@ -484,7 +484,7 @@ fn after_a_restart_running_attempts_are_adopted() {
     world.restart();
     world.pass(seconds(5));
     let mut again = registration(2, &["m"]);
-    again.running = vec![listed(key)];
+    again.running = vec![world.listed(key)];
     world.register("a", boot(1), again);
     assert!(world.aborts().is_empty());
     assert_eq!(world.farm.sizes(), (1, 2, 1));
