@@ -11,8 +11,10 @@
 //! tiles get wrong by themselves are the statistics of group norms, so at each norm every tile gives the sums over the
 //! part that it owns and goes on with the totals of all.
 //!
-//! [`plan`] is geometry, [`statistics`] arithmetic, [`message`] what hands and the crew say to each other.
+//! [`plan`] is geometry, [`statistics`] arithmetic, [`message`] what hands and the crew say to each other, [`codec`] the
+//! bytes of it.
 
+pub mod codec;
 pub mod message;
 pub mod plan;
 pub mod statistics;
