@@ -4,6 +4,8 @@ mod attempt;
 mod checkpoints;
 mod command;
 mod cpu_device;
+#[allow(dead_code)]
+mod data_plane;
 mod device_pool;
 mod device_thread;
 mod devices;
