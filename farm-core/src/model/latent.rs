@@ -78,16 +78,18 @@ pub fn read_latent(bytes: &[u8], channels: usize) -> Result<StoredLatent, ModelE
     let bad = |what: String| ModelError::Input(format!("not a latent: {what}"));
     let (_, header) = SafeTensors::read_metadata(bytes).map_err(|error| bad(error.to_string()))?;
     let info = header.info(LATENT_KEY).ok_or_else(|| bad(format!("no tensor {LATENT_KEY:?} in it")))?;
-    let &[1, c, frames @ 1.., height @ 1.., width @ 1..] = &info.shape[..] else {
-        return Err(bad(format!("a shape of {:?}, not [1, {channels}, T, h, w]", info.shape)));
+    let size = match info.shape[..] {
+        [1, c, frames, height, width] if frames > 0 && height > 0 && width > 0 => [c, frames, height, width],
+        _ => return Err(bad(format!("a shape of {:?}, not [1, {channels}, T, h, w]", info.shape))),
     };
-    if c != channels {
-        return Err(bad(format!("{c} channels, the decoder has {channels}")));
+    if size[0] != channels {
+        return Err(bad(format!("{} channels, the decoder has {channels}", size[0])));
     }
-    let size = [c, frames, height, width];
     let number = |key: &str| header.metadata().as_ref()?.get(key)?.parse::<u32>().ok();
     let request = header.metadata().as_ref().and_then(|metadata| metadata.get("request"));
-    let steps = request.and_then(|request| serde_json::from_str::<RenderSpec>(request).ok()).map(|spec| spec.num_inference_steps);
+    let steps = request
+        .and_then(|request| serde_json::from_str::<RenderSpec>(request).ok())
+        .map(|spec| spec.num_inference_steps);
     let unfinished = number("step").zip(steps).filter(|(step, steps)| step < steps);
     Ok(StoredLatent { values: from_safetensors(bytes, LATENT_KEY, size)?, size, unfinished })
 }

@@ -20,7 +20,7 @@ use tokio::time::timeout;
 use super::{Failure, Hands, HandsWanted, Lease, Workshop};
 use crate::decode::local::DEPTH;
 use crate::decode::max_message;
-use crate::decode::stitcher::{Arrival, StitchError, Stitched, Surroundings, stitch};
+use crate::decode::stitcher::{Arrival, OpenSink, StitchError, Stitched, Surroundings, stitch};
 use crate::device_thread::{Decode, Monitor};
 use crate::encode::{FrameSink, Mp4Sink};
 use crate::link;
@@ -51,10 +51,13 @@ impl ClipDecode<'_> {
         mut answers: mpsc::Receiver<Hands>,
     ) -> Result<Stitched, Failure> {
         let spec = self.spec;
-        let device_failure =
-            |error: std::io::Error| Failure::new(FailureKind::Device, format!("cannot begin the mp4: {error}"));
-        let sink = Mp4Sink::create(&self.clip, spec.width, spec.height).map_err(device_failure)?;
-        let sink = Kept { sink, _folder: self.folder.clone() };
+        let sink: OpenSink = {
+            let (path, folder, [width, height]) = (self.clip.clone(), self.folder.clone(), [spec.width, spec.height]);
+            Box::new(move || {
+                let sink = Mp4Sink::create(&path, width, height)?;
+                Ok(Box::new(Kept { sink, _folder: folder }) as Box<dyn FrameSink>)
+            })
+        };
         let mut open = self.workshop.data.open(stored, max_message(spec), MAX_HELPERS);
         let (arrive, arrivals) = mpsc::channel(DEPTH);
         let (expect, expected) = mpsc::channel(1);

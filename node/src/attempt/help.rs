@@ -6,15 +6,15 @@ use std::sync::atomic::AtomicBool;
 use bytes::Bytes;
 use farm_core::id::AttemptKey;
 use farm_core::job::spec::RenderSpec;
+use farm_core::job::state::FailureKind;
 use farm_core::model::latent::LatentCheckpoint;
 use farm_core::store::key;
 use farm_core::wire::to_node::HelpDecode;
 
 use super::{Failure, Workshop};
-use crate::checkpoints::{Checkpoints, max_bytes};
+use crate::checkpoints::max_bytes;
 use crate::decode::max_message;
 use crate::device_thread::{Decode, Reservation};
-use farm_core::job::state::FailureKind;
 
 /// Joins the decode and works until its crew needs this hand no more. `reservation` is dropped when the device is idle.
 pub async fn run(workshop: Arc<Workshop>, help: HelpDecode, reservation: Reservation, stop: Arc<AtomicBool>) {

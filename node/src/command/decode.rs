@@ -17,7 +17,7 @@ use farm_core::model::weights::checkpoint::Checkpoint;
 use farm_core::tiles::plan::Tiling;
 use farm_core::tiles::shape::Shape;
 
-use crate::command::target::{Kind, Target};
+use crate::command::target::{Kind, Target, open_sink};
 use crate::command::watch::{Show, progress_bar, stop_on_signals};
 use crate::decode::stitcher::StitchError;
 use crate::decode::{local, shape};
@@ -61,7 +61,8 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     }
     let part = checkpoint.vae().with_context(|| format!("{} has no vae decoder", args.model.display()))?;
     let bytes = std::fs::read(&args.latent).with_context(|| format!("cannot read {}", args.latent.display()))?;
-    let latent = read_latent(&bytes, part.config().latent_channels).with_context(|| args.latent.display().to_string())?;
+    let latent =
+        read_latent(&bytes, part.config().latent_channels).with_context(|| args.latent.display().to_string())?;
     if let Some((step, steps)) = latent.unfinished {
         eprintln!("warning: this latent is of step {step} of {steps}: the clip will be noisy");
     }
@@ -97,7 +98,11 @@ pub fn in_tiles(
     show: &mut Show,
 ) -> anyhow::Result<Result<(), ModelError>> {
     let [height, width] = shape.frame_size();
-    let Some(sink) = target.sink(width as u32, height as u32)? else { bail!("a latent is not decoded") };
+    let (kind, path) = (target.kind, target.unfinished.path().to_owned());
+    let sink = Box::new(move || {
+        let sink = open_sink(kind, &path, width as u32, height as u32)?;
+        sink.ok_or_else(|| std::io::Error::other("a latent is not a file of frames"))
+    });
     let total = shape.frames.iter().sum();
     let mut progress = |done| show.progress(Progress { stage: Stage::Decode, done, total, eta_seconds: None });
     progress(0);

@@ -19,8 +19,9 @@ use tokio::sync::oneshot;
 use tracing_subscriber::EnvFilter;
 use uuid::Uuid;
 
-use crate::attempt::Workshop;
+use crate::attempt::{HandsWanted, Workshop};
 use crate::cpu_device::CpuDevice;
+use crate::data_plane::{DataPlane, DataPlaneArgs};
 use crate::device_thread::DeviceHandle;
 use crate::devices::{Devices, Placing};
 use crate::encode;
@@ -67,6 +68,8 @@ pub struct Args {
     /// [default: typical ones]
     #[arg(long, value_name = "FILE")]
     pub devices_file: Option<PathBuf>,
+    #[command(flatten)]
+    pub data_plane: DataPlaneArgs,
     /// Folder for clips on their way to the store [default: one in the system's temporary folder]
     #[arg(long, value_name = "DIR")]
     pub data: Option<PathBuf>,
@@ -135,12 +138,12 @@ async fn join(args: Args) -> anyhow::Result<ExitCode> {
         prepared = prepare(args) => prepared?,
         () = signals.next() => return Ok(ExitCode::SUCCESS),
     };
-    let Prepared { name, scheduler, store, scratch, shelf, devices, checkpoint_steps, offer } = prepared;
+    let Prepared { name, scheduler, store, scratch, shelf, devices, checkpoint_steps, data_plane, offer } = prepared;
 
     let boot = BootId(Uuid::new_v4());
     let (cluster, events) = Cluster::start(Role::Node, boot, scheduler.secret.as_deref()).await?;
     tracing::info!(node = %name, %boot, scheduler = %scheduler.address, store = store.url(), devices = devices.len(), "node starts");
-    let models = shelf.infos().iter().map(|model| (model.name.clone(), model.hash.clone())).collect();
+    let models = shelf.offered();
     let workshop = {
         let (node, scratch) = (name.clone(), scratch.clone());
         move |session: ActorRef<SessionMessage>| Workshop {
@@ -150,9 +153,14 @@ async fn join(args: Args) -> anyhow::Result<ExitCode> {
             devices,
             models,
             checkpoint_steps,
-            log: Box::new(move |key, line| {
-                // Fails only when the process ends.
-                let _ = session.cast(SessionMessage::Log { key, line });
+            data: data_plane,
+            // These fail only when the process ends.
+            log: {
+                let session = session.clone();
+                Box::new(move |key, line| drop(session.cast(SessionMessage::Log { key, line })))
+            },
+            want_hands: Box::new(move |key, HandsWanted { round, tiles, url, token }| {
+                drop(session.cast(SessionMessage::WantHands { key, round, tiles, url, token }));
             }),
         }
     };
@@ -207,6 +215,7 @@ struct Prepared {
     shelf: Arc<ModelShelf>,
     devices: Vec<DeviceHandle>,
     checkpoint_steps: u32,
+    data_plane: DataPlane,
     offer: Offer,
 }
 
@@ -245,9 +254,11 @@ async fn prepare(args: Args) -> anyhow::Result<Prepared> {
     let roles =
         Roles { denoise: args.roles.contains(&DeviceRole::Denoise), decode: args.roles.contains(&DeviceRole::Decode) };
     let offer = Offer { devices: infos, site_json, models: shelf.infos(), store: store.url().to_owned(), roles };
+    let data_plane = DataPlane::start(args.data_plane.options(&args.scheduler).await?).await?;
     let scheduler = Scheduler { address: args.scheduler, secret };
     let checkpoint_steps = args.checkpoint_steps;
-    Ok(Prepared { name: NodeId(name), scheduler, store, scratch, shelf, devices, checkpoint_steps, offer })
+    let name = NodeId(name);
+    Ok(Prepared { name, scheduler, store, scratch, shelf, devices, checkpoint_steps, data_plane, offer })
 }
 
 fn read_secret(path: &Path) -> anyhow::Result<String> {

@@ -48,18 +48,22 @@ impl Target {
     }
 
     /// Where frames go. None for a latent.
-    pub fn sink(&self, width: u32, height: u32) -> std::io::Result<Option<Box<dyn FrameSink + Send>>> {
-        Ok(match self.kind {
-            Kind::Mp4 => Some(Box::new(Mp4Sink::create(self.unfinished.path(), width, height)?)),
-            Kind::Rgb => Some(Box::new(RawSink::create(self.unfinished.path(), width, height)?)),
-            Kind::Latent => None,
-        })
+    pub fn sink(&self, width: u32, height: u32) -> std::io::Result<Option<Box<dyn FrameSink>>> {
+        open_sink(self.kind, self.unfinished.path(), width, height)
     }
 
     pub fn publish(self) -> anyhow::Result<PathBuf> {
         publish(self.unfinished, &self.out)?;
         Ok(self.out)
     }
+}
+
+pub fn open_sink(kind: Kind, path: &Path, width: u32, height: u32) -> std::io::Result<Option<Box<dyn FrameSink>>> {
+    Ok(match kind {
+        Kind::Mp4 => Some(Box::new(Mp4Sink::create(path, width, height)?)),
+        Kind::Rgb => Some(Box::new(RawSink::create(path, width, height)?)),
+        Kind::Latent => None,
+    })
 }
 
 /// Moves the finished file to its place. Temporary files are private; a clip gets the usual rights.

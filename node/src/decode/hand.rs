@@ -10,7 +10,7 @@ use farm_core::model::ModelError;
 use farm_core::model::latent::{DitLatent, VaeLatent};
 use farm_core::model::vae::{Advance, TileStream, VaeDecoder};
 use farm_core::tiles::hand::{Hand, Todo};
-use farm_core::tiles::message::{Edges, FromHand, Pixels, ToHand};
+use farm_core::tiles::message::{FromHand, Pixels, ToHand};
 use farm_core::tiles::statistics::Sums;
 use tokio::sync::mpsc::error::TryRecvError;
 

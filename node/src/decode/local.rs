@@ -4,16 +4,15 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use anyhow::Context;
+use farm_core::engine::Engine;
 use farm_core::engine::cpu::CpuEngine;
-use farm_core::engine::{Engine, SequenceOps};
 use farm_core::model::latent::DitLatent;
 use farm_core::model::vae::VaeDecoder;
 use farm_core::tiles::shape::Shape;
 use tokio::sync::mpsc;
 
 use super::hand;
-use super::stitcher::{Arrival, StitchError, Stitched, Surroundings, stitch};
-use crate::encode::FrameSink;
+use super::stitcher::{Arrival, OpenSink, StitchError, Stitched, Surroundings, stitch};
 use crate::link;
 
 /// Messages that wait for a hand, or from it.
@@ -26,7 +25,7 @@ pub fn decode(
     size: [usize; 4],
     shape: Arc<Shape>,
     [devices, threads]: [usize; 2],
-    sink: impl FrameSink + Send + 'static,
+    sink: OpenSink,
     stop: &Arc<AtomicBool>,
     progress: Box<dyn FnMut(u32) + Send + '_>,
 ) -> anyhow::Result<Result<Stitched, StitchError>> {

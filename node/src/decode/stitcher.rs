@@ -68,12 +68,11 @@ pub struct Stitched {
     pub counters: Counters,
 }
 
-/// Decodes a clip into `sink` with whatever hands come, and finishes the file.
-pub async fn stitch(
-    shape: Arc<Shape>,
-    sink: impl FrameSink + Send + 'static,
-    mut around: Surroundings<'_>,
-) -> Result<Stitched, StitchError> {
+/// Opens the file that frames go into, on the thread that encodes: encoders do not change threads.
+pub type OpenSink = Box<dyn FnOnce() -> io::Result<Box<dyn FrameSink>> + Send>;
+
+/// Decodes a clip into a file with whatever hands come, and finishes it.
+pub async fn stitch(shape: Arc<Shape>, sink: OpenSink, mut around: Surroundings<'_>) -> Result<Stitched, StitchError> {
     let began = Instant::now();
     let (mailbox, mut inbox) = mpsc::channel(MAILBOX);
     let mut encoder = Encoder::start(shape.clone(), sink, mailbox.clone())?;
@@ -185,14 +184,11 @@ struct Encoder {
 }
 
 impl Encoder {
-    fn start(
-        shape: Arc<Shape>,
-        mut sink: impl FrameSink + Send + 'static,
-        mailbox: mpsc::Sender<Event>,
-    ) -> io::Result<Self> {
+    fn start(shape: Arc<Shape>, open: OpenSink, mailbox: mpsc::Sender<Event>) -> io::Result<Self> {
         let (chunks, inbox) = thread_mpsc::channel::<(u32, Vec<Arc<Pixels>>)>();
         let (end, ended) = oneshot::channel();
         let work = move || -> io::Result<f64> {
+            let mut sink = open()?;
             let blender = Blender::new(&shape.plan);
             let mut seconds = 0.0;
             while let Ok((chunk, tiles)) = inbox.recv() {

@@ -99,17 +99,18 @@ impl Devices {
         self.waiting.len() < queued
     }
 
-    /// The holder's devices are idle. Returns those in the queue that have got theirs now.
-    pub fn release(&mut self, holder: Holder) -> Vec<Holder> {
-        self.release_all_but(holder, &[])
+    /// What the holder has.
+    pub fn held(&self, holder: Holder) -> Vec<DeviceIndex> {
+        let held = (0..).zip(&self.holds).filter(|(_, hold)| hold.is_some_and(|hold| hold.holder == holder));
+        held.map(|(index, _)| DeviceIndex(index)).collect()
     }
 
-    /// The holder's devices are idle but for those in `keep`. Returns those in the queue that have got theirs now.
-    pub fn release_all_but(&mut self, holder: Holder, keep: &[DeviceIndex]) -> Vec<Holder> {
-        for (i, hold) in self.holds.iter_mut().enumerate() {
-            if hold.is_some_and(|hold| hold.holder == holder) && !keep.contains(&DeviceIndex(i as u32)) {
-                *hold = None;
-            }
+    /// A device of the holder is idle. Returns those in the queue that have got theirs now.
+    pub fn release(&mut self, holder: Holder, device: DeviceIndex) -> Vec<Holder> {
+        if let Some(hold) = self.holds.get_mut(device.0 as usize)
+            && hold.is_some_and(|hold| hold.holder == holder)
+        {
+            *hold = None;
         }
         let holds = &self.holds;
         let idle = |devices: &Vec<DeviceIndex>| devices.iter().all(|device| holds[device.0 as usize].is_none());

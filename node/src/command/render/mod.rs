@@ -15,19 +15,23 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::{Context, bail};
 use farm_core::engine::cpu::CpuEngine;
 use farm_core::job::spec::{GuidanceScale, RenderRequest, RenderSpec};
-use farm_core::job::state::{Progress, Stage};
+use farm_core::job::state::Progress;
 use farm_core::model::ModelError;
 use farm_core::model::latent::{LATENT_KEY, LatentCheckpoint, NOISE_KEY, from_safetensors, to_safetensors};
 use farm_core::model::pipeline::{Pipeline, RenderObserver, Residency, Start};
 use farm_core::model::weights::checkpoint::Checkpoint;
 use farm_core::parallel::group::RankGroup;
 use farm_core::parallel::topology::Topology;
-use indicatif::{ProgressBar, ProgressStyle};
+use farm_core::tiles::plan::Tiling;
 
 use self::group::{Clip, Follower};
 use self::resume::{Identity, Saved};
 use crate::command::ClipSize;
-use crate::encode::{self, FrameSink, Mp4Sink, RawSink};
+use crate::command::decode::{self, Latent};
+use crate::command::target::{Kind, Target};
+use crate::command::watch::{Show, progress_bar, stop_on_signals};
+use crate::decode::shape;
+use crate::encode::FrameSink;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -218,7 +222,7 @@ struct Watcher<'a> {
     show: Show,
     stop: Arc<AtomicBool>,
     /// None for a latent, and where frames come later.
-    sink: Option<Box<dyn FrameSink + Send>>,
+    sink: Option<Box<dyn FrameSink>>,
     saved: Option<&'a Saved>,
 }
 
