@@ -69,7 +69,10 @@ impl ClipDecode<'_> {
         };
         progress(0);
         let around = Surroundings {
-            want_hands: Box::new(move |round| drop(ask.send(round))),
+            want_hands: Box::new(move |round| {
+                // The foreman is there as long as the stitcher.
+                let _ = ask.send(round);
+            }),
             expected,
             arrivals,
             progress: Box::new(progress),

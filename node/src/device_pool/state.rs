@@ -160,6 +160,12 @@ mod tests {
         Refusal::Busy { device: DeviceIndex(device), holder }
     }
 
+    /// All that it has.
+    fn release(devices: &mut Devices, holder: Holder) -> Vec<Holder> {
+        let held = devices.held(holder);
+        held.into_iter().flat_map(|device| devices.release(holder, device)).collect()
+    }
+
     #[test]
     fn a_lease_gets_all_its_devices_or_none() {
         let mut devices = Devices::new(3);
@@ -188,23 +194,25 @@ mod tests {
         assert_eq!(devices.reserve(attempt(3), &on(&[0])), Err(busy(0, attempt(2))));
         let overtaken = devices.reserve(attempt(3), &on(&[1]));
         assert_eq!(overtaken, Err(busy(1, attempt(2))), "a gang in the queue is not overtaken");
-        assert_eq!(devices.release(attempt(1)), [attempt(2)]);
+        assert_eq!(release(&mut devices, attempt(1)), [attempt(2)]);
         assert!(!devices.abort(attempt(2)));
         assert_eq!(devices.reserve(attempt(4), &on(&[1])), Ok(Reserve::Waiting));
         assert!(devices.abort(attempt(4)), "it was only queued");
-        assert_eq!(devices.release(attempt(2)), []);
+        assert_eq!(release(&mut devices, attempt(2)), []);
     }
 
     #[test]
     fn an_attempt_may_give_back_some_devices_and_go_on_with_others() {
         let mut devices = Devices::new(3);
         devices.reserve(attempt(1), &on(&[0, 1, 2])).unwrap();
-        assert_eq!(devices.release_all_but(attempt(1), &on(&[1])), []);
+        assert_eq!([0, 2].map(|device| devices.release(attempt(1), DeviceIndex(device))), [vec![], vec![]]);
+        assert_eq!(devices.held(attempt(1)), on(&[1]));
         assert_eq!(devices.reserve(attempt(2), &on(&[0, 2])), Ok(Reserve::Granted));
         assert_eq!(devices.reserve(attempt(3), &on(&[1])), Err(busy(1, attempt(1))));
         // What it has given back is not its own any more.
-        assert_eq!(devices.release_all_but(attempt(1), &on(&[0])), []);
+        assert_eq!(devices.release(attempt(1), DeviceIndex(0)), []);
         assert_eq!(devices.reserve(attempt(3), &on(&[0])), Err(busy(0, attempt(2))));
+        assert_eq!(devices.release(attempt(1), DeviceIndex(1)), []);
         assert_eq!(devices.reserve(attempt(3), &on(&[1])), Ok(Reserve::Granted));
     }
 
@@ -214,16 +222,16 @@ mod tests {
         devices.reserve(attempt(1), &on(&[0])).unwrap();
         devices.reserve(help(1, 1), &on(&[1])).unwrap();
         devices.reserve(help(1, 2), &on(&[2])).unwrap();
-        devices.release(help(1, 1));
+        devices.release(help(1, 1), DeviceIndex(1));
         assert_eq!(devices.reserve(attempt(2), &on(&[0])), Err(busy(0, attempt(1))));
         assert_eq!(devices.reserve(attempt(2), &on(&[2])), Err(busy(2, help(1, 2))));
         devices.abort(help(1, 2));
         assert_eq!(devices.reserve(attempt(2), &on(&[1, 2])), Ok(Reserve::Waiting));
-        assert_eq!(devices.release(help(1, 2)), [attempt(2)]);
+        assert_eq!(devices.release(help(1, 2), DeviceIndex(2)), [attempt(2)]);
         // And the other way round.
         devices.abort(attempt(1));
         assert_eq!(devices.reserve(help(3, 0), &on(&[0])), Ok(Reserve::Waiting));
-        assert_eq!(devices.release(attempt(1)), [help(3, 0)]);
+        assert_eq!(devices.release(attempt(1), DeviceIndex(0)), [help(3, 0)]);
     }
 
     proptest! {
@@ -261,11 +269,14 @@ mod tests {
                     (2, Some(holder)) => {
                         prop_assert_eq!(devices.abort(holder), queued.remove(&holder).is_some());
                     }
-                    (3, Some(holder)) if held.remove(&holder).is_some() => granted = devices.release(holder),
+                    (3, Some(holder)) if held.remove(&holder).is_some() => {
+                        granted = release(&mut devices, holder);
+                    }
                     (4, Some(holder)) => {
                         if let Some(mine) = held.get_mut(&holder) {
-                            mine.retain(|device| wanted.contains(&device.0));
-                            granted = devices.release_all_but(holder, &on(&wanted));
+                            let back = wanted.first().copied().map_or(DeviceIndex(9), DeviceIndex);
+                            mine.retain(|device| *device != back);
+                            granted = devices.release(holder, back);
                         }
                     }
                     _ => {}
@@ -283,7 +294,7 @@ mod tests {
             // Once everybody has let go, everything is free.
             while let Some(&holder) = held.keys().next() {
                 held.remove(&holder);
-                for granted in devices.release(holder) {
+                for granted in release(&mut devices, holder) {
                     held.insert(granted, queued.remove(&granted).expect("it was queued"));
                 }
             }
