@@ -1,6 +1,11 @@
 //! The frames of a clip, from those of its tiles.
 
-use super::plan::{PIXELS, Span, TilePlan};
+use super::plan::{Mode, PIXELS, Span, TilePlan};
+
+/// Pixels over which tiles with shared statistics fade into each other. They differ near their ends only, by a fifth as
+/// much with every eight pixels inwards, so most of an overlap is there to be left out. Tiles that know nothing of each
+/// other differ everywhere, and take all of it.
+const FADE: f64 = 12.0;
 
 /// Adds up tiles, each with a weight for every pixel.
 ///
@@ -24,15 +29,12 @@ struct Extent {
 
 impl Blender {
     pub fn new(plan: &TilePlan) -> Self {
-        let [_, across] = plan.grid;
-        let rows: Vec<Span> = plan.tiles.iter().step_by(across.max(1)).map(|tile| tile.rows).collect();
-        let cols: Vec<Span> = plan.tiles.iter().take(across).map(|tile| tile.cols).collect();
         let [height, width] = plan.latent.map(|extent| extent * PIXELS);
-        let mut cols = extents(&cols, width);
+        let mut cols = extents(&plan.col_spans(), width, plan.mode);
         for col in &mut cols {
             col.weights = col.weights.iter().flat_map(|&weight| [weight; 3]).collect();
         }
-        Self { height, width, rows: extents(&rows, height), cols }
+        Self { height, width, rows: extents(&plan.row_spans(), height, plan.mode), cols }
     }
 
     /// Frames of the whole clip as RGB24 bytes, from those of all tiles in the plan's order, `[frames, height, width, 3]`
@@ -99,20 +101,20 @@ impl Blender {
 }
 
 /// Weights of tiles in a row that cover `extent` pixels together.
-fn extents(spans: &[Span], extent: usize) -> Vec<Extent> {
+fn extents(spans: &[Span], extent: usize, mode: Mode) -> Vec<Extent> {
     let mut extents: Vec<Extent> = spans
         .iter()
         .enumerate()
         .map(|(place, span)| {
-            let before = place.checked_sub(1).map(|before| fade(spans[before], *span));
-            let after = spans.get(place + 1).map(|after| fade(*span, *after));
+            let before = place.checked_sub(1).map(|before| fade(spans[before], *span, mode));
+            let after = spans.get(place + 1).map(|after| fade(*span, *after, mode));
             let weight =
                 |pixel: usize| before.map_or(1.0, |fade| fade(pixel)) * after.map_or(1.0, |fade| 1.0 - fade(pixel));
             let pixels = span.start * PIXELS..span.end * PIXELS;
             Extent { start: pixels.start, weights: pixels.map(|pixel| weight(pixel) as f32).collect() }
         })
         .collect();
-    // Tiles of plans of ours overlap in pairs, and weights sum to one already.
+    // They do already where tiles overlap in pairs.
     let mut sums = vec![0f32; extent];
     for extent in &extents {
         extent.weights.iter().zip(&mut sums[extent.start..]).for_each(|(weight, sum)| *sum += weight);
@@ -123,14 +125,112 @@ fn extents(spans: &[Span], extent: usize) -> Vec<Extent> {
     extents
 }
 
-/// How much of a pixel is the later of two neighbours'.
-fn fade(a: Span, b: Span) -> impl Fn(usize) -> f64 + Copy {
+/// How much of a pixel is the later of two neighbours', for pixels at places along the axis.
+fn fade(a: Span, b: Span, mode: Mode) -> impl Fn(usize) -> f64 + Copy {
     let middle = ((a.end + b.start) * PIXELS) as f64 / 2.0;
-    let half = ((a.end - b.start) * PIXELS) as f64 / 2.0;
-    // By measurement, see docs/tiles.md.
-    let half = half / 2.0;
+    let overlap = ((a.end - b.start) * PIXELS) as f64;
+    let width = if mode == Mode::Independent { overlap } else { overlap.min(FADE) };
+    // Never 0/0: pixels have their middles between whole numbers.
     move |pixel| {
-        let t = ((pixel as f64 + 0.5 - middle + half) / (2.0 * half)).clamp(0.0, 1.0);
-        t * t * (3.0 - 2.0 * t)
+        let t = ((pixel as f64 + 0.5 - middle) / width + 0.5).clamp(0.0, 1.0);
+        if mode == Mode::Independent { t } else { t * t * (3.0 - 2.0 * t) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::tiles::plan::Tiling;
+
+    fn plan(text: &str, latent: [usize; 2]) -> TilePlan {
+        text.parse::<Tiling>().unwrap().plan(latent, 1).unwrap()
+    }
+
+    /// Frames of every tile, with `value` of tile, frame, row, column and channel of the clip.
+    fn tiles<T>(plan: &TilePlan, frames: usize, value: impl Fn(usize, [usize; 4]) -> T) -> Vec<Vec<T>> {
+        let pixels = |span: Span| span.start * PIXELS..span.end * PIXELS;
+        let tile = |(number, tile): (usize, &crate::tiles::plan::Tile)| {
+            let mut values = Vec::new();
+            for (frame, y) in (0..frames).flat_map(|frame| pixels(tile.rows).map(move |y| (frame, y))) {
+                for (x, c) in pixels(tile.cols).flat_map(|x| (0..3).map(move |c| (x, c))) {
+                    values.push(value(number, [frame, y, x, c]));
+                }
+            }
+            values
+        };
+        plan.tiles.iter().enumerate().map(tile).collect()
+    }
+
+    fn slices<T>(tiles: &[Vec<T>]) -> Vec<&[T]> {
+        tiles.iter().map(|tile| &tile[..]).collect()
+    }
+
+    #[test]
+    fn pixels_that_tiles_agree_on_become_the_bytes_of_one_tile() {
+        let value = |[frame, y, x, c]: [usize; 4]| (frame * 7919 + y * 523 + x * 1021 + c * 20011) as u16;
+        for text in ["whole", "shared:5x4+2", "independent:5x6+3", "exact:3x4", "shared:6x6+5", "shared:4x4+0"] {
+            let plan = plan(text, [9, 11]);
+            let got = Blender::new(&plan).chunk(&slices(&tiles(&plan, 2, |_, at| value(at))), 2).unwrap();
+            let whole = tiles(&self::plan("whole", [9, 11]), 2, |_, at| (value(at) / 257) as u8);
+            assert_eq!(got, whole[0], "{text}");
+        }
+        let plan = plan("shared:5x4+2", [9, 11]);
+        for level in [0, 1, 256, 257, 32767, 65278, 65279, u16::MAX] {
+            let got = Blender::new(&plan).chunk(&slices(&tiles(&plan, 1, |_, _| level)), 1).unwrap();
+            assert!(got.iter().all(|&byte| u16::from(byte) == level / 257), "{level}");
+        }
+    }
+
+    #[test]
+    fn away_from_cuts_a_pixel_is_of_its_own_tile_alone() {
+        let plan = plan("shared:8x8+4", [20, 14]);
+        let got = Blender::new(&plan).floats(&slices(&tiles(&plan, 1, |number, _| number as f32)), 1).unwrap();
+        let (mut inside, width) = (0, 14 * PIXELS);
+        for (number, tile) in plan.tiles.iter().enumerate() {
+            let own = |span: Span, extent: usize| {
+                let first = if span.own_start == 0 { 0 } else { span.own_start * PIXELS + 10 };
+                first..if span.own_end == extent { extent * PIXELS } else { span.own_end * PIXELS - 10 }
+            };
+            for (y, x) in own(tile.rows, 20).flat_map(|y| own(tile.cols, 14).map(move |x| (y, x))) {
+                assert_eq!(got[(y * width + x) * 3], number as f32, "{y} {x}");
+                inside += 1;
+            }
+        }
+        assert!(inside > 20 * 14 * PIXELS * PIXELS / 4);
+    }
+
+    #[test]
+    fn tiles_of_another_size_are_refused() {
+        let plan = plan("shared:5x4+2", [9, 11]);
+        let blender = Blender::new(&plan);
+        let good = tiles(&plan, 2, |_, _| 0u16);
+        assert!(blender.chunk(&slices(&good), 1).unwrap_err().contains("tile 0 has 7680 values, 1 frames of 40x32"));
+        assert!(blender.chunk(&slices(&good)[1..], 2).unwrap_err().contains("tiles of 3x5"));
+        let mut short = good.clone();
+        short[3].pop();
+        assert!(blender.chunk(&slices(&short), 2).unwrap_err().starts_with("tile 3"));
+    }
+
+    proptest! {
+        #[test]
+        fn weights_of_a_pixel_sum_to_one(
+            extent in 1..80usize, tile in 2..20usize, overlap in 0..19usize, mode in 0..3usize
+        ) {
+            let mode = [Mode::Shared, Mode::Independent, Mode::Exact][mode];
+            let size = match mode {
+                Mode::Exact => format!("exact:{tile}x{tile}"),
+                Mode::Independent => format!("independent:{tile}x{tile}+{}", overlap.min(tile - 1)),
+                _ => format!("{tile}x{tile}+{}", overlap.min(tile - 1)),
+            };
+            let plan = plan(&size, [extent, 3]);
+            let mut sums = vec![0f64; extent * PIXELS];
+            for extent in extents(&plan.row_spans(), extent * PIXELS, plan.mode) {
+                prop_assert!(extent.weights.iter().all(|weight| (0.0..=1.0).contains(weight)));
+                extent.weights.iter().zip(&mut sums[extent.start..]).for_each(|(w, sum)| *sum += f64::from(*w));
+            }
+            prop_assert!(sums.iter().all(|sum| (sum - 1.0).abs() < 1e-6), "{size}: {sums:?}");
+        }
     }
 }

@@ -4,8 +4,9 @@ use std::sync::Arc;
 
 use super::blend::Blender;
 use super::message::{Edges, Frame};
-use super::plan::TilePlan;
-use super::statistics::{Sums, Totals};
+use super::plan::{Mode, TilePlan, Tiling};
+use super::quality::Quality;
+use super::statistics::{Sums, Totals, merge};
 use crate::engine::Engine;
 use crate::model::ModelError;
 use crate::model::latent::VaeLatent;
@@ -72,4 +73,66 @@ pub fn decode<E: Engine>(
         clip.extend(blender.floats(&chunk, frames).map_err(ModelError::Input)?);
     }
     Ok(clip)
+}
+
+/// A clip that was decoded whole, to compare tiles with.
+pub struct Whole {
+    pub frames: Vec<f32>,
+    /// The statistics that its norms had, in order.
+    pub totals: Vec<Totals>,
+}
+
+/// What comes of a decode in tiles.
+pub struct Measured {
+    pub quality: Quality,
+    /// The same with the statistics of the whole decode instead of the tiles' own sums, in shared mode: what is lost by
+    /// other means.
+    pub oracle: Option<Quality>,
+}
+
+impl Whole {
+    pub fn decode<E: Engine>(
+        engine: &E,
+        decoder: &Arc<VaeDecoder<E>>,
+        latent: &VaeLatent<E::Tensor>,
+    ) -> Result<Self, ModelError> {
+        // A single tile that shows its statistics has the bits of one that does not.
+        let mut plan = plan_of(engine, latent, Tiling::WHOLE)?;
+        plan.mode = Mode::Shared;
+        let mut totals = Vec::new();
+        let frames = decode(engine, decoder, latent, &plan, &mut |sums| {
+            totals.push(merge(sums)?);
+            Ok(totals[totals.len() - 1].clone())
+        })?;
+        Ok(Self { frames, totals })
+    }
+
+    /// Decodes the same latent in tiles.
+    pub fn measure<E: Engine>(
+        &self,
+        engine: &E,
+        decoder: &Arc<VaeDecoder<E>>,
+        latent: &VaeLatent<E::Tensor>,
+        plan: &TilePlan,
+    ) -> Result<Measured, ModelError> {
+        let frames = decode(engine, decoder, latent, plan, &mut |sums| merge(sums))?;
+        let quality = Quality::of(&frames, &self.frames, plan);
+        if plan.mode != Mode::Shared {
+            return Ok(Measured { quality, oracle: None });
+        }
+        let mut totals = self.totals.iter();
+        let frames = decode(engine, decoder, latent, plan, &mut |_| {
+            totals.next().cloned().ok_or_else(|| "more norms than the whole decode has".into())
+        })?;
+        Ok(Measured { quality, oracle: Some(Quality::of(&frames, &self.frames, plan)) })
+    }
+}
+
+/// The tiles of a latent `[T, h, w, C]`, without a limit of memory.
+pub fn plan_of<E: Engine>(engine: &E, latent: &VaeLatent<E::Tensor>, tiling: Tiling) -> Result<TilePlan, ModelError> {
+    let shape = engine.shape(&latent.0);
+    let &[_, height, width, _] = &shape[..] else {
+        return Err(ModelError::Input(format!("a latent to decode is [T, h, w, C], not {shape:?}")));
+    };
+    tiling.plan([height, width], 1).map_err(ModelError::Input)
 }

@@ -48,7 +48,7 @@ pub enum FromHand {
 pub enum Pixels {
     /// Of the only tile: ready to be encoded.
     Rgb8(Vec<u8>),
-    /// To be blended with other tiles: `round(65535 · clamp((x + 1)/2, 0, 1))`.
+    /// To be blended with other tiles: `trunc(257 · 255 · clamp((x + 1)/2, 0, 1))`, a 257th of which is the byte.
     Rgb16(Vec<u16>),
 }
 

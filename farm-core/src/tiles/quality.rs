@@ -1,6 +1,30 @@
 //! How far frames are from those that they should be. Frames are `[F, height, width, 3]` in about -1 … 1.
 
-use super::plan::{PIXELS, TilePlan};
+use serde::Serialize;
+
+use super::plan::{PIXELS, Span, TilePlan};
+
+/// All of it.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Quality {
+    /// dB, see [`psnr`].
+    pub psnr: f64,
+    pub ssim: f64,
+    /// Levels of 255, see [`seam`].
+    pub seam: f64,
+    /// The largest difference of two values.
+    pub worst: f32,
+}
+
+impl Quality {
+    /// Of frames that were decoded by `plan`.
+    pub fn of(frames: &[f32], reference: &[f32], plan: &TilePlan) -> Self {
+        let worst = frames.iter().zip(reference).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        let size = plan.latent.map(|extent| extent * PIXELS);
+        let (psnr, ssim) = (psnr(frames, reference), ssim(frames, reference, size));
+        Self { psnr, ssim, seam: seam(frames, reference, plan), worst }
+    }
+}
 
 /// Gaussian window of SSIM.
 const WINDOW: usize = 11;
@@ -11,11 +35,6 @@ const SIGMA: f64 = 1.5;
 pub fn psnr(frames: &[f32], reference: &[f32]) -> f64 {
     let squares = frames.iter().zip(reference).map(|(a, b)| (f64::from(*a) - f64::from(*b)).powi(2));
     10.0 * (4.0 * reference.len() as f64 / squares.sum::<f64>()).log10()
-}
-
-/// The largest difference of two values.
-pub fn worst(frames: &[f32], reference: &[f32]) -> f32 {
-    frames.iter().zip(reference).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
 }
 
 /// Structural similarity of the luma (0.299, 0.587, 0.114) of frames of `[height, width]` pixels, at least 11 each, as
@@ -63,15 +82,15 @@ pub fn ssim(frames: &[f32], reference: &[f32], [height, width]: [usize; 2]) -> f
 /// reference, at the worst value of any frame. Cuts are where tiles begin, end and change hands.
 pub fn seam(frames: &[f32], reference: &[f32], plan: &TilePlan) -> f64 {
     let [height, width] = plan.latent.map(|extent| extent * PIXELS);
-    let cuts = |spans: &mut dyn Iterator<Item = super::plan::Span>, extent: usize| {
-        let ends = spans.flat_map(|span| [span.start, span.own_start, span.end, span.own_end]);
+    let cuts = |spans: Vec<Span>, extent: usize| {
+        let ends = spans.iter().flat_map(|span| [span.start, span.own_start, span.end, span.own_end]);
         let mut cuts: Vec<usize> = ends.map(|end| end * PIXELS).filter(|&cut| cut > 0 && cut < extent).collect();
         cuts.sort_unstable();
         cuts.dedup();
         cuts
     };
-    let rows = cuts(&mut plan.tiles.iter().map(|tile| tile.rows), height);
-    let cols = cuts(&mut plan.tiles.iter().map(|tile| tile.cols), width);
+    let rows = cuts(plan.row_spans(), height);
+    let cols = cuts(plan.col_spans(), width);
     let mut worst = 0f32;
     for (a, b) in frames.chunks_exact(height * width * 3).zip(reference.chunks_exact(height * width * 3)) {
         let mut across = |at: usize, step: usize| {
@@ -85,4 +104,43 @@ pub fn seam(frames: &[f32], reference: &[f32], plan: &TilePlan) -> f64 {
         }
     }
     f64::from(worst) * 127.5
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tiles::plan::Tiling;
+
+    /// One frame of 16×24 pixels.
+    fn frame(value: impl Fn(usize, usize) -> f32) -> Vec<f32> {
+        (0..16 * 24 * 3).map(|i| value(i / 72, i / 3 % 24)).collect()
+    }
+
+    #[test]
+    fn figures_are_those_of_their_definitions() {
+        let plan = "shared:2x2+1".parse::<Tiling>().unwrap().plan([2, 3], 1).unwrap();
+        let picture = frame(|y, x| ((y * 5 + x * 3) % 17) as f32 / 17.0 - 0.5);
+        let same = Quality::of(&picture, &picture, &plan);
+        assert_eq!((same.psnr, same.seam, same.worst), (f64::INFINITY, 0.0, 0.0));
+        assert!((same.ssim - 1.0).abs() < 1e-12);
+
+        // A hundredth of the range everywhere: 40 dB, and no gradient differs.
+        let shifted: Vec<f32> = picture.iter().map(|x| x + 0.02).collect();
+        let quality = Quality::of(&shifted, &picture, &plan);
+        assert!((quality.psnr - 40.0).abs() < 1e-3 && quality.seam < 1e-3, "{quality:?}");
+        assert!((quality.worst - 0.02).abs() < 1e-6 && quality.ssim < 1.0);
+
+        // A step of 0.2 where the second tile begins, at column 8, is one of 25.5 levels; elsewhere it is no seam.
+        let step = |at: usize| frame(|y, x| picture[(y * 24 + x) * 3] + if x >= at { 0.2 } else { 0.0 });
+        assert!((seam(&step(8), &picture, &plan) - 25.5).abs() < 1e-3);
+        assert!(seam(&step(9), &picture, &plan) < 1e-3);
+    }
+
+    #[test]
+    fn ssim_of_two_flat_frames_is_that_of_their_luminance() {
+        let (a, b) = (frame(|_, _| 0.0), frame(|_, _| 0.5));
+        let (ma, mb) = (0.5, 0.75);
+        let expected = (2.0 * ma * mb + 1e-4) / (ma * ma + mb * mb + 1e-4);
+        assert!((ssim(&a, &b, [16, 24]) - expected).abs() < 1e-9);
+    }
 }

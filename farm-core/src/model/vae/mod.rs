@@ -174,7 +174,8 @@ impl<E: Engine> DecodeStream<'_, E> {
 }
 
 /// Bytes that decoding takes for each latent pixel of a tile, in chunks of one latent frame and f32: what the
-/// convolutions remember and, where it takes most, the largest tensors that are alive at a time.
+/// convolutions remember and, where it takes most, the largest tensors that are alive at a time; an eighth more for what
+/// an allocator keeps.
 pub fn decode_bytes_per_pixel(config: &VaeConfig) -> u64 {
     let up = |list: &[usize], stage: usize| list.get(stage).map_or(1, |&factor| factor as u64);
     let (mut frames, mut area) = (1, 1);
@@ -195,7 +196,7 @@ pub fn decode_bytes_per_pixel(config: &VaeConfig) -> u64 {
         let output = config.channels.get(stage + 1).map_or(0, |&channels| frames * channels as u64 * area);
         working = working.max(input + 2 * output);
     }
-    4 * (remembered + working)
+    4 * (remembered + working) * 9 / 8
 }
 
 /// The lists of a decoder's config fit together. Returns the number of up stages.

@@ -16,6 +16,19 @@ pub struct RandomWeights {
     tensors: HashMap<String, (Vec<usize>, Vec<u8>)>,
 }
 
+/// As many layers and stages as the published decoder has, and its expansions, with few channels.
+pub fn published_layers() -> VaeConfig {
+    VaeConfig {
+        latent_channels: 12,
+        channels: vec![64, 64, 32, 32],
+        layers: vec![3, 6, 4, 3, 3],
+        temporal_expansions: vec![3, 2, 1],
+        spatial_expansions: vec![2, 2, 2],
+        latents_mean: vec![0.0; 12],
+        latents_std: vec![1.0; 12],
+    }
+}
+
 /// A decoder with [`RandomWeights`].
 pub fn decoder<E: Engine>(engine: &E, config: &VaeConfig, seed: u64) -> Result<VaeDecoder<E>, ModelError> {
     VaeDecoder::load(&Loader { engine, source: &RandomWeights::new(config, seed) }, config)
@@ -34,7 +47,9 @@ impl RandomWeights {
         };
         let layer = |draw: &mut dyn FnMut(String, &[usize], f64, f64), name: &str, shape: &[usize]| {
             let inputs: usize = shape[1..].iter().product();
-            draw(format!("{name}.weight"), shape, 0.0, (inputs as f64).powf(-0.5));
+            // Frames are to be about -1 … 1; what residual blocks have added up to is a few times that.
+            let gain = if name == "output_proj" { 0.25 } else { 1.0 };
+            draw(format!("{name}.weight"), shape, 0.0, gain * (inputs as f64).powf(-0.5));
             draw(format!("{name}.bias"), &shape[..1], 0.0, 0.1);
         };
         let channels = &config.channels;
