@@ -12,11 +12,12 @@ use farm_core::job::state::FailureKind;
 use farm_core::wire::Envelope;
 use farm_core::wire::to_node::{HelpDecode, SCHEDULER_SILENCE, StartAttempt, ToNode};
 use farm_core::wire::to_scheduler::{
-    AttemptOutcome, AttemptReport, DeviceInfo, Helping, ModelInfo, Registration, Roles, RunningAttempt, ToScheduler,
+    AttemptOutcome, AttemptReport, DeviceInfo, ModelInfo, Registration, Roles, RunningAttempt, ToScheduler,
 };
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
+use super::helps::Helps;
 use crate::progress::ProgressCell;
 
 /// Waits before dialling again: doubled from the first to the last, then kept. Jittered, so that the nodes of a farm do
@@ -40,8 +41,7 @@ const CUT_OFF: Duration = Duration::from_secs(120);
 const HEARTBEAT_RANGE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(3));
 /// How long a node that leaves waits for its last reports to be acknowledged.
 const FAREWELL: Duration = Duration::from_millis(500);
-/// Ended attempts, and as many ended helps, that are remembered, so that a late repeat of their `Start` or `Help` is not
-/// taken for a new one.
+/// Ended attempts that are remembered, so that a late repeat of their `Start` is not taken for a new one.
 const REMEMBERED: usize = 1024;
 /// Attempts and unacknowledged reports per device that a node takes on, and likewise helps.
 const HELD_PER_DEVICE: usize = 8;
@@ -160,14 +160,6 @@ struct Wish {
 }
 
 #[derive(Debug)]
-struct Help {
-    key: AttemptKey,
-    device: DeviceIndex,
-    round: u32,
-    dismissed: bool,
-}
-
-#[derive(Debug)]
 struct Pending {
     number: u64,
     held: Held,
@@ -194,13 +186,11 @@ pub struct Session {
     /// Of the newest `Welcome`.
     epoch: Epoch,
     running: Vec<Held>,
-    helping: Vec<Help>,
+    helps: Helps,
     /// Reports that are not acknowledged, oldest first.
     outbox: Vec<Pending>,
     last_report: u64,
     ended: VecDeque<AttemptKey>,
-    /// With the round in which the device helped.
-    ended_helps: VecDeque<(AttemptKey, DeviceIndex, u32)>,
     /// Commands that came from an older epoch or were meant for another process.
     refused: u64,
     redial: Duration,
@@ -220,11 +210,10 @@ impl Session {
             link: Link::Waiting { until: now },
             epoch: Epoch(0),
             running: Vec::new(),
-            helping: Vec::new(),
+            helps: Helps::default(),
             outbox: Vec::new(),
             last_report: 0,
             ended: VecDeque::new(),
-            ended_helps: VecDeque::new(),
             refused: 0,
             redial: FIRST_REDIAL,
             rng: StdRng::seed_from_u64(seed),
@@ -284,7 +273,11 @@ impl Session {
                     self.beat(now);
                 }
             }
-            Event::HelpEnded { key, device } => self.end_help(key, device, now),
+            Event::HelpEnded { key, device } => {
+                if self.helps.end(key, device) {
+                    self.beat(now);
+                }
+            }
             Event::Log { key, line } => {
                 // Best effort: without a session the line is in the node's own log only.
                 if matches!(self.link, Link::Joined { .. }) && self.running.iter().any(|held| held.key == key) {
@@ -344,10 +337,7 @@ impl Session {
                 }
             }
             ToNode::Help(help) => self.help(help, now, out),
-            ToNode::Dismiss { key, device } => {
-                let help = self.helping.iter_mut().find(|help| help.key == key && help.device == device);
-                help.into_iter().for_each(|help| help.dismiss(out));
-            }
+            ToNode::Dismiss { key, device } => self.helps.dismiss(key, device, out),
             ToNode::Acknowledged { report } => self.outbox.retain(|pending| pending.number != report),
         }
     }
@@ -380,7 +370,7 @@ impl Session {
         if known || !joined || self.farewell.is_some() {
             return;
         }
-        if self.running.len() + self.outbox.len() >= HELD_PER_DEVICE * self.offer.devices.len().max(1) {
+        if self.running.len() + self.outbox.len() >= self.limit() {
             // Not reported, so that the outbox stays bounded; the scheduler repeats what is not listed.
             tracing::warn!(%key, "not started: too many attempts and reports are held already");
             return;
@@ -391,31 +381,17 @@ impl Session {
     }
 
     fn help(&mut self, help: Box<HelpDecode>, now: Instant, out: &mut Vec<Action>) {
-        let HelpDecode { key, device, round, .. } = *help;
-        let helps = self.helping.iter().any(|known| known.key == key && known.device == device);
-        let mut ended = self.ended_helps.iter().filter(|(k, d, _)| *k == key && *d == device);
-        let known = helps || ended.any(|(.., ended)| *ended >= round);
-        if known || !matches!(self.link, Link::Joined { .. }) || self.farewell.is_some() {
-            return;
+        let joined = matches!(self.link, Link::Joined { .. });
+        if joined && self.farewell.is_none() && self.helps.begin(&help, self.limit()) {
+            // It may end before the next one is due, and the scheduler would take it for not begun.
+            self.beat(now);
+            out.push(Action::Help(help));
         }
-        if self.helping.len() >= HELD_PER_DEVICE * self.offer.devices.len().max(1) {
-            tracing::warn!(%key, %device, "not helped: too many helps are held already");
-            return;
-        }
-        self.helping.push(Help { key, device, round, dismissed: false });
-        // It may end before the next one is due, and the scheduler would take it for not begun.
-        self.beat(now);
-        out.push(Action::Help(help));
     }
 
-    fn end_help(&mut self, key: AttemptKey, device: DeviceIndex, now: Instant) {
-        let at = self.helping.iter().position(|help| help.key == key && help.device == device);
-        let Some(Help { round, .. }) = at.map(|at| self.helping.swap_remove(at)) else { return };
-        self.ended_helps.push_back((key, device, round));
-        if self.ended_helps.len() > REMEMBERED {
-            self.ended_helps.pop_front();
-        }
-        self.beat(now);
+    /// Attempts with their reports, and helps, that are taken on.
+    fn limit(&self) -> usize {
+        HELD_PER_DEVICE * self.offer.devices.len().max(1)
     }
 
     /// A heartbeat is due now: a device is free, or not.
@@ -448,7 +424,7 @@ impl Session {
             let message = "the node was stopped".to_owned();
             self.end(key, AttemptOutcome::Failed { kind: FailureKind::NodeLost, message }, now);
         }
-        self.helping.iter_mut().for_each(|help| help.dismiss(out));
+        self.helps.dismiss_all(out);
     }
 
     /// Whatever is due by now.
@@ -490,7 +466,7 @@ impl Session {
                 if now >= next_heartbeat {
                     // From now, not from the time it was due: after a pause one heartbeat is enough.
                     self.link = Link::Joined { peer, interval, next_heartbeat: now + interval, last_answer };
-                    let (running, helping) = (self.held(), self.helps());
+                    let (running, helping) = (self.held(), self.helps.listed());
                     out.push(Action::Send(ToScheduler::Heartbeat { running, helping }));
                 }
             }
@@ -502,7 +478,7 @@ impl Session {
                 self.remember(held.key);
                 out.push(Action::Abort(held.key));
             }
-            self.helping.iter_mut().for_each(|help| help.dismiss(out));
+            self.helps.dismiss_all(out);
         }
         if let Some(until) = self.farewell {
             let said = self.outbox.is_empty() || !matches!(self.link, Link::Joined { .. });
@@ -528,7 +504,7 @@ impl Session {
             store,
             roles,
             running: self.held(),
-            helping: self.helps(),
+            helping: self.helps.listed(),
         })
     }
 
@@ -542,10 +518,6 @@ impl Session {
             devices: held.devices.clone(),
         };
         self.running.iter().chain(unreported).map(listed).collect()
-    }
-
-    fn helps(&self) -> Vec<Helping> {
-        self.helping.iter().map(|help| Helping { key: help.key, device: help.device }).collect()
     }
 
     fn held_mut(&mut self, key: AttemptKey) -> Option<&mut Held> {
@@ -598,15 +570,6 @@ impl Session {
     /// Half to all of `wait`.
     fn jittered(&mut self, wait: Duration) -> Duration {
         wait.mul_f64(self.rng.random_range(0.5..=1.0))
-    }
-}
-
-impl Help {
-    /// Once: the repeats say nothing new.
-    fn dismiss(&mut self, out: &mut Vec<Action>) {
-        if !std::mem::replace(&mut self.dismissed, true) {
-            out.push(Action::Dismiss { key: self.key, device: self.device });
-        }
     }
 }
 

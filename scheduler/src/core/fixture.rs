@@ -13,7 +13,7 @@ use farm_core::parallel::topology::Topology;
 use farm_core::store::key;
 use farm_core::tiles::plan::Tiling;
 use farm_core::wire::Envelope;
-use farm_core::wire::to_node::{StartAttempt, ToNode};
+use farm_core::wire::to_node::{HelpDecode, StartAttempt, ToNode};
 use farm_core::wire::to_scheduler::{
     AttemptOutcome, AttemptReport, DeviceInfo, Helping, ModelInfo, Registration, Roles, RunningAttempt, ToScheduler,
 };
@@ -51,7 +51,9 @@ pub struct World {
     pub started: Vec<(AttemptKey, NodeId, BootId)>,
     /// The devices that each was started on.
     pub gangs: HashMap<AttemptKey, Vec<DeviceIndex>>,
-    /// What each joined process said last of its devices that help.
+    /// Every device that was ever told to help, with its process.
+    pub helped: Vec<(AttemptKey, DeviceIndex, NodeId, BootId)>,
+    /// Devices that help by what their process said last and by what the farm made of that.
     helping: HashMap<BootId, Vec<Helping>>,
     seq: u64,
 }
@@ -85,6 +87,11 @@ pub fn site(memory: f64) -> String {
 /// As [`registration`], with devices that may work together.
 pub fn team(devices: usize, models: &[&str]) -> Registration {
     Registration { site_json: Some(site(1e12)), ..registration(devices, models) }
+}
+
+/// A node that only decodes.
+pub fn decoder(devices: usize, models: &[&str]) -> Registration {
+    Registration { roles: Roles { denoise: false, decode: true }, ..registration(devices, models) }
 }
 
 /// Without rates: every clip gets one device.
@@ -152,6 +159,7 @@ impl World {
             notes: Vec::new(),
             started: Vec::new(),
             gangs: HashMap::new(),
+            helped: Vec::new(),
             helping: HashMap::new(),
             seq: 0,
         }
@@ -181,6 +189,7 @@ impl World {
             }
             self.changes.extend(changes);
             sends.iter().for_each(|send| self.note_start(send));
+            sends.iter().for_each(|send| self.note_help(send));
             self.sent.extend(sends);
             self.notes.extend(notes);
             if load.is_empty() {
@@ -203,6 +212,17 @@ impl World {
             assert!(self.started.iter().all(|(key, ..)| *key != start.key), "an attempt has one owner");
             self.started.push(entry);
             self.gangs.insert(start.key, start.devices.clone());
+        }
+    }
+
+    fn note_help(&mut self, send: &Send) {
+        let ToNode::Help(help) = &send.message else { return };
+        assert!(self.farm.lease(&help.key).is_some(), "nobody helps an attempt that is over");
+        let entry = (help.key, help.device, send.node.clone(), send.boot);
+        if !self.helped.contains(&entry) {
+            let node = &self.farm.nodes[&send.node];
+            assert!(node.roles.decode && node.models[help.model.as_str()].hash == help.model_hash);
+            self.helped.push(entry);
         }
     }
 
@@ -246,13 +266,23 @@ impl World {
         let envelope = Envelope { epoch: self.farm.epoch(), node: node(id), boot, seq: self.seq, body };
         self.event(Event::FromNode(Box::new(envelope)));
         let refused = |send: &Send| matches!(send.message, ToNode::Refused { .. } | ToNode::Reregister);
-        if let Some(helping) = helping.filter(|_| !self.sent.iter().any(refused)) {
+        let slot = |farm: &Farm, boot, device: DeviceIndex| {
+            let node = farm.nodes.values().find(|node| node.boot == boot)?;
+            Some(node.devices.get(device.0 as usize)?.slot.clone())
+        };
+        if let Some(mut helping) = helping.filter(|_| !self.sent.iter().any(refused)) {
+            helping.retain(|help| {
+                let slot = slot(&self.farm, boot, help.device);
+                assert_ne!(slot, Some(Slot::Free), "a device that is listed is not free");
+                matches!(slot, Some(Slot::Helping(known)) if known.key == help.key)
+            });
             self.helping.insert(boot, helping);
         }
-        for node in self.farm.nodes.values() {
-            let helping = self.helping.get(&node.boot).into_iter().flatten();
-            for device in helping.filter_map(|help| node.devices.get(help.device.0 as usize)) {
-                assert_ne!(device.slot, Slot::Free, "a device that helps is not free before its node says so");
+        for (boot, helping) in &self.helping {
+            for help in helping {
+                let slot = slot(&self.farm, *boot, help.device);
+                let helps = slot.is_none_or(|slot| matches!(slot, Slot::Helping(known) if known.key == help.key));
+                assert!(helps, "device {} is free or another's before its node says so", help.device);
             }
         }
     }
@@ -264,6 +294,18 @@ impl World {
     pub fn heartbeat(&mut self, id: &str, boot: BootId, keys: &[AttemptKey]) {
         let running = keys.iter().map(|key| self.listed(*key)).collect();
         self.message(id, boot, ToScheduler::Heartbeat { running, helping: Vec::new() });
+    }
+
+    /// A heartbeat in full.
+    pub fn beat(&mut self, id: &str, boot: BootId, running: Vec<RunningAttempt>, helping: &[(AttemptKey, u32)]) {
+        let helping = helping.iter().map(|(key, device)| Helping { key: *key, device: DeviceIndex(*device) }).collect();
+        self.message(id, boot, ToScheduler::Heartbeat { running, helping });
+    }
+
+    /// The attempt's latent is finished, and its decode has this many tiles.
+    pub fn want_hands(&mut self, id: &str, boot: BootId, key: AttemptKey, round: u32, tiles: u32) {
+        let (url, token) = ("http://there:1".to_owned(), "secret".to_owned());
+        self.message(id, boot, ToScheduler::WantHands { key, round, tiles, url, token });
     }
 
     /// An attempt that has all its devices still.
@@ -327,6 +369,41 @@ impl World {
             _ => None,
         };
         self.sent.iter().filter_map(abort).collect()
+    }
+
+    /// The one answer to a wish for hands in the newest event: devices that the attempt keeps, and the number of helpers.
+    pub fn hands(&self) -> (Vec<u32>, u32) {
+        let answer = |send: &Send| match &send.message {
+            ToNode::Hands { keep, helpers, .. } => Some((keep.iter().map(|device| device.0).collect(), *helpers)),
+            _ => None,
+        };
+        let answers: Vec<_> = self.sent.iter().filter_map(answer).collect();
+        assert_eq!(answers.len(), 1, "{:?}", self.sent);
+        answers[0].clone()
+    }
+
+    /// Who was told to help in the newest event.
+    pub fn helps(&self) -> Vec<(&str, HelpDecode)> {
+        let help = |send: &'_ Send| match &send.message {
+            ToNode::Help(help) => Some((**help).clone()),
+            _ => None,
+        };
+        self.sent.iter().filter_map(|send| Some((send.node.0.as_str(), help(send)?))).collect()
+    }
+
+    /// The devices that were told to help in the newest event.
+    pub fn helpers(&self) -> Vec<(&str, u32)> {
+        self.helps().into_iter().map(|(id, help)| (id, help.device.0)).collect()
+    }
+
+    /// The devices that were told to stop helping in the newest event.
+    pub fn dismissed(&self) -> Vec<(&str, AttemptKey, u32)> {
+        let dismissal = |send: &'_ Send| match send.message {
+            ToNode::Dismiss { key, device } => Some((key, device.0)),
+            _ => None,
+        };
+        let dismissed = self.sent.iter().filter_map(|send| Some((send.node.0.as_str(), dismissal(send)?)));
+        dismissed.map(|(id, (key, device))| (id, key, device)).collect()
     }
 
     pub fn refusal(&self) -> String {
@@ -469,9 +546,14 @@ impl Farm {
         for (id, node) in &self.nodes {
             assert_eq!(self.boots.get(&node.boot), Some(id));
             let mut leases = node.leases.clone();
-            for device in &node.devices {
-                if let Slot::Leased(job) = device.slot {
-                    leases.insert(job);
+            for (i, device) in node.devices.iter().enumerate() {
+                match &device.slot {
+                    Slot::Leased(job) => drop(leases.insert(*job)),
+                    Slot::Helping(help) => {
+                        let command = help.awaited.as_ref().map(|(_, command)| (command.key, command.device));
+                        assert!(command.is_none_or(|command| command == (help.key, DeviceIndex(i as u32))));
+                    }
+                    Slot::Free | Slot::Stopping(_) => {}
                 }
             }
             for job in leases {

@@ -107,6 +107,8 @@ impl Farm {
 
     /// A registered node lists the devices that help.
     pub(super) fn on_helping(&mut self, id: &NodeId, boot: BootId, helping: &[Helping], fx: &mut Effects) {
+        let listed: HashSet<(AttemptKey, DeviceIndex)> = helping.iter().map(|help| (help.key, help.device)).collect();
+        self.chase_helpers(id, boot, &listed, fx);
         for Helping { key, device } in helping {
             let running = self.lease(key).is_some();
             let Some(node) = self.nodes.get_mut(id) else { return };
@@ -127,8 +129,6 @@ impl Farm {
                 fx.send(id, boot, ToNode::Dismiss { key: *key, device: *device });
             }
         }
-        let listed: HashSet<(AttemptKey, DeviceIndex)> = helping.iter().map(|help| (help.key, help.device)).collect();
-        self.chase_helpers(id, boot, &listed, fx);
     }
 
     /// Helpers that the node does not list: the command may be on the way, but not for ever; else they have ended.

@@ -34,6 +34,8 @@ mod fixture;
 #[cfg(test)]
 mod gang_rules;
 #[cfg(test)]
+mod hand_rules;
+#[cfg(test)]
 mod random;
 #[cfg(test)]
 mod rules;

@@ -6,7 +6,7 @@ use farm_core::id::{AttemptNo, DeviceIndex, Epoch};
 use farm_core::job::spec::RenderSpec;
 use farm_core::job::state::{FailureKind, JobState};
 use farm_core::wire::to_node::ToNode;
-use farm_core::wire::to_scheduler::AttemptOutcome;
+use farm_core::wire::to_scheduler::{AttemptOutcome, Roles};
 
 use super::effects::Change;
 use super::events::Event;
@@ -471,6 +471,7 @@ fn a_senseless_registration_is_refused() {
     assert!(refused("", &|_| {}).contains("node name"));
     assert!(refused("a\nb", &|_| {}).contains("node name"));
     assert!(refused("a", &|r| r.devices.clear()).contains("0 devices"));
+    assert!(refused("a", &|r| r.roles = Roles { denoise: false, decode: false }).contains("no role"));
     assert!(refused("a", &|r| r.models[0].defaults_json = "{".to_owned()).contains("do not parse"));
     assert!(refused("a", &|r| r.models.push(model("m"))).contains("twice"));
     assert!(refused("a", &|r| r.models[0].name.clear()).contains("model name"));
