@@ -4,7 +4,7 @@ mod attempt;
 mod checkpoints;
 mod command;
 mod cpu_device;
-#[allow(dead_code)]
+#[allow(dead_code, unused_imports)] // until it is wired up
 mod data_plane;
 mod device_pool;
 mod device_thread;
