@@ -395,11 +395,12 @@ mod tests {
 
     fn to_hand() -> impl Strategy<Value = ToHand> {
         prop_oneof![
-            (any::<u32>(), span(), span(), frame(), vec(totals(), 0..5)).prop_map(
-                |(number, rows, cols, frame, closed)| ToHand::Assign {
+            (any::<u32>(), span(), span(), frame(), any::<u32>(), vec(totals(), 0..5)).prop_map(
+                |(number, rows, cols, frame, wanted_from, closed)| ToHand::Assign {
                     number,
                     tile: Tile { rows, cols },
                     frame,
+                    wanted_from,
                     closed
                 }
             ),
@@ -490,7 +491,7 @@ mod tests {
     fn a_tile_outside_its_latent_is_refused() {
         let span = |end| Span { start: 0, end, own_start: 0, own_end: 4 };
         let frame = Frame { mode: Mode::Shared, latent: [8, 8], grid: [1, 2] };
-        let assign = |tile| ToHand::Assign { number: 0, tile, frame, closed: vec![] }.encode();
+        let assign = |tile| ToHand::Assign { number: 0, tile, frame, wanted_from: 0, closed: vec![] }.encode();
         assert!(ToHand::decode(&assign(Tile { rows: span(8), cols: span(8) })).is_ok());
         assert!(ToHand::decode(&assign(Tile { rows: span(9), cols: span(8) })).is_err());
         assert!(ToHand::decode(&assign(Tile { rows: span(8), cols: span(3) })).is_err());

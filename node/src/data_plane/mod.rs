@@ -169,6 +169,22 @@ impl DataPlane {
     }
 }
 
+#[cfg(test)]
+impl DataPlane {
+    /// Decodes that are open or have hands.
+    fn decodes(&self) -> usize {
+        self.shared.held().0
+    }
+
+    fn hands(&self) -> usize {
+        self.shared.held().1
+    }
+
+    fn forget_hands(&self) {
+        self.shared.forget_hands();
+    }
+}
+
 /// What comes out of `pieces`, as a body for HTTP.
 fn body(mut pieces: mpsc::Receiver<Bytes>) -> Body {
     let pieces = futures::stream::poll_fn(move |cx| pieces.poll_recv(cx));

@@ -113,6 +113,19 @@ impl Shared {
     }
 }
 
+#[cfg(test)]
+impl Shared {
+    /// Decodes, and hands of all of them.
+    pub(super) fn held(&self) -> (usize, usize) {
+        let decodes = self.decodes();
+        (decodes.len(), decodes.values().map(|decode| decode.hands.len()).sum())
+    }
+
+    pub(super) fn forget_hands(&self) {
+        self.decodes().values_mut().for_each(|decode| decode.hands.clear());
+    }
+}
+
 pub(super) fn open(shared: &Arc<Shared>, latent: Bytes, max_message: usize, max_hands: usize) -> OpenDecode {
     let id = Uuid::new_v4();
     let token = hex(&rand::random::<[u8; 32]>());
