@@ -75,6 +75,19 @@ pub struct VaeConfig {
 }
 
 impl VaeConfig {
+    /// Sizes of the published decoder. Its latents are taken as they are.
+    pub fn mochi1() -> Self {
+        Self {
+            latent_channels: 12,
+            channels: vec![768, 512, 256, 128],
+            layers: vec![3, 6, 4, 3, 3],
+            temporal_expansions: vec![3, 2, 1],
+            spatial_expansions: vec![2, 2, 2],
+            latents_mean: vec![0.0; 12],
+            latents_std: vec![1.0; 12],
+        }
+    }
+
     /// The sums that a frame's group norms need, norm by norm in the order of a decode: two in each ResBlock. The config is
     /// one that a decoder can be loaded with.
     pub fn norm_shapes(&self) -> Vec<NormShape> {

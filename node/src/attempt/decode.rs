@@ -10,6 +10,7 @@ use farm_core::id::DeviceIndex;
 use farm_core::job::spec::RenderSpec;
 use farm_core::job::state::{FailureKind, Progress, Stage};
 use farm_core::model::latent::LatentCheckpoint;
+use farm_core::tiles::crew::Counters;
 use farm_core::tiles::shape::Shape;
 use farm_core::wire::to_node::StartAttempt;
 use tempfile::TempDir;
@@ -127,6 +128,15 @@ impl ClipDecode<'_> {
             () = welcome => return Err(Failure::new(FailureKind::Device, "the data plane ended")),
             () = foreman => return Err(Failure::new(FailureKind::Device, "the decode's foreman ended")),
         };
+        let (counted, network) = (stitched.as_ref().map(|stitched| stitched.counters), self.workshop.data.counters());
+        if counted.as_ref().is_ok_and(|counted| *counted != Default::default()) {
+            let Counters { duplicates, refused, lost, hedges } = counted.unwrap_or_default();
+            monitor.log(format!(
+                "decode: {lost} hands lost, {refused} of them refused, {hedges} tiles decoded twice, {duplicates} repeats \
+                 passed over"
+            ));
+        }
+        tracing::debug!(attempt = %self.start.key, ?network, "the data plane so far");
         stitched.map_err(|error| match error {
             // Whoever stopped it does not wait for this.
             StitchError::Stopped => Failure::new(FailureKind::Device, "stopped"),

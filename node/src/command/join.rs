@@ -142,7 +142,7 @@ async fn join(args: Args) -> anyhow::Result<ExitCode> {
 
     let boot = BootId(Uuid::new_v4());
     let (cluster, events) = Cluster::start(Role::Node, boot, scheduler.secret.as_deref()).await?;
-    tracing::info!(node = %name, %boot, scheduler = %scheduler.address, store = store.url(), devices = devices.len(), "node starts");
+    tracing::info!(node = %name, %boot, scheduler = %scheduler.address, store = store.url(), data_plane = data_plane.base(), devices = devices.len(), "node starts");
     let models = shelf.offered();
     let workshop = {
         let (node, scratch) = (name.clone(), scratch.clone());

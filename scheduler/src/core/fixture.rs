@@ -125,6 +125,7 @@ pub fn completed(key: AttemptKey) -> AttemptOutcome {
         epoch: key.epoch,
         node: node("a"),
         devices: vec![DeviceIndex(0)],
+        decode: None,
         topology: Topology::SOLO,
         clip: key::clip(key.job, key.attempt),
         clip_bytes: 3,

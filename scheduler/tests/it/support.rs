@@ -204,6 +204,7 @@ pub fn completed(start: &StartAttempt, bytes: u64) -> AttemptOutcome {
         epoch: start.key.epoch,
         node: NodeId("a".to_owned()),
         devices: start.devices.clone(),
+        decode: None,
         topology: start.topology,
         clip: key::clip(start.key.job, start.key.attempt),
         clip_bytes: bytes,

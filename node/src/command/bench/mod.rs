@@ -1,5 +1,6 @@
 //! `farm-node bench`: where the time of one clip goes, and how much memory it takes. `bench usp`: what ranks gain.
 
+mod stitch;
 mod usp;
 
 use std::io;
@@ -47,6 +48,8 @@ pub struct Args {
 enum Other {
     /// Time a step on one and on two ranks, and the part of it that exchanges cost
     Usp(usp::Args),
+    /// Time and weigh the stitching of a large clip from made-up tiles
+    Stitch(stitch::Args),
 }
 
 /// Medians in seconds.
@@ -73,8 +76,10 @@ struct Figures {
 }
 
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
-    if let Some(Other::Usp(args)) = args.other {
-        return usp::run(args);
+    match args.other {
+        Some(Other::Usp(args)) => return usp::run(args),
+        Some(Other::Stitch(args)) => return stitch::run(args),
+        None => {}
     }
     let threads = args.threads.or_else(|| std::thread::available_parallelism().ok()).map_or(1, NonZeroUsize::get);
     let started = Instant::now();
