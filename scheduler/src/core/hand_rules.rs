@@ -250,9 +250,9 @@ fn helpers_of_an_attempt_that_ended_are_dismissed_and_busy_until_they_have_stopp
         }
         let commands = world.dismissed();
         assert!(commands.contains(&("b", key, 0)), "end {end}: {commands:?}");
-        assert!(commands.len() == 2 || end == 3, "the one that is not listed yet, too");
+        assert!(end == 3 || commands.contains(&("b", key, 1)), "the one that is not listed yet, too");
         world.beat("b", B, vec![], &[(key, 0)]);
-        assert_eq!(world.dismissed().first(), Some(&("b", key, 0)), "repeated");
+        assert!(world.dismissed().contains(&("b", key, 0)), "repeated");
         assert_eq!(free(&world, "b"), 1, "the one that never began");
         world.heartbeat("b", B, &[]);
         assert_eq!(free(&world, "b"), 2);
