@@ -314,6 +314,11 @@ impl Sim {
                 false => self.nodes[name].register(name),
             },
             Step::Pass(millis) => {
+                // No message is under way for longer: a session that is silent for seconds is given up.
+                for name in 0..3 {
+                    self.apply(Step::Up(name, usize::MAX));
+                    self.apply(Step::Down(name, usize::MAX));
+                }
                 let end = self.world.now + Duration::from_millis(millis);
                 while self.world.now < end {
                     self.world.now = (self.world.now + Duration::from_millis(500)).min(end);
