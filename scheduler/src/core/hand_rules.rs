@@ -345,6 +345,11 @@ fn after_a_restart_attempts_keep_what_they_have_not_given_back() {
     let slots: Vec<_> = world.farm.nodes[&node("a")].devices.iter().map(|device| device.slot.clone()).collect();
     assert_eq!(slots, [Slot::Leased(second.job), Slot::Leased(first.job)]);
     assert!(world.aborts().is_empty() && world.changes.is_empty());
+    // The first may have ended without anybody hearing of it: what it had is left over to it, if anything.
+    world.restart();
+    world.register("a", A, Registration { running: vec![listed_on(second, &[0])], ..team(2, &["m"]) });
+    assert_eq!(world.farm.nodes[&node("a")].devices[0].slot, Slot::Leased(second.job));
+    assert_eq!(world.farm.nodes[&node("a")].devices[1].slot, Slot::Leased(first.job));
 }
 
 #[test]
