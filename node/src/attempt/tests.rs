@@ -1,5 +1,6 @@
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use farm_core::id::{AttemptNo, DeviceIndex, Epoch, JobId};
 use farm_core::job::spec::GenerationDefaults;
@@ -109,6 +110,7 @@ async fn workshop(
         devices,
         models,
         checkpoint_steps,
+        alone_after: Duration::from_millis(50),
         data: DataPlane::start(options).await.unwrap(),
         log: Box::new(move |_, line| lines.lock().unwrap().push(line)),
         want_hands: Box::new(move |_, wanted| {
@@ -356,7 +358,7 @@ async fn a_decode_that_fails_leaves_the_latent_and_the_next_attempt_does_not_den
     assert_eq!(bench.denoised.load(Ordering::Relaxed), 1);
 }
 
-#[tokio::test(start_paused = true)]
+#[tokio::test]
 async fn without_a_word_from_the_scheduler_a_device_of_the_lease_decodes() {
     let bench = Bench::new(Behaviour::Render).await;
     // An answer to no question of this attempt.
