@@ -17,7 +17,7 @@ use tokio::time::{Instant, Interval, MissedTickBehavior, interval, timeout};
 
 use super::client::Redial;
 use super::counters::{Count, Counting};
-use super::frame::{Frame, FrameError, FrameReader, Kind};
+use super::frame::{Frame, FrameError, FrameReader, Kind, LEAST};
 use super::window::{Inbox, Item, Outbox, Received};
 use super::{Patience, body};
 use crate::link::Link;
@@ -171,8 +171,9 @@ impl<S: Wire, R: Wire> Channel<S, R> {
                 } else {
                     self.counting.add(Count::LostChannel);
                     tracing::warn!(peer = %self.peer, %reason, "a channel is lost");
+                    self.say_lost(reason);
                 }
-                return;
+                return self.close().await;
             }
         }
     }
@@ -356,6 +357,12 @@ impl<S: Wire, R: Wire> Channel<S, R> {
     fn on_frame(&mut self, frame: Frame) -> Result<(), Lost> {
         let Some(attached) = &mut self.stream else { return Ok(()) };
         self.lost_at = None;
+        if frame.kind == Kind::Lost {
+            // It knows that the channel is lost, or has no use for an answer.
+            self.stream = None;
+            let reason = String::from_utf8_lossy(&frame.payload);
+            return Err(Lost(format!("the other end has given up: {reason}")));
+        }
         self.peer_deaf |= frame.deaf;
         if self.peer_deaf {
             // Nothing of it will be taken.
@@ -383,7 +390,7 @@ impl<S: Wire, R: Wire> Channel<S, R> {
             }
             (Kind::Hello, Some(_)) => self.on_corrupt("the other end greets twice"),
             (_, None) => self.on_corrupt("the other end does not greet"),
-            (Kind::Ack, Some(_)) => Ok(()),
+            (Kind::Ack | Kind::Lost, Some(_)) => Ok(()),
             (Kind::Message, Some(_)) => self.on_item(frame.number, Item::Message(frame.payload)),
             (Kind::End, Some(_)) => self.on_item(frame.number, Item::End),
         }
@@ -438,6 +445,16 @@ impl<S: Wire, R: Wire> Channel<S, R> {
         };
         // There is room for both pieces, as nobody else sends: it is gone.
         if sent.is_err() { self.detach("it takes no more") } else { Ok(()) }
+    }
+
+    /// If there is a stream, the other end need not wait for the grace to pass.
+    fn say_lost(&mut self, mut reason: String) {
+        let Some(attached) = &self.stream else { return };
+        reason.truncate(reason.floor_char_boundary(LEAST));
+        let (taken, payload) = (self.inbox.tell(), reason.into());
+        let frame = Frame { kind: Kind::Lost, deaf: true, taken, number: 0, payload };
+        // With no room it waits after all.
+        let _ = attached.stream.outgoing.try_send([&frame.header()[..], &frame.payload].concat().into());
     }
 
     /// Lets the last words go out.
@@ -648,12 +665,21 @@ mod tests {
         ];
         for (kind, number, payload, why) in breaches {
             let mut near = Near::new(Patience::default());
-            let far = near.stream().await;
+            let mut far = near.stream().await;
             if kind != Kind::Hello {
                 far.greet(0).await;
             }
             far.say(kind, number, payload).await;
             assert_eq!(soon(near.link.from.recv()).await, None, "{why}");
+            let last = soon(async {
+                loop {
+                    let frame = far.hear().await.unwrap();
+                    if frame.kind == Kind::Lost {
+                        break frame;
+                    }
+                }
+            });
+            assert!(!last.await.payload.is_empty(), "{why}");
             assert_eq!(near.counters().lost_channels, 1, "{why}");
         }
     }
