@@ -1,5 +1,6 @@
 //! Two nodes and what is between them, over real sockets.
 
+mod frames;
 mod join;
 mod latent;
 mod proxy;
@@ -128,7 +129,7 @@ async fn messages_go_both_ways_at_once() {
 async fn messages_arrive_in_order_once_over_connections_that_are_cut_and_damaged() {
     let (mut reconnects, mut corrupt) = (0, 0);
     // As many as there is time for: `FARM_FAULTS=500`.
-    let seeds = std::env::var("FARM_FAULTS").ok().and_then(|count| count.parse().ok()).unwrap_or(4);
+    let seeds = std::env::var("FARM_FAULTS").ok().and_then(|count| count.parse().ok()).unwrap_or(3);
     for seed in 0..seeds {
         let mut pair = pair(patience()).await;
         pair.proxy.set(Weather::Stormy { seed, bytes: 200_000 });
