@@ -1,5 +1,7 @@
 //! `farm-node bench`: where the time of one clip goes, and how much memory it takes. `bench usp`: what ranks gain.
+//! `bench tiles`: what decodes in tiles lose.
 
+mod tiles;
 mod usp;
 
 use std::io;
@@ -47,6 +49,8 @@ pub struct Args {
 enum Other {
     /// Time a step on one and on two ranks, and the part of it that exchanges cost
     Usp(usp::Args),
+    /// Compare decodes in tiles with the decode of the whole frame
+    Tiles(tiles::Args),
 }
 
 /// Medians in seconds.
@@ -73,8 +77,10 @@ struct Figures {
 }
 
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
-    if let Some(Other::Usp(args)) = args.other {
-        return usp::run(args);
+    match args.other {
+        Some(Other::Usp(args)) => return usp::run(args),
+        Some(Other::Tiles(args)) => return tiles::run(args),
+        None => {}
     }
     let threads = args.threads.or_else(|| std::thread::available_parallelism().ok()).map_or(1, NonZeroUsize::get);
     let started = Instant::now();
