@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args as ClapArgs, Parser, Subcommand};
 use farm_core::job::state::JobState;
+use farm_core::tiles::plan::Tiling;
 
 pub const DEFAULT_ADDRESS: &str = "127.0.0.1:7070";
 
@@ -89,6 +90,9 @@ pub struct Up {
     /// Steps between two checkpoints of a latent; 0 for none. Left out: the nodes' own default.
     #[arg(long, value_name = "K")]
     pub checkpoint_steps: Option<u32>,
+    /// How clips are decoded: auto, whole, exact, or tiles of HxW latent pixels. Left out: the scheduler's own default.
+    #[arg(long, value_name = "TILING")]
+    pub tiles: Option<Tiling>,
     /// Model folder; its name is the model's name. Left out: assets/mochi-tiny, if it is there.
     #[arg(long, value_name = "DIR")]
     pub model: Option<PathBuf>,

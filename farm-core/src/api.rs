@@ -26,6 +26,7 @@ use crate::id::{AttemptNo, DeviceIndex, Epoch, JobId, NodeId, SubmissionId};
 use crate::job::spec::{RenderRequest, RenderSpec};
 use crate::job::state::{JobState, Progress};
 use crate::parallel::topology::Topology;
+use crate::tiles::plan::{Mode, Tile, Tiling};
 
 /// Bytes of one page of a submission; the last may be shorter.
 pub const PAGE_BYTES: usize = 1 << 20;
@@ -209,6 +210,9 @@ pub struct NodeList {
 pub struct NodeView {
     pub node: NodeId,
     pub version: String,
+    /// What its devices are for: `denoise`, `decode`, or both.
+    #[serde(default)]
+    pub roles: Vec<String>,
     pub devices: Vec<DeviceView>,
     pub models: Vec<ModelView>,
     pub last_heartbeat_seconds: f32,
@@ -220,6 +224,9 @@ pub struct NodeView {
 pub struct DeviceView {
     pub name: String,
     pub job: Option<JobId>,
+    /// It decodes tiles of the job's clip for the attempt that runs it.
+    #[serde(default)]
+    pub helps: bool,
     pub progress: Option<Progress>,
 }
 
@@ -237,6 +244,9 @@ pub struct JobResult {
     /// How the clip was spread over them.
     #[serde(default = "solo")]
     pub topology: Topology,
+    /// How its latent was decoded. Results of versions that knew no tiles leave it out.
+    #[serde(default)]
+    pub decode: Option<DecodeRecord>,
     /// Key of the clip below the store's prefix.
     pub clip: String,
     pub clip_bytes: u64,
@@ -249,6 +259,19 @@ pub struct JobResult {
     pub finished: Timestamp,
     #[serde(default)]
     pub warnings: Vec<String>,
+}
+
+/// The tiles of a clip's decode, and who had them.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DecodeRecord {
+    pub tiling: Tiling,
+    pub mode: Mode,
+    /// Tiles in a column and in a row.
+    pub grid: [usize; 2],
+    /// Row by row, in latent pixels.
+    pub tiles: Vec<Tile>,
+    /// The devices that had a tile, by node. The frames do not depend on them.
+    pub hands: Vec<String>,
 }
 
 fn solo() -> Topology {

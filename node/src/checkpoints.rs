@@ -20,6 +20,13 @@ const HEADER_BYTES: usize = 1 << 16;
 /// Deletions under way at a time.
 const DELETIONS: usize = 8;
 
+/// Bytes that a latent's file has at most.
+pub fn max_bytes(spec: &RenderSpec) -> usize {
+    let values = spec.latent_shape().iter().product::<usize>() * size_of::<f32>();
+    // The request is in it as JSON within JSON, where a byte of it takes eight at most.
+    values + 8 * (spec.prompt.len() + spec.negative_prompt.len()) + HEADER_BYTES
+}
+
 /// The checkpoints of one clip.
 pub struct Checkpoints {
     pub store: ArtifactStore,
@@ -53,10 +60,32 @@ impl Checkpoints {
     /// Stores one. If there is one of its step already, that one stays.
     pub async fn save(&self, checkpoint: Arc<LatentCheckpoint>) -> Result<Create, String> {
         let key = key::latent(&self.folder, checkpoint.step);
+        let bytes = self.bytes(checkpoint).await?;
+        self.store.create(&key, bytes).await.map_err(|error| error.to_string())
+    }
+
+    /// The file of a checkpoint.
+    pub async fn bytes(&self, checkpoint: Arc<LatentCheckpoint>) -> Result<Bytes, String> {
         let (spec, hash) = (self.spec.clone(), self.model_hash.clone());
         let bytes = tokio::task::spawn_blocking(move || checkpoint.to_bytes(&spec, &hash));
-        let bytes = bytes.await.map_err(|error| error.to_string())?.map_err(|error| error.to_string())?;
-        self.store.create(&key, Bytes::from(bytes)).await.map_err(|error| error.to_string())
+        Ok(bytes.await.map_err(|error| error.to_string())?.map_err(|error| error.to_string())?.into())
+    }
+
+    /// Stores the finished latent, which the decode goes on from, and returns the one that is there afterwards: if another
+    /// attempt has finished it as well, the first counts.
+    pub async fn finish(&self, finished: LatentCheckpoint) -> Result<LatentCheckpoint, String> {
+        let finished = Arc::new(finished);
+        if self.save(finished.clone()).await? == Create::AlreadyExists {
+            match self.read(finished.step).await {
+                Ok(first) => return Ok(first),
+                Err(reason) => {
+                    tracing::warn!(folder = self.folder, %reason, "a damaged latent is replaced");
+                    let (key, bytes) = (key::latent(&self.folder, finished.step), self.bytes(finished.clone()).await?);
+                    self.store.put(&key, bytes).await.map_err(|error| error.to_string())?;
+                }
+            }
+        }
+        Ok(Arc::unwrap_or_clone(finished))
     }
 
     /// Saves what is put into the slot, one at a time, until nobody can put anything into it any more.
@@ -95,10 +124,7 @@ impl Checkpoints {
     }
 
     async fn read(&self, step: u32) -> Result<LatentCheckpoint, String> {
-        let values = self.spec.latent_shape().iter().product::<usize>() * size_of::<f32>();
-        // The request is in it as JSON within JSON, where a byte of it takes eight at most.
-        let request = 8 * (self.spec.prompt.len() + self.spec.negative_prompt.len());
-        let bytes = self.store.get(&key::latent(&self.folder, step), values + request + HEADER_BYTES).await;
+        let bytes = self.store.get(&key::latent(&self.folder, step), max_bytes(&self.spec)).await;
         let bytes = bytes.map_err(|error| error.to_string())?;
         let (spec, hash) = (self.spec.clone(), self.model_hash.clone());
         let read = tokio::task::spawn_blocking(move || LatentCheckpoint::from_bytes(&bytes, &spec, &hash));

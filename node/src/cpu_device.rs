@@ -1,20 +1,19 @@
-//! A share of this machine's processor: renders with the CPU engine, alone or as a rank of a
-//! group, and encodes as frames come.
+//! A share of this machine's processor: denoises with the CPU engine, alone or as a rank of a group, and decodes tiles.
 
 use std::io;
 use std::ops::ControlFlow;
 use std::sync::Arc;
-use std::time::Instant;
 
 use farm_core::engine::Engine;
 use farm_core::engine::cpu::CpuEngine;
 use farm_core::job::state::{FailureKind, Progress};
 use farm_core::model::ModelError;
-use farm_core::model::latent::LatentCheckpoint;
-use farm_core::model::pipeline::{Pipeline, RenderObserver};
+use farm_core::model::latent::{DitLatent, LatentCheckpoint};
+use farm_core::model::pipeline::{self, Pipeline, RenderObserver};
+use farm_core::tiles::message::FromHand;
 
-use crate::device_thread::{Device, RenderError, Rendered, Work};
-use crate::encode::{FrameSink, Mp4Sink};
+use crate::decode::hand::{self, HandError};
+use crate::device_thread::{Decode, Denoise, Denoised, Device, RenderError};
 use crate::models::ModelShelf;
 
 pub struct CpuDevice {
@@ -34,9 +33,8 @@ impl CpuDevice {
 }
 
 impl Device for CpuDevice {
-    fn render(&mut self, work: Work) -> Result<Rendered, RenderError> {
-        let rendered = if work.group.is_leader() { self.lead(&work) } else { self.follow(&work) };
-        rendered.map_err(|error| {
+    fn denoise(&mut self, work: Denoise) -> Result<Denoised, RenderError> {
+        self.try_denoise(&work).map_err(|error| {
             // Whatever it is, the others must not wait for this rank.
             work.group.abort(&error.to_string());
             match error {
@@ -45,34 +43,42 @@ impl Device for CpuDevice {
             }
         })
     }
+
+    fn decode(&mut self, work: Decode) {
+        let Decode { model, shape, latent, link, stop } = work;
+        let decoder = self.pipeline(&model).and_then(|pipeline| pipeline.decoder(&self.engine).map_err(render_error));
+        let ready = decoder.and_then(|decoder| {
+            Ok((decoder, DitLatent(self.engine.upload(&latent.values, &shape).map_err(RenderError::device)?)))
+        });
+        match ready {
+            Ok((decoder, latent)) => match hand::work(&self.engine, &decoder, &latent, link, &stop) {
+                Ok(()) | Err(HandError::Left | HandError::Stopped) => {}
+                Err(error) => tracing::warn!(%error, "a decode failed on this device"),
+            },
+            Err(error) => {
+                // If it cannot be said, nobody listens.
+                let _ = link.to.blocking_send(FromHand::Failed { message: error.to_string() });
+            }
+        }
+    }
 }
 
 impl CpuDevice {
-    fn pipeline(&self, work: &Work) -> Result<&Pipeline<CpuEngine>, RenderError> {
-        let pipeline = self.shelf.pipeline(&work.model);
-        pipeline.ok_or_else(|| RenderError::device(format!("model {} is not loaded", work.model)))
+    fn pipeline(&self, model: &str) -> Result<&Pipeline<CpuEngine>, RenderError> {
+        let pipeline = self.shelf.pipeline(model);
+        pipeline.ok_or_else(|| RenderError::device(format!("model {model} is not loaded")))
     }
 
-    /// The whole clip.
-    fn lead(&self, work: &Work) -> Result<Rendered, RenderError> {
-        let pipeline = self.pipeline(work)?;
-        let sink = Mp4Sink::create(&work.clip, work.spec.width, work.spec.height)
-            .map_err(|error| RenderError::device(format!("cannot begin the mp4: {error}")))?;
-        let mut clip = Clip { sink, work, warnings: Vec::new() };
-        let rendered = pipeline.render(&self.engine, &work.group, &work.spec, &work.start, &mut clip);
-        let mut seconds = rendered.map_err(render_error)?.seconds;
-        let finishing = Instant::now();
-        clip.sink.finish().map_err(|error| RenderError::device(format!("cannot finish the mp4: {error}")))?;
-        seconds.encode += finishing.elapsed().as_secs_f64();
-        Ok(Rendered { seconds, warnings: clip.warnings })
-    }
-
-    /// This rank's share of the denoising.
-    fn follow(&self, work: &Work) -> Result<Rendered, RenderError> {
-        let denoised =
-            self.pipeline(work)?.denoise(&self.engine, &work.group, &work.spec, &work.start, &mut Follower(work));
-        denoised.map_err(render_error)?;
-        Ok(Rendered::default())
+    fn try_denoise(&self, work: &Denoise) -> Result<Denoised, RenderError> {
+        let leads = work.group.is_leader();
+        let mut watcher = Watcher { work, leads, warnings: Vec::new() };
+        let pipeline = self.pipeline(&work.model)?;
+        let denoised = pipeline.denoise(&self.engine, &work.group, &work.spec, &work.start, &mut watcher);
+        let pipeline::Denoised { values, text_seconds, denoise_seconds, .. } = denoised.map_err(render_error)?;
+        Ok(match leads {
+            true => Denoised { latent: values, text_seconds, denoise_seconds, warnings: watcher.warnings },
+            false => Denoised::default(),
+        })
     }
 }
 
@@ -85,16 +91,18 @@ fn render_error(error: ModelError) -> RenderError {
     }
 }
 
-/// The clip on its way into the file.
-struct Clip<'a> {
-    sink: Mp4Sink,
-    work: &'a Work,
+/// What a rank says while it denoises. The leader speaks for the group.
+struct Watcher<'a> {
+    work: &'a Denoise,
+    leads: bool,
     warnings: Vec<String>,
 }
 
-impl RenderObserver for Clip<'_> {
+impl RenderObserver for Watcher<'_> {
     fn progress(&mut self, progress: Progress) -> ControlFlow<()> {
-        if self.work.monitor.advance(progress) { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+        let monitor = &self.work.monitor;
+        let goes_on = if self.leads { monitor.advance(progress) } else { !monitor.is_stopped() };
+        if goes_on { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
     }
 
     fn warning(&mut self, message: &str) {
@@ -108,21 +116,6 @@ impl RenderObserver for Clip<'_> {
     fn checkpoint(&mut self, checkpoint: LatentCheckpoint) {
         self.work.checkpoints.put(checkpoint);
     }
-
-    fn frames(&mut self, rgb24: &[u8], _count: usize) -> io::Result<()> {
-        self.sink.frames(rgb24)
-    }
-}
-
-/// A rank that has no clip of its own: the leader speaks for the group.
-struct Follower<'a>(&'a Work);
-
-impl RenderObserver for Follower<'_> {
-    fn progress(&mut self, _progress: Progress) -> ControlFlow<()> {
-        if self.0.monitor.is_stopped() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-    }
-
-    fn warning(&mut self, _message: &str) {}
 
     fn frames(&mut self, _rgb24: &[u8], _count: usize) -> io::Result<()> {
         Ok(())

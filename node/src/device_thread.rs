@@ -1,29 +1,30 @@
-//! One OS thread per device: it owns the device, takes one render at a time and answers through a channel. Nothing
+//! One OS thread per device: it owns the device, takes one piece of work at a time and answers through a channel. Nothing
 //! asynchronous ever waits for a step.
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::thread;
 
-use farm_core::api::StageSeconds;
 use farm_core::comm::CommError;
 use farm_core::engine::cpu::CpuEngine;
 use farm_core::id::DeviceIndex;
 use farm_core::job::spec::RenderSpec;
 use farm_core::job::state::{FailureKind, Progress};
+use farm_core::model::latent::LatentCheckpoint;
 use farm_core::model::pipeline::Start;
 use farm_core::parallel::group::RankGroup;
+use farm_core::tiles::message::{FromHand, ToHand};
 use tokio::sync::oneshot;
 
 use crate::checkpoints::Slot;
+use crate::link::Link;
 use crate::progress::ProgressCell;
 
-/// A device's part in rendering a clip: the leader of a group makes the mp4, the others denoise with it.
-pub struct Work {
+/// A device's part in denoising a clip: the leader of a group encodes the text, the others denoise with it.
+pub struct Denoise {
     /// A name that the node offers.
     pub model: String,
     pub spec: RenderSpec,
@@ -34,16 +35,26 @@ pub struct Work {
     pub start: Arc<Start>,
     /// Where the leader's checkpoints go.
     pub checkpoints: Slot,
-    /// Where the leader's mp4 goes.
-    pub clip: PathBuf,
     pub monitor: Monitor,
+}
+
+/// A device's part in decoding a clip.
+pub struct Decode {
+    /// A name that the node offers.
+    pub model: String,
+    /// `[C, T, h, w]`
+    pub shape: [usize; 4],
+    pub latent: Arc<LatentCheckpoint>,
+    /// To the crew of the decode, wherever that is.
+    pub link: Link<FromHand, ToHand>,
+    pub stop: Arc<AtomicBool>,
 }
 
 /// How a render is watched and stopped. Cloning shares it.
 #[derive(Clone)]
 pub struct Monitor {
     pub progress: ProgressCell,
-    stop: Arc<AtomicBool>,
+    pub stop: Arc<AtomicBool>,
     log: Arc<dyn Fn(String) + Send + Sync>,
 }
 
@@ -71,11 +82,12 @@ impl Monitor {
     }
 }
 
-/// A finished mp4, from the leader, and what is to be said about it.
+/// A finished latent, from the leader, and what is to be said about it. Other ranks leave it empty.
 #[derive(Debug, Default)]
-pub struct Rendered {
-    /// Text to encode; the rest is not the device's business.
-    pub seconds: StageSeconds,
+pub struct Denoised {
+    pub latent: Vec<f32>,
+    pub text_seconds: f64,
+    pub denoise_seconds: f64,
     pub warnings: Vec<String>,
 }
 
@@ -97,28 +109,31 @@ impl RenderError {
     }
 }
 
-/// Something that renders clips, one at a time. Lives on its own thread.
+/// Something that works on clips, one at a time. Lives on its own thread.
 pub trait Device: Send + 'static {
-    /// Does its part of the clip; the leader renders it into `work.clip`. If it fails it ends the group. The leader calls
-    /// `work.monitor.advance` at least once per step and chunk of frames; the others look whether it is stopped.
-    fn render(&mut self, work: Work) -> Result<Rendered, RenderError>;
+    /// Does its part of the denoising. If it fails it ends the group. The leader calls `work.monitor.advance` at least once
+    /// per step; the others look whether it is stopped.
+    fn denoise(&mut self, work: Denoise) -> Result<Denoised, RenderError>;
+
+    /// Decodes tiles until the crew is done with it, or gone. What goes wrong is told to the crew.
+    fn decode(&mut self, work: Decode);
 }
 
-/// Shared by all devices of a group: the last to become idle gives it back.
+/// Dropped when a device is idle again.
 pub type Reservation = Arc<dyn Send + Sync>;
 
-struct Command {
-    work: Work,
-    /// Dropped when the device is idle again, before the answer: whoever has the answers of all devices may use them.
-    reservation: Reservation,
-    answer: oneshot::Sender<Result<Rendered, RenderError>>,
+enum Command {
+    Denoise(Denoise, oneshot::Sender<Result<Denoised, RenderError>>),
+    Decode(Decode, oneshot::Sender<()>),
 }
 
 /// The way to a device's thread. The thread ends when the last handle is dropped.
 #[derive(Clone)]
 pub struct DeviceHandle {
     index: DeviceIndex,
-    commands: SyncSender<Command>,
+    /// With each the reservation, dropped when the device is idle again, before the answer: whoever has the answers of all
+    /// devices may use them.
+    commands: SyncSender<(Command, Reservation)>,
 }
 
 impl DeviceHandle {
@@ -132,34 +147,58 @@ impl DeviceHandle {
 
     /// Hands work to the thread and waits for its end. `reservation` is dropped when the device is idle again, also
     /// if nobody waits any more.
-    pub async fn render(&self, work: Work, reservation: Reservation) -> Result<Rendered, RenderError> {
-        let (answer, rendered) = oneshot::channel();
-        self.commands.try_send(Command { work, reservation, answer }).map_err(|error| {
+    pub async fn denoise(&self, work: Denoise, reservation: Reservation) -> Result<Denoised, RenderError> {
+        let (answer, denoised) = oneshot::channel();
+        self.command(Command::Denoise(work, answer), reservation)?;
+        let gone = || RenderError::device(format!("device {} gave no answer", self.index));
+        denoised.await.unwrap_or_else(|_| Err(gone()))
+    }
+
+    /// As [`DeviceHandle::denoise`], for tiles.
+    pub async fn decode(&self, work: Decode, reservation: Reservation) -> Result<(), RenderError> {
+        let (answer, ended) = oneshot::channel();
+        self.command(Command::Decode(work, answer), reservation)?;
+        ended.await.map_err(|_| RenderError::device(format!("device {} gave no answer", self.index)))
+    }
+
+    fn command(&self, command: Command, reservation: Reservation) -> Result<(), RenderError> {
+        self.commands.try_send((command, reservation)).map_err(|error| {
             let state = match error {
                 TrySendError::Full(_) => "has work already",
                 TrySendError::Disconnected(_) => "has no thread any more",
             };
             RenderError::device(format!("device {} {state}", self.index))
-        })?;
-        rendered.await.unwrap_or_else(|_| Err(RenderError::device(format!("device {} gave no answer", self.index))))
+        })
     }
 }
 
-fn serve(mut device: impl Device, inbox: Receiver<Command>) {
-    while let Ok(Command { work, reservation, answer }) = inbox.recv() {
-        // Aborted while it was queued.
-        let rendered = if work.monitor.is_stopped() {
-            work.group.abort("stopped");
-            Err(RenderError::Stopped)
-        } else {
-            // A panic is a bug of ours or of a library in one clip. The device holds no state between clips that it
-            // could have left half changed, so the thread lives on.
-            catch_unwind(AssertUnwindSafe(|| device.render(work)))
-                .unwrap_or_else(|panic| Err(RenderError::device(format!("panicked: {}", panic_message(&*panic)))))
-        };
-        drop(reservation);
-        // Nobody waits for an aborted attempt.
-        let _ = answer.send(rendered);
+fn serve(mut device: impl Device, inbox: Receiver<(Command, Reservation)>) {
+    while let Ok((command, reservation)) = inbox.recv() {
+        // A panic is a bug of ours or of a library in one clip. The device holds no state between clips that it could
+        // have left half changed, so the thread lives on. Nobody waits for the answers of an aborted attempt.
+        match command {
+            Command::Denoise(work, answer) => {
+                // Aborted while it was queued.
+                let denoised = if work.monitor.is_stopped() {
+                    work.group.abort("stopped");
+                    Err(RenderError::Stopped)
+                } else {
+                    catch_unwind(AssertUnwindSafe(|| device.denoise(work))).unwrap_or_else(|panic| {
+                        Err(RenderError::device(format!("panicked: {}", panic_message(&*panic))))
+                    })
+                };
+                drop(reservation);
+                let _ = answer.send(denoised);
+            }
+            Command::Decode(work, answer) => {
+                // Its end of the link is dropped by a panic, of which the crew hears.
+                if let Err(panic) = catch_unwind(AssertUnwindSafe(|| device.decode(work))) {
+                    tracing::error!(panic = panic_message(&*panic), "a device panicked in a decode");
+                }
+                drop(reservation);
+                let _ = answer.send(());
+            }
+        }
     }
 }
 

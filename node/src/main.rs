@@ -4,6 +4,8 @@ mod attempt;
 mod checkpoints;
 mod command;
 mod cpu_device;
+mod data_plane;
+mod decode;
 mod device_pool;
 mod device_thread;
 mod devices;
@@ -32,6 +34,8 @@ struct Cli {
 enum Command {
     /// Render one clip here, without a farm
     Render(Box<command::render::Args>),
+    /// Make frames of a latent that was kept
+    Decode(command::decode::Args),
     /// Lend this machine's devices to a farm
     Join(command::join::Args),
     /// Inspect a checkpoint, compare it with reference tensors, tokenize
@@ -47,6 +51,7 @@ enum Command {
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Render(args) => command::render::run(*args),
+        Command::Decode(args) => command::decode::run(args),
         Command::Join(args) => command::join::run(args),
         Command::Model(args) => command::model::run(args),
         Command::Bench(args) => command::bench::run(args),

@@ -1,13 +1,16 @@
 //! The checkpoints that a node offers, one copy of each in memory for all its devices.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
 use farm_core::engine::cpu::CpuEngine;
+use farm_core::model::config::VaeConfig;
 use farm_core::model::pipeline::{Pipeline, Residency};
 use farm_core::model::weights::checkpoint::Checkpoint;
 use farm_core::wire::to_scheduler::ModelInfo;
+
+use crate::attempt::Offered;
 
 pub struct ModelShelf {
     models: BTreeMap<String, Shelved>,
@@ -16,6 +19,7 @@ pub struct ModelShelf {
 struct Shelved {
     pipeline: Pipeline<CpuEngine>,
     info: ModelInfo,
+    vae: VaeConfig,
 }
 
 impl ModelShelf {
@@ -36,6 +40,12 @@ impl ModelShelf {
         self.models.values().map(|shelved| shelved.info.clone()).collect()
     }
 
+    /// What attempts have to know of each model before they use it.
+    pub fn offered(&self) -> HashMap<String, Offered> {
+        let offered = |shelved: &Shelved| Offered { hash: shelved.info.hash.clone(), vae: shelved.vae.clone() };
+        self.models.iter().map(|(name, shelved)| (name.clone(), offered(shelved))).collect()
+    }
+
     pub fn pipeline(&self, name: &str) -> Option<&Pipeline<CpuEngine>> {
         self.models.get(name).map(|shelved| &shelved.pipeline)
     }
@@ -51,6 +61,7 @@ fn shelve(engine: &CpuEngine, name: &str, dir: &Path) -> anyhow::Result<Shelved>
     let shape = checkpoint.dit().map(|dit| dit.config().shape()).context("it has no transformer")?;
     let shape_json = serde_json::to_string(&shape)?;
     let pipeline = Pipeline::open(engine, checkpoint, Residency::Kept)?;
+    let vae = pipeline.vae_config()?.clone();
     tracing::info!(model = name, %hash, dir = %dir.display(), "model loaded");
-    Ok(Shelved { info: ModelInfo { name: name.to_owned(), hash, defaults_json, shape_json }, pipeline })
+    Ok(Shelved { info: ModelInfo { name: name.to_owned(), hash, defaults_json, shape_json }, pipeline, vae })
 }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use farm_core::id::{BootId, Epoch, JobId};
 use farm_core::job::state::JobState;
+use farm_core::tiles::plan::Tiling;
 use farm_core::wire::to_scheduler::ToScheduler;
 use farm_core::wire::{Envelope, codec};
 use jiff::Timestamp;
@@ -88,13 +89,14 @@ impl Scheduler {
         limits: Limits,
         store: Arc<dyn QueueStore>,
         store_url: String,
+        tiling: Tiling,
         link: Arc<dyn NodeLink>,
     ) -> anyhow::Result<(Self, JoinHandle<()>)> {
         let epoch = store.begin_epoch().await?;
         let live = store.live_jobs().await?;
         tracing::info!(%epoch, live_jobs = live.len(), "queue loaded");
         let started = Instant::now();
-        let farm = Farm::restore(limits, epoch, store_url, live, Time::default());
+        let farm = Farm::restore(limits, epoch, store_url, tiling, live, Time::default());
         let state = State { farm, epoch, store, link, sent: 0 };
         let (actor, task) = Actor::spawn(None, SchedulerActor, state).await?;
         let scheduler = Self {

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use anyhow::{Context, bail, ensure};
 use farm_core::id::BootId;
 use farm_core::store::artifact::ArtifactStore;
+use farm_core::tiles::plan::Tiling;
 use farm_core::wire::cluster::{Cluster, ClusterEvent, Role};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
@@ -33,6 +34,8 @@ pub struct Settings {
     pub data: PathBuf,
     /// URL for results.
     pub store: String,
+    /// How clips are decoded.
+    pub tiling: Tiling,
     pub secret_file: Option<PathBuf>,
 }
 
@@ -50,7 +53,8 @@ pub async fn run(settings: Settings) -> anyhow::Result<()> {
     let (cluster, events) = Cluster::start(Role::Scheduler, boot, secret.as_ref().map(Secret::as_str)).await?;
     let link: Arc<dyn NodeLink> = Arc::new(cluster);
     let (scheduler, mut actor) =
-        Scheduler::start(Limits::default(), queue.clone(), artifacts.url().to_owned(), link.clone()).await?;
+        Scheduler::start(Limits::default(), queue.clone(), artifacts.url().to_owned(), settings.tiling, link.clone())
+            .await?;
     let pump = tokio::spawn(pump(events, scheduler.clone()));
 
     // Signals are caught before the address is out: whoever reads it may stop us at once.

@@ -13,20 +13,20 @@ pub async fn run(client: &Client, args: Output) -> Result<Status, Error> {
         output::json(&list)?;
         return Ok(Status::Ok);
     }
-    let header = ["node", "device", "job", "progress", "models", "heartbeat"];
+    let header = ["node", "roles", "device", "job", "progress", "models", "heartbeat"];
     output::line(&output::table(header, list.nodes.iter().flat_map(rows)))?;
     Ok(Status::Ok)
 }
 
 /// A row for each device, so that a machine of eight can be read.
-fn rows(node: &NodeView) -> Vec<[String; 6]> {
+fn rows(node: &NodeView) -> Vec<[String; 7]> {
     let models: Vec<_> = node.models.iter().map(|model| model.name.as_str()).collect();
     let heartbeat = match node.alive {
         true => format!("{:.1} s ago", node.last_heartbeat_seconds),
         false => format!("silent for {}", output::duration(node.last_heartbeat_seconds)),
     };
     let row = |device: String, job: String, progress: String| {
-        [node.node.to_string(), device, job, progress, models.join(" "), heartbeat.clone()]
+        [node.node.to_string(), node.roles.join(" "), device, job, progress, models.join(" "), heartbeat.clone()]
     };
     if node.devices.is_empty() {
         return vec![row("none".into(), String::new(), String::new())];
@@ -34,7 +34,11 @@ fn rows(node: &NodeView) -> Vec<[String; 6]> {
     node.devices
         .iter()
         .map(|device| {
-            let job = device.job.map_or("idle".to_owned(), |job| job.short());
+            let job = match device.job {
+                Some(job) if device.helps => format!("helps {}", job.short()),
+                Some(job) => job.short(),
+                None => "idle".to_owned(),
+            };
             row(device.name.clone(), job, device.progress.as_ref().map(output::progress).unwrap_or_default())
         })
         .collect()

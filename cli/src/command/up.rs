@@ -73,6 +73,7 @@ impl Plan {
         };
 
         let scheduler_args = ["--listen", &args.listen, "--data", &text(&data)?, "--store", &store];
+        let tiles = args.tiles.map(|tiles| ["--tiles".to_owned(), tiles.to_string()]);
         let nodes = (1..=args.nodes.get()).map(|number| {
             let name = format!("node-{number}");
             let model = format!("{model_name}={}", text(&model)?);
@@ -86,7 +87,12 @@ impl Plan {
         Ok(Self {
             scheduler: find_program("farm-scheduler")?,
             node: find_program("farm-node")?,
-            scheduler_args: scheduler_args.into_iter().map(str::to_owned).chain(secret.clone()).collect(),
+            scheduler_args: scheduler_args
+                .into_iter()
+                .map(str::to_owned)
+                .chain(tiles.into_iter().flatten())
+                .chain(secret.clone())
+                .collect(),
             nodes: nodes.collect::<Result<_, Error>>()?,
             secret_file,
         })

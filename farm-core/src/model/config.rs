@@ -1,6 +1,8 @@
 //! Sizes of the networks. All of them are read from the checkpoint; nothing here is a constant of the published model.
 
+use crate::model::vae::NORM_GROUPS;
 use crate::parallel::cost::ModelShape;
+use crate::tiles::shape::NormShape;
 
 /// T5 v1.1 encoder sizes (`text_encoder/config.json`).
 #[derive(Clone, Debug, PartialEq)]
@@ -70,4 +72,38 @@ pub struct VaeConfig {
     /// Per latent channel, for `z·std + mean`.
     pub latents_mean: Vec<f64>,
     pub latents_std: Vec<f64>,
+}
+
+impl VaeConfig {
+    /// Sizes of the published decoder. Its latents are taken as they are.
+    pub fn mochi1() -> Self {
+        Self {
+            latent_channels: 12,
+            channels: vec![768, 512, 256, 128],
+            layers: vec![3, 6, 4, 3, 3],
+            temporal_expansions: vec![3, 2, 1],
+            spatial_expansions: vec![2, 2, 2],
+            latents_mean: vec![0.0; 12],
+            latents_std: vec![1.0; 12],
+        }
+    }
+
+    /// The sums that a frame's group norms need, norm by norm in the order of a decode: two in each ResBlock. The config is
+    /// one that a decoder can be loaded with.
+    pub fn norm_shapes(&self) -> Vec<NormShape> {
+        let mut norms = Vec::new();
+        let (mut frames, mut pixels) = (1, 1);
+        let stages = self.channels.len();
+        for (part, &blocks) in self.layers.iter().enumerate() {
+            // The first part is before the up stages, the last after them; the stages expand after their blocks.
+            let stage = part.saturating_sub(1).min(stages - 1);
+            if let Some(before) = part.checked_sub(2) {
+                frames *= self.temporal_expansions[before];
+                pixels *= self.spatial_expansions[before].pow(2);
+            }
+            let per_pixel = (pixels * self.channels[stage] / NORM_GROUPS) as u64;
+            norms.extend(vec![NormShape { frames: [1, frames], groups: NORM_GROUPS, per_pixel }; 2 * blocks]);
+        }
+        norms
+    }
 }

@@ -62,7 +62,39 @@ pub fn from_safetensors(bytes: &[u8], key: &str, shape: [usize; 4]) -> Result<Ve
     }
 }
 
-/// Where a denoise can go on: the latent `[C, T, h, w]` after `step` steps.
+/// A latent of any size, read from its file.
+#[derive(Debug, PartialEq)]
+pub struct StoredLatent {
+    pub values: Vec<f32>,
+    /// `[C, T, h, w]`
+    pub size: [usize; 4],
+    /// The step that it is of, and that of the finished latent, if the file says that it is not finished.
+    pub unfinished: Option<(u32, u32)>,
+}
+
+/// Reads a finished latent, or a checkpoint of one. Errors if it does not have this number of channels, is empty, or holds
+/// what is not finite.
+pub fn read_latent(bytes: &[u8], channels: usize) -> Result<StoredLatent, ModelError> {
+    let bad = |what: String| ModelError::Input(format!("not a latent: {what}"));
+    let (_, header) = SafeTensors::read_metadata(bytes).map_err(|error| bad(error.to_string()))?;
+    let info = header.info(LATENT_KEY).ok_or_else(|| bad(format!("no tensor {LATENT_KEY:?} in it")))?;
+    let size = match info.shape[..] {
+        [1, c, frames, height, width] if frames > 0 && height > 0 && width > 0 => [c, frames, height, width],
+        _ => return Err(bad(format!("a shape of {:?}, not [1, {channels}, T, h, w]", info.shape))),
+    };
+    if size[0] != channels {
+        return Err(bad(format!("{} channels, the decoder has {channels}", size[0])));
+    }
+    let number = |key: &str| header.metadata().as_ref()?.get(key)?.parse::<u32>().ok();
+    let request = header.metadata().as_ref().and_then(|metadata| metadata.get("request"));
+    let steps = request
+        .and_then(|request| serde_json::from_str::<RenderSpec>(request).ok())
+        .map(|spec| spec.num_inference_steps);
+    let unfinished = number("step").zip(steps).filter(|(step, steps)| step < steps);
+    Ok(StoredLatent { values: from_safetensors(bytes, LATENT_KEY, size)?, size, unfinished })
+}
+
+/// Where a clip can go on: the latent `[C, T, h, w]` after `step` steps, which after the last is to be decoded.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LatentCheckpoint {
     pub step: u32,
@@ -103,7 +135,7 @@ impl LatentCheckpoint {
             return Err(bad("it is of another clip or another model".into()));
         }
         let step: u32 = get("step")?.parse().map_err(|_| bad("its step is no number".into()))?;
-        if step == 0 || step >= spec.num_inference_steps {
+        if step == 0 || step > spec.num_inference_steps {
             return Err(bad(format!("step {step} of {}", spec.num_inference_steps)));
         }
         Ok(Self { step, values: from_safetensors(bytes, LATENT_KEY, spec.latent_shape())? })
@@ -140,6 +172,23 @@ mod tests {
         assert!(error(&bytes, "z", SHAPE).contains("NaN at element 7"));
     }
 
+    #[test]
+    fn a_latent_of_any_size_is_read_and_what_is_none_is_refused_by_its_fault() {
+        let bytes = to_safetensors(LATENT_KEY, &values(), SHAPE).unwrap();
+        let latent = read_latent(&bytes, 12).unwrap();
+        assert_eq!((latent.values, latent.size, latent.unfinished), (values(), SHAPE, None));
+        let checkpoint = LatentCheckpoint { step: 3, values: values() }.to_bytes(&spec(1), "hash").unwrap();
+        assert_eq!(read_latent(&checkpoint, 12).unwrap().unfinished, Some((3, 8)));
+        let error = |bytes: &[u8], channels| read_latent(bytes, channels).unwrap_err().to_string();
+        assert!(error(&bytes, 16).contains("12 channels, the decoder has 16"));
+        assert!(error(&to_safetensors("z", &values(), SHAPE).unwrap(), 12).contains("no tensor \"latent\""));
+        assert!(error(&to_safetensors(LATENT_KEY, &[], [12, 0, 2, 4]).unwrap(), 12).contains("[1, 12, 0, 2, 4]"));
+        assert!(error(&bytes[..bytes.len() - 1], 12).contains("not a latent"));
+        let mut with_nan = values();
+        with_nan[7] = f32::NAN;
+        assert!(error(&to_safetensors(LATENT_KEY, &with_nan, SHAPE).unwrap(), 12).contains("NaN at element 7"));
+    }
+
     fn spec(seed: u64) -> RenderSpec {
         let request = r#"{"prompt": "a", "width": 32, "height": 16, "num_frames": 7, "num_inference_steps": 8}"#;
         RenderSpec::resolve(&serde_json::from_str(request).unwrap(), &Default::default(), seed).unwrap()
@@ -159,7 +208,7 @@ mod tests {
         }
         let latent = to_safetensors(LATENT_KEY, &values(), SHAPE).unwrap();
         assert!(error(&latent, spec(1), "hash").contains("no \"format\""));
-        let finished = LatentCheckpoint { step: 8, values: values() }.to_bytes(&spec(1), "hash").unwrap();
-        assert!(error(&finished, spec(1), "hash").contains("step 8 of 8"));
+        let beyond = LatentCheckpoint { step: 9, values: values() }.to_bytes(&spec(1), "hash").unwrap();
+        assert!(error(&beyond, spec(1), "hash").contains("step 9 of 8"));
     }
 }

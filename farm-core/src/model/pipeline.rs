@@ -11,7 +11,7 @@ use crate::engine::{Engine, EngineError};
 use crate::job::spec::{FRAME_STEP, GenerationDefaults, RenderSpec};
 use crate::job::state::{Progress, Stage};
 use crate::model::ModelError;
-use crate::model::config::DitConfig;
+use crate::model::config::{DitConfig, VaeConfig};
 use crate::model::dit::Dit;
 use crate::model::latent::{DitLatent, LatentCheckpoint, VaeLatent};
 use crate::model::noise;
@@ -170,6 +170,11 @@ impl<E: Engine> Pipeline<E> {
             pipeline.vae(engine)?;
         }
         Ok(pipeline)
+    }
+
+    /// Sizes of the decoder.
+    pub fn vae_config(&self) -> Result<&VaeConfig, ModelError> {
+        Ok(self.checkpoint.vae().ok_or_else(|| missing("vae decoder"))?.config())
     }
 
     /// What a request that leaves values out is resolved with.
@@ -463,6 +468,11 @@ impl<E: Engine> Pipeline<E> {
     fn vae(&self, engine: &E) -> Result<Arc<VaeDecoder<E>>, ModelError> {
         let part = self.checkpoint.vae().ok_or_else(|| missing("vae decoder"))?;
         self.vae.get(|| VaeDecoder::load(&Loader { engine, source: part }, part.config()))
+    }
+
+    /// The decoder, for who decodes in tiles.
+    pub fn decoder(&self, engine: &E) -> Result<Arc<VaeDecoder<E>>, ModelError> {
+        self.vae(engine)
     }
 
     fn decode_seconds_per_pixel(&self) -> Option<f64> {

@@ -10,8 +10,8 @@ use super::statistics::{Sums, Totals};
 #[derive(Clone, Debug, PartialEq)]
 pub enum ToHand {
     /// Decode this tile from the beginning. The first steps are closed already: `closed` are their totals, and what the
-    /// hand would give for them is of no interest.
-    Assign { number: u32, tile: Tile, frame: Frame, closed: Vec<Arc<Totals>> },
+    /// hand would give for them is of no interest. Neither are frames of chunks before `wanted_from`.
+    Assign { number: u32, tile: Tile, frame: Frame, wanted_from: u32, closed: Vec<Arc<Totals>> },
     /// A step is closed. Goes to every hand that has a tile, in the order of steps. `edges` are those of the neighbours of
     /// the hand's tiles, by tile; empty unless the mode is exact.
     Closed { step: u32, totals: Arc<Totals>, edges: Vec<(u32, Arc<Edges>)> },

@@ -36,6 +36,22 @@ pub enum Mode {
     Exact,
 }
 
+impl Mode {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Whole => "whole",
+            Self::Shared => "shared",
+            Self::Independent => "independent",
+            Self::Exact => "exact",
+        }
+    }
+
+    /// Tiles meet at every norm.
+    pub fn exchanges(self) -> bool {
+        matches!(self, Self::Shared | Self::Exact)
+    }
+}
+
 /// How a clip is to be decoded, as a person or a farm says it:
 /// `auto | whole | exact | [shared:|independent:|exact:]HxW[+OVERLAP]`, each with `@BYTES` for the memory of one tile.
 /// Sizes are in latent pixels, which are 8 pixels of a clip.

@@ -59,6 +59,8 @@ pub struct StartAttempt {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct HelpDecode {
     pub key: AttemptKey,
+    /// That of the `WantHands` it follows: a device may help an attempt again in a later one.
+    pub round: u32,
     pub device: DeviceIndex,
     pub model: String,
     pub model_hash: String,

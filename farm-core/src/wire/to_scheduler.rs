@@ -49,6 +49,12 @@ pub struct Roles {
 
 impl Roles {
     pub const ALL: Self = Self { denoise: true, decode: true };
+
+    /// As people write and read them.
+    pub fn names(self) -> Vec<&'static str> {
+        let all = [(self.denoise, "denoise"), (self.decode, "decode")];
+        all.into_iter().filter(|(set, _)| *set).map(|(_, name)| name).collect()
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -12,15 +12,16 @@ use anyhow::{Context, bail, ensure};
 use farm_core::id::{BootId, DeviceIndex, NodeId};
 use farm_core::store::artifact::ArtifactStore;
 use farm_core::wire::cluster::{Cluster, Role};
-use farm_core::wire::to_scheduler::DeviceInfo;
+use farm_core::wire::to_scheduler::{DeviceInfo, Roles};
 use ractor::{Actor, ActorRef};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::oneshot;
 use tracing_subscriber::EnvFilter;
 use uuid::Uuid;
 
-use crate::attempt::Workshop;
+use crate::attempt::{HandsWanted, Workshop};
 use crate::cpu_device::CpuDevice;
+use crate::data_plane::{DataPlane, DataPlaneArgs};
 use crate::device_thread::DeviceHandle;
 use crate::devices::{Devices, Placing};
 use crate::encode;
@@ -51,6 +52,9 @@ pub struct Args {
     /// This node's name, unique in the farm [default: the host's name]
     #[arg(long, value_parser = parse_name)]
     pub name: Option<String>,
+    /// What the devices are for: denoise, decode, or both; may be repeated
+    #[arg(long = "role", value_name = "ROLE", value_delimiter = ',', default_values = ["denoise", "decode"])]
+    pub roles: Vec<DeviceRole>,
     /// File with the farm's shared secret
     #[arg(long, value_name = "FILE")]
     pub secret_file: Option<PathBuf>,
@@ -64,9 +68,19 @@ pub struct Args {
     /// [default: typical ones]
     #[arg(long, value_name = "FILE")]
     pub devices_file: Option<PathBuf>,
+    #[command(flatten)]
+    pub data_plane: DataPlaneArgs,
     /// Folder for clips on their way to the store [default: one in the system's temporary folder]
     #[arg(long, value_name = "DIR")]
     pub data: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum DeviceRole {
+    /// Clips are started here
+    Denoise,
+    /// Tiles of any node's clips are decoded here
+    Decode,
 }
 
 /// `NAME=DIR`
@@ -124,12 +138,12 @@ async fn join(args: Args) -> anyhow::Result<ExitCode> {
         prepared = prepare(args) => prepared?,
         () = signals.next() => return Ok(ExitCode::SUCCESS),
     };
-    let Prepared { name, scheduler, store, scratch, shelf, devices, checkpoint_steps, offer } = prepared;
+    let Prepared { name, scheduler, store, scratch, shelf, devices, checkpoint_steps, data_plane, offer } = prepared;
 
     let boot = BootId(Uuid::new_v4());
     let (cluster, events) = Cluster::start(Role::Node, boot, scheduler.secret.as_deref()).await?;
-    tracing::info!(node = %name, %boot, scheduler = %scheduler.address, store = store.url(), devices = devices.len(), "node starts");
-    let models = shelf.infos().iter().map(|model| (model.name.clone(), model.hash.clone())).collect();
+    tracing::info!(node = %name, %boot, scheduler = %scheduler.address, store = store.url(), data_plane = data_plane.base(), devices = devices.len(), "node starts");
+    let models = shelf.offered();
     let workshop = {
         let (node, scratch) = (name.clone(), scratch.clone());
         move |session: ActorRef<SessionMessage>| Workshop {
@@ -139,9 +153,14 @@ async fn join(args: Args) -> anyhow::Result<ExitCode> {
             devices,
             models,
             checkpoint_steps,
-            log: Box::new(move |key, line| {
-                // Fails only when the process ends.
-                let _ = session.cast(SessionMessage::Log { key, line });
+            data: data_plane,
+            // These fail only when the process ends.
+            log: {
+                let session = session.clone();
+                Box::new(move |key, line| drop(session.cast(SessionMessage::Log { key, line })))
+            },
+            want_hands: Box::new(move |key, HandsWanted { round, tiles, url, token }| {
+                drop(session.cast(SessionMessage::WantHands { key, round, tiles, url, token }));
             }),
         }
     };
@@ -196,6 +215,7 @@ struct Prepared {
     shelf: Arc<ModelShelf>,
     devices: Vec<DeviceHandle>,
     checkpoint_steps: u32,
+    data_plane: DataPlane,
     offer: Offer,
 }
 
@@ -231,10 +251,14 @@ async fn prepare(args: Args) -> anyhow::Result<Prepared> {
         devices.push(DeviceHandle::spawn(index, device).context("cannot start a device thread")?);
     }
     let site_json = Some(serde_json::to_string(&site)?);
-    let offer = Offer { devices: infos, site_json, models: shelf.infos(), store: store.url().to_owned() };
+    let roles =
+        Roles { denoise: args.roles.contains(&DeviceRole::Denoise), decode: args.roles.contains(&DeviceRole::Decode) };
+    let offer = Offer { devices: infos, site_json, models: shelf.infos(), store: store.url().to_owned(), roles };
+    let data_plane = DataPlane::start(args.data_plane.options(&args.scheduler).await?).await?;
     let scheduler = Scheduler { address: args.scheduler, secret };
     let checkpoint_steps = args.checkpoint_steps;
-    Ok(Prepared { name: NodeId(name), scheduler, store, scratch, shelf, devices, checkpoint_steps, offer })
+    let name = NodeId(name);
+    Ok(Prepared { name, scheduler, store, scratch, shelf, devices, checkpoint_steps, data_plane, offer })
 }
 
 fn read_secret(path: &Path) -> anyhow::Result<String> {
@@ -252,6 +276,8 @@ fn host_name() -> anyhow::Result<String> {
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser;
+
     use super::*;
 
     #[test]
@@ -261,6 +287,24 @@ mod tests {
         for bad in ["", "tiny", "tiny=", "=dir", "a b=dir", "../x=dir"] {
             assert!(bad.parse::<NamedModel>().is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn roles_are_both_unless_some_are_named() {
+        #[derive(clap::Parser)]
+        struct Line {
+            #[command(flatten)]
+            args: Args,
+        }
+        let roles = |more: &[&str]| {
+            let line = "node --scheduler h:1 --devices cpu:1 --model m=d --store s";
+            Line::try_parse_from(line.split(' ').chain(more.iter().copied())).map(|line| line.args.roles)
+        };
+        assert_eq!(roles(&[]).unwrap(), [DeviceRole::Denoise, DeviceRole::Decode]);
+        assert_eq!(roles(&["--role", "decode"]).unwrap(), [DeviceRole::Decode]);
+        assert_eq!(roles(&["--role", "denoise,decode"]).unwrap(), roles(&[]).unwrap());
+        assert_eq!(roles(&["--role", "denoise", "--role", "decode"]).unwrap(), roles(&[]).unwrap());
+        assert!(roles(&["--role", "upload"]).is_err());
     }
 
     #[test]

@@ -2,10 +2,13 @@
 
 pub mod bench;
 pub mod calibrate;
+pub mod decode;
 pub mod join;
 pub mod model;
 pub mod plan;
 pub mod render;
+pub mod target;
+pub mod watch;
 
 /// The size of a clip, as far as a command says it.
 #[derive(clap::Args)]

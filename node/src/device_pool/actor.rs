@@ -1,24 +1,28 @@
-//! Owns the devices' reservations and the running attempts.
+//! Owns the devices' reservations, the running attempts, and what helps others'.
 
 use std::collections::HashMap;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use farm_core::id::AttemptKey;
+use farm_core::id::{AttemptKey, DeviceIndex};
 use farm_core::job::state::FailureKind;
-use farm_core::wire::to_node::StartAttempt;
+use farm_core::wire::to_node::{HelpDecode, StartAttempt};
 use farm_core::wire::to_scheduler::AttemptOutcome;
 use futures::FutureExt;
 use ractor::{Actor, ActorProcessingErr, ActorRef};
+use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 use super::messages::PoolMessage;
-use super::state::{Devices, Reserve};
-use crate::attempt::{self, Workshop};
-use crate::device_thread::panic_message;
+use super::state::{Devices, Holder, Reserve};
+use crate::attempt::{self, Hands, Lease, Workshop, help};
+use crate::device_thread::{Reservation, panic_message};
 use crate::progress::ProgressCell;
 use crate::session::messages::SessionMessage;
+
+/// Answers about hands that wait for an attempt. It takes one at a time, and each round has one.
+const ANSWERS: usize = 4;
 
 pub struct DevicePool;
 
@@ -31,15 +35,29 @@ pub struct State {
     workshop: Arc<Workshop>,
     session: ActorRef<SessionMessage>,
     devices: Devices,
-    /// Attempts that wait for devices which are being aborted.
-    waiting: HashMap<AttemptKey, (Box<StartAttempt>, ProgressCell)>,
+    /// What waits for devices which are being stopped.
+    waiting: HashMap<Holder, Waiting>,
     running: HashMap<AttemptKey, Running>,
+    helping: HashMap<(AttemptKey, DeviceIndex), Running>,
+}
+
+enum Waiting {
+    Start(Box<StartAttempt>, ProgressCell),
+    Help(Box<HelpDecode>),
 }
 
 struct Running {
     /// Read by the device between two steps.
     stop: Arc<AtomicBool>,
     task: JoinHandle<()>,
+    hands: Option<mpsc::Sender<Hands>>,
+}
+
+impl Running {
+    fn stop(self) {
+        self.stop.store(true, Ordering::Relaxed);
+        self.task.abort();
+    }
 }
 
 impl Actor for DevicePool {
@@ -50,7 +68,8 @@ impl Actor for DevicePool {
     async fn pre_start(&self, _: ActorRef<PoolMessage>, arguments: Arguments) -> Result<State, ActorProcessingErr> {
         let Arguments { workshop, session } = arguments;
         let devices = Devices::new(workshop.devices.len());
-        Ok(State { workshop, session, devices, waiting: HashMap::new(), running: HashMap::new() })
+        let (running, helping) = (HashMap::new(), HashMap::new());
+        Ok(State { workshop, session, devices, waiting: HashMap::new(), running, helping })
     }
 
     async fn handle(
@@ -60,34 +79,78 @@ impl Actor for DevicePool {
         state: &mut State,
     ) -> Result<(), ActorProcessingErr> {
         match message {
-            PoolMessage::Start { start, progress } => match state.devices.reserve(start.key, &start.devices) {
-                Ok(Reserve::Granted) => state.launch(&me, *start, progress),
-                Ok(Reserve::Waiting) => {
-                    state.waiting.insert(start.key, (start, progress));
-                }
-                Err(refusal) => {
-                    tracing::warn!(key = %start.key, %refusal, "lease refused");
-                    let outcome = AttemptOutcome::Failed { kind: FailureKind::Device, message: refusal.to_string() };
-                    state.session.cast(SessionMessage::Ended { key: start.key, outcome })?;
-                }
-            },
-            PoolMessage::Abort(key) => {
-                state.devices.abort(key);
-                state.waiting.remove(&key);
-                if let Some(Running { stop, task }) = state.running.remove(&key) {
-                    stop.store(true, Ordering::Relaxed);
-                    task.abort();
+            PoolMessage::Start { start, progress } => {
+                let holder = Holder::Attempt(start.key);
+                match state.devices.reserve(holder, &start.devices) {
+                    Ok(Reserve::Granted) => state.launch(&me, *start, progress),
+                    Ok(Reserve::Waiting) => drop(state.waiting.insert(holder, Waiting::Start(start, progress))),
+                    Err(refusal) => {
+                        tracing::warn!(key = %start.key, %refusal, "lease refused");
+                        let message = refusal.to_string();
+                        let outcome = AttemptOutcome::Failed { kind: FailureKind::Device, message };
+                        state.session.cast(SessionMessage::Ended { key: start.key, outcome })?;
+                    }
                 }
             }
-            PoolMessage::Released(key) => {
-                for granted in state.devices.release(key) {
-                    if let Some((start, progress)) = state.waiting.remove(&granted) {
-                        state.launch(&me, *start, progress);
+            PoolMessage::Help(help) => {
+                let (key, device) = (help.key, help.device);
+                let holder = Holder::Help(key, device);
+                match state.devices.reserve(holder, &[device]) {
+                    Ok(Reserve::Granted) => state.help(&me, *help),
+                    Ok(Reserve::Waiting) => drop(state.waiting.insert(holder, Waiting::Help(help))),
+                    Err(refusal) => {
+                        tracing::warn!(%key, %device, %refusal, "help refused");
+                        state.session.cast(SessionMessage::HelpEnded { key, device })?;
+                    }
+                }
+            }
+            PoolMessage::Hands { key, round, keep, helpers } => {
+                if let Some(hands) = state.running.get(&key).and_then(|running| running.hands.as_ref()) {
+                    // Fails when the attempt has ended, or went on without an answer and does not listen.
+                    let _ = hands.try_send(Hands { round, keep, helpers });
+                }
+            }
+            PoolMessage::Abort(key) => {
+                state.devices.abort(Holder::Attempt(key));
+                state.waiting.remove(&Holder::Attempt(key));
+                if let Some(running) = state.running.remove(&key) {
+                    running.stop();
+                }
+            }
+            PoolMessage::Dismiss { key, device } => {
+                let holder = Holder::Help(key, device);
+                state.devices.abort(holder);
+                if let Some(running) = state.helping.remove(&(key, device)) {
+                    // Its end is said when the device is idle.
+                    running.stop();
+                } else if state.waiting.remove(&holder).is_some() {
+                    state.session.cast(SessionMessage::HelpEnded { key, device })?;
+                }
+            }
+            PoolMessage::Released { holder, device } => {
+                let granted = state.devices.release(holder, device);
+                match holder {
+                    Holder::Attempt(key) => {
+                        let keep = state.devices.held(holder);
+                        state.session.cast(SessionMessage::Released { key, keep })?;
+                    }
+                    Holder::Help(key, device) => {
+                        state.helping.remove(&(key, device));
+                        state.session.cast(SessionMessage::HelpEnded { key, device })?;
+                    }
+                }
+                for holder in granted {
+                    match state.waiting.remove(&holder) {
+                        Some(Waiting::Start(start, progress)) => state.launch(&me, *start, progress),
+                        Some(Waiting::Help(help)) => state.help(&me, *help),
+                        None => {}
                     }
                 }
             }
             PoolMessage::Finished(key) => {
                 state.running.remove(&key);
+                // A device may still be in the middle of a step that nobody waits for.
+                state.devices.abort(Holder::Attempt(key));
             }
         }
         Ok(())
@@ -98,8 +161,10 @@ impl State {
     fn launch(&mut self, me: &ActorRef<PoolMessage>, start: StartAttempt, progress: ProgressCell) {
         let key = start.key;
         let stop = Arc::new(AtomicBool::new(false));
-        let reservation = Arc::new(Reservation { pool: me.clone(), key });
-        let attempt = attempt::run(self.workshop.clone(), start, reservation, progress, stop.clone());
+        let lease: Lease =
+            start.devices.iter().map(|&device| (device, reserved(me, Holder::Attempt(key), device))).collect();
+        let (hands, answers) = mpsc::channel(ANSWERS);
+        let attempt = attempt::run(self.workshop.clone(), start, lease, answers, progress, stop.clone());
         let (pool, session) = (me.clone(), self.session.clone());
         let task = tokio::spawn(async move {
             // Without this a panic of ours would leave the attempt listed as running for ever.
@@ -107,23 +172,37 @@ impl State {
                 let message = format!("the node's program panicked: {}", panic_message(&*panic));
                 AttemptOutcome::Failed { kind: FailureKind::Device, message }
             });
-            // Both actors end only with the process.
-            let _ = session.cast(SessionMessage::Ended { key, outcome });
+            // Before the scheduler can lease the devices again. Both actors end only with the process.
             let _ = pool.cast(PoolMessage::Finished(key));
+            let _ = session.cast(SessionMessage::Ended { key, outcome });
         });
-        self.running.insert(key, Running { stop, task });
+        self.running.insert(key, Running { stop, task, hands: Some(hands) });
+    }
+
+    fn help(&mut self, me: &ActorRef<PoolMessage>, help: HelpDecode) {
+        let (key, device) = (help.key, help.device);
+        let stop = Arc::new(AtomicBool::new(false));
+        let reservation = reserved(me, Holder::Help(key, device), device);
+        // If it panics the reservation is dropped all the same.
+        let task = tokio::spawn(help::run(self.workshop.clone(), help, reservation, stop.clone()));
+        self.helping.insert((key, device), Running { stop, task, hands: None });
     }
 }
 
-/// Travels with the work to the device's thread, and says so when it is dropped there or anywhere before.
-struct Reservation {
+/// Travels with the work to the device's thread, and says so when the last that has it drops it.
+struct Reserved {
     pool: ActorRef<PoolMessage>,
-    key: AttemptKey,
+    holder: Holder,
+    device: DeviceIndex,
 }
 
-impl Drop for Reservation {
+fn reserved(pool: &ActorRef<PoolMessage>, holder: Holder, device: DeviceIndex) -> Reservation {
+    Arc::new(Reserved { pool: pool.clone(), holder, device })
+}
+
+impl Drop for Reserved {
     fn drop(&mut self) {
         // Fails only when the process ends.
-        let _ = self.pool.cast(PoolMessage::Released(self.key));
+        let _ = self.pool.cast(PoolMessage::Released { holder: self.holder, device: self.device });
     }
 }

@@ -1,8 +1,28 @@
-//! Who has which device: all of a lease's devices or none.
+//! Who has which device: all of a lease's devices or none, and single ones that help other attempts.
+
+use std::fmt;
 
 use farm_core::id::{AttemptKey, DeviceIndex};
 
-/// Why an attempt does not get its devices.
+/// Who may have devices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Holder {
+    /// A lease of this node.
+    Attempt(AttemptKey),
+    /// One device that decodes for an attempt of any node; each ends by itself.
+    Help(AttemptKey, DeviceIndex),
+}
+
+impl fmt::Display for Holder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Attempt(key) => write!(f, "attempt {key}"),
+            Self::Help(key, _) => write!(f, "helping attempt {key}"),
+        }
+    }
+}
+
+/// Why a holder does not get its devices.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
     #[error("the lease names no device")]
@@ -11,38 +31,38 @@ pub enum Refusal {
     Repeated(DeviceIndex),
     #[error("the lease names device {device}, the node has {count}")]
     Unknown { device: DeviceIndex, count: usize },
-    #[error("device {device} is busy with attempt {holder}")]
-    Busy { device: DeviceIndex, holder: AttemptKey },
+    #[error("device {device} is busy with {holder}")]
+    Busy { device: DeviceIndex, holder: Holder },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reserve {
-    /// The attempt has its devices.
+    /// The holder has its devices.
     Granted,
-    /// It gets them when the aborted attempts before it have let go. A device only stops between two steps, and the
-    /// scheduler, which has forgotten the aborted attempt already, may lease the device again before that.
+    /// It gets them when those before it, that were told to stop, have let go. A device only stops between two steps, and
+    /// the scheduler, which has forgotten an aborted attempt already, may lease the device again before that.
     Waiting,
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Holder {
-    key: AttemptKey,
+struct Hold {
+    holder: Holder,
     stopping: bool,
 }
 
 #[derive(Clone, Debug)]
 pub struct Devices {
-    holders: Vec<Option<Holder>>,
-    waiting: Vec<(AttemptKey, Vec<DeviceIndex>)>,
+    holds: Vec<Option<Hold>>,
+    waiting: Vec<(Holder, Vec<DeviceIndex>)>,
 }
 
 impl Devices {
     pub fn new(count: usize) -> Self {
-        Self { holders: vec![None; count], waiting: Vec::new() }
+        Self { holds: vec![None; count], waiting: Vec::new() }
     }
 
-    /// Takes all of `devices` for the attempt, queues for them, or takes none.
-    pub fn reserve(&mut self, key: AttemptKey, devices: &[DeviceIndex]) -> Result<Reserve, Refusal> {
+    /// Takes all of `devices`, queues for them, or takes none.
+    pub fn reserve(&mut self, holder: Holder, devices: &[DeviceIndex]) -> Result<Reserve, Refusal> {
         if devices.is_empty() {
             return Err(Refusal::NoDevice);
         }
@@ -51,10 +71,9 @@ impl Devices {
             if devices[..i].contains(&device) {
                 return Err(Refusal::Repeated(device));
             }
-            let holder =
-                self.holders.get(device.0 as usize).ok_or(Refusal::Unknown { device, count: self.holders.len() })?;
-            match holder {
-                Some(Holder { key: holder, stopping: false }) => return Err(Refusal::Busy { device, holder: *holder }),
+            let hold = self.holds.get(device.0 as usize).ok_or(Refusal::Unknown { device, count: self.holds.len() })?;
+            match hold {
+                Some(Hold { holder, stopping: false }) => return Err(Refusal::Busy { device, holder: *holder }),
                 Some(_) => free = false,
                 None => {}
             }
@@ -63,44 +82,50 @@ impl Devices {
             }
         }
         if free {
-            self.take(key, devices);
+            self.take(holder, devices);
             return Ok(Reserve::Granted);
         }
-        self.waiting.push((key, devices.to_vec()));
+        self.waiting.push((holder, devices.to_vec()));
         Ok(Reserve::Waiting)
     }
 
-    /// The attempt was aborted: it leaves the queue, or its devices may be queued for. True if it was only queued.
-    pub fn abort(&mut self, key: AttemptKey) -> bool {
+    /// The holder was told to stop: it leaves the queue, or its devices may be queued for. True if it was only queued.
+    pub fn abort(&mut self, holder: Holder) -> bool {
         let queued = self.waiting.len();
-        self.waiting.retain(|(waiting, _)| *waiting != key);
-        for holder in self.holders.iter_mut().flatten().filter(|holder| holder.key == key) {
-            holder.stopping = true;
+        self.waiting.retain(|(waiting, _)| *waiting != holder);
+        for hold in self.holds.iter_mut().flatten().filter(|hold| hold.holder == holder) {
+            hold.stopping = true;
         }
         self.waiting.len() < queued
     }
 
-    /// The attempt's devices are idle. Returns the attempts that have got theirs now.
-    pub fn release(&mut self, key: AttemptKey) -> Vec<AttemptKey> {
-        for holder in &mut self.holders {
-            if holder.is_some_and(|holder| holder.key == key) {
-                *holder = None;
-            }
-        }
-        let holders = &self.holders;
-        let idle = |devices: &Vec<DeviceIndex>| devices.iter().all(|device| holders[device.0 as usize].is_none());
-        let (granted, waiting) = std::mem::take(&mut self.waiting).into_iter().partition(|(_, devices)| idle(devices));
-        self.waiting = waiting;
-        let granted: Vec<(AttemptKey, Vec<DeviceIndex>)> = granted;
-        for (key, devices) in &granted {
-            self.take(*key, devices);
-        }
-        granted.into_iter().map(|(key, _)| key).collect()
+    /// What the holder has.
+    pub fn held(&self, holder: Holder) -> Vec<DeviceIndex> {
+        let held = (0..).zip(&self.holds).filter(|(_, hold)| hold.is_some_and(|hold| hold.holder == holder));
+        held.map(|(index, _)| DeviceIndex(index)).collect()
     }
 
-    fn take(&mut self, key: AttemptKey, devices: &[DeviceIndex]) {
+    /// A device of the holder is idle. Returns those in the queue that have got theirs now.
+    pub fn release(&mut self, holder: Holder, device: DeviceIndex) -> Vec<Holder> {
+        if let Some(hold) = self.holds.get_mut(device.0 as usize)
+            && hold.is_some_and(|hold| hold.holder == holder)
+        {
+            *hold = None;
+        }
+        let holds = &self.holds;
+        let idle = |devices: &Vec<DeviceIndex>| devices.iter().all(|device| holds[device.0 as usize].is_none());
+        let (granted, waiting) = std::mem::take(&mut self.waiting).into_iter().partition(|(_, devices)| idle(devices));
+        self.waiting = waiting;
+        let granted: Vec<(Holder, Vec<DeviceIndex>)> = granted;
+        for (holder, devices) in &granted {
+            self.take(*holder, devices);
+        }
+        granted.into_iter().map(|(holder, _)| holder).collect()
+    }
+
+    fn take(&mut self, holder: Holder, devices: &[DeviceIndex]) {
         for device in devices {
-            self.holders[device.0 as usize] = Some(Holder { key, stopping: false });
+            self.holds[device.0 as usize] = Some(Hold { holder, stopping: false });
         }
     }
 }
@@ -119,78 +144,146 @@ mod tests {
         AttemptKey { job: JobId(Uuid::from_u128(1)), attempt: AttemptNo(n), epoch: Epoch(1) }
     }
 
+    fn attempt(n: u32) -> Holder {
+        Holder::Attempt(key(n))
+    }
+
+    fn help(n: u32, device: u32) -> Holder {
+        Holder::Help(key(n), DeviceIndex(device))
+    }
+
     fn on(devices: &[u32]) -> Vec<DeviceIndex> {
         devices.iter().copied().map(DeviceIndex).collect()
+    }
+
+    fn busy(device: u32, holder: Holder) -> Refusal {
+        Refusal::Busy { device: DeviceIndex(device), holder }
+    }
+
+    /// All that it has.
+    fn release(devices: &mut Devices, holder: Holder) -> Vec<Holder> {
+        let held = devices.held(holder);
+        held.into_iter().flat_map(|device| devices.release(holder, device)).collect()
     }
 
     #[test]
     fn a_lease_gets_all_its_devices_or_none() {
         let mut devices = Devices::new(3);
-        assert_eq!(devices.reserve(key(1), &on(&[1])), Ok(Reserve::Granted));
-        let busy = Refusal::Busy { device: DeviceIndex(1), holder: key(1) };
-        assert_eq!(devices.reserve(key(2), &on(&[0, 1, 2])), Err(busy));
+        assert_eq!(devices.reserve(attempt(1), &on(&[1])), Ok(Reserve::Granted));
+        assert_eq!(devices.reserve(attempt(2), &on(&[0, 1, 2])), Err(busy(1, attempt(1))));
         // Nothing was kept by the refused lease.
-        assert_eq!(devices.reserve(key(3), &on(&[0, 2])), Ok(Reserve::Granted));
+        assert_eq!(devices.reserve(attempt(3), &on(&[0, 2])), Ok(Reserve::Granted));
     }
 
     #[test]
     fn a_lease_that_makes_no_sense_is_refused_by_name() {
         let mut devices = Devices::new(2);
-        assert_eq!(devices.reserve(key(1), &[]), Err(Refusal::NoDevice));
-        assert_eq!(devices.reserve(key(1), &on(&[1, 1])), Err(Refusal::Repeated(DeviceIndex(1))));
+        assert_eq!(devices.reserve(attempt(1), &[]), Err(Refusal::NoDevice));
+        assert_eq!(devices.reserve(attempt(1), &on(&[1, 1])), Err(Refusal::Repeated(DeviceIndex(1))));
         let unknown = Refusal::Unknown { device: DeviceIndex(2), count: 2 };
-        assert_eq!(devices.reserve(key(1), &on(&[0, 2])), Err(unknown));
-        assert_eq!(devices.reserve(key(1), &on(&[0, 1])), Ok(Reserve::Granted));
+        assert_eq!(devices.reserve(attempt(1), &on(&[0, 2])), Err(unknown));
+        assert_eq!(devices.reserve(attempt(1), &on(&[0, 1])), Ok(Reserve::Granted));
     }
 
     #[test]
     fn a_device_that_is_being_aborted_may_be_queued_for_once() {
         let mut devices = Devices::new(2);
-        devices.reserve(key(1), &on(&[0])).unwrap();
-        assert!(!devices.abort(key(1)));
-        assert_eq!(devices.reserve(key(2), &on(&[0, 1])), Ok(Reserve::Waiting));
-        let busy = |device| Refusal::Busy { device: DeviceIndex(device), holder: key(2) };
-        assert_eq!(devices.reserve(key(3), &on(&[0])), Err(busy(0)));
-        assert_eq!(devices.reserve(key(3), &on(&[1])), Err(busy(1)), "a gang in the queue is not overtaken");
-        assert_eq!(devices.release(key(1)), [key(2)]);
-        assert!(!devices.abort(key(2)));
-        assert_eq!(devices.reserve(key(4), &on(&[1])), Ok(Reserve::Waiting));
-        assert!(devices.abort(key(4)), "it was only queued");
-        assert_eq!(devices.release(key(2)), []);
+        devices.reserve(attempt(1), &on(&[0])).unwrap();
+        assert!(!devices.abort(attempt(1)));
+        assert_eq!(devices.reserve(attempt(2), &on(&[0, 1])), Ok(Reserve::Waiting));
+        assert_eq!(devices.reserve(attempt(3), &on(&[0])), Err(busy(0, attempt(2))));
+        let overtaken = devices.reserve(attempt(3), &on(&[1]));
+        assert_eq!(overtaken, Err(busy(1, attempt(2))), "a gang in the queue is not overtaken");
+        assert_eq!(release(&mut devices, attempt(1)), [attempt(2)]);
+        assert!(!devices.abort(attempt(2)));
+        assert_eq!(devices.reserve(attempt(4), &on(&[1])), Ok(Reserve::Waiting));
+        assert!(devices.abort(attempt(4)), "it was only queued");
+        assert_eq!(release(&mut devices, attempt(2)), []);
+    }
+
+    #[test]
+    fn an_attempt_may_give_back_some_devices_and_go_on_with_others() {
+        let mut devices = Devices::new(3);
+        devices.reserve(attempt(1), &on(&[0, 1, 2])).unwrap();
+        assert_eq!([0, 2].map(|device| devices.release(attempt(1), DeviceIndex(device))), [vec![], vec![]]);
+        assert_eq!(devices.held(attempt(1)), on(&[1]));
+        assert_eq!(devices.reserve(attempt(2), &on(&[0, 2])), Ok(Reserve::Granted));
+        assert_eq!(devices.reserve(attempt(3), &on(&[1])), Err(busy(1, attempt(1))));
+        // What it has given back is not its own any more.
+        assert_eq!(devices.release(attempt(1), DeviceIndex(0)), []);
+        assert_eq!(devices.reserve(attempt(3), &on(&[0])), Err(busy(0, attempt(2))));
+        assert_eq!(devices.release(attempt(1), DeviceIndex(1)), []);
+        assert_eq!(devices.reserve(attempt(3), &on(&[1])), Ok(Reserve::Granted));
+    }
+
+    #[test]
+    fn an_attempt_and_each_device_that_helps_it_are_apart() {
+        let mut devices = Devices::new(3);
+        devices.reserve(attempt(1), &on(&[0])).unwrap();
+        devices.reserve(help(1, 1), &on(&[1])).unwrap();
+        devices.reserve(help(1, 2), &on(&[2])).unwrap();
+        devices.release(help(1, 1), DeviceIndex(1));
+        assert_eq!(devices.reserve(attempt(2), &on(&[0])), Err(busy(0, attempt(1))));
+        assert_eq!(devices.reserve(attempt(2), &on(&[2])), Err(busy(2, help(1, 2))));
+        devices.abort(help(1, 2));
+        assert_eq!(devices.reserve(attempt(2), &on(&[1, 2])), Ok(Reserve::Waiting));
+        assert_eq!(devices.release(help(1, 2), DeviceIndex(2)), [attempt(2)]);
+        // And the other way round.
+        devices.abort(attempt(1));
+        assert_eq!(devices.reserve(help(3, 0), &on(&[0])), Ok(Reserve::Waiting));
+        assert_eq!(devices.release(attempt(1), DeviceIndex(0)), [help(3, 0)]);
     }
 
     proptest! {
         #[test]
         fn no_device_is_ever_held_twice_and_none_is_lost(
-            steps in prop::collection::vec((0..3u8, prop::collection::vec(0..5u32, 0..4), any::<prop::sample::Index>()), 1..100)
+            steps in prop::collection::vec(
+                (0..5u8, prop::collection::vec(0..5u32, 0..4), any::<prop::sample::Index>()), 1..100)
         ) {
             let mut devices = Devices::new(4);
-            let mut held: HashMap<AttemptKey, Vec<DeviceIndex>> = HashMap::new();
-            let mut queued: HashMap<AttemptKey, Vec<DeviceIndex>> = HashMap::new();
+            let mut held: HashMap<Holder, Vec<DeviceIndex>> = HashMap::new();
+            let mut queued: HashMap<Holder, Vec<DeviceIndex>> = HashMap::new();
             let mut next = 0;
             for (step, wanted, pick) in steps {
-                let mut keys: Vec<AttemptKey> = held.keys().chain(queued.keys()).copied().collect();
-                keys.sort_by_key(|key| key.attempt);
-                let picked = (!keys.is_empty()).then(|| keys[pick.index(keys.len())]);
+                let mut holders: Vec<Holder> = held.keys().chain(queued.keys()).copied().collect();
+                holders.sort_by_key(|holder| format!("{holder:?}"));
+                let picked = (!holders.is_empty()).then(|| holders[pick.index(holders.len())]);
+                let mut granted = Vec::new();
                 match (step, picked) {
-                    (0, _) => {
+                    (0 | 1, _) => {
                         next += 1;
-                        match devices.reserve(key(next), &on(&wanted)) {
-                            Ok(Reserve::Granted) => { held.insert(key(next), on(&wanted)); }
-                            Ok(Reserve::Waiting) => { queued.insert(key(next), on(&wanted)); }
+                        let first = wanted.first().copied().unwrap_or(0);
+                        let (holder, wanted) = match step {
+                            0 => (attempt(next), on(&wanted)),
+                            _ => (help(next / 2, first), on(&[first])),
+                        };
+                        if held.contains_key(&holder) || queued.contains_key(&holder) {
+                            continue;
+                        }
+                        match devices.reserve(holder, &wanted) {
+                            Ok(Reserve::Granted) => { held.insert(holder, wanted); }
+                            Ok(Reserve::Waiting) => { queued.insert(holder, wanted); }
                             Err(_) => {}
                         }
                     }
-                    (1, Some(key)) => {
-                        prop_assert_eq!(devices.abort(key), queued.remove(&key).is_some());
+                    (2, Some(holder)) => {
+                        prop_assert_eq!(devices.abort(holder), queued.remove(&holder).is_some());
                     }
-                    (2, Some(key)) if held.remove(&key).is_some() => {
-                        for granted in devices.release(key) {
-                            let devices = queued.remove(&granted).expect("it was queued");
-                            held.insert(granted, devices);
+                    (3, Some(holder)) if held.remove(&holder).is_some() => {
+                        granted = release(&mut devices, holder);
+                    }
+                    (4, Some(holder)) => {
+                        if let Some(mine) = held.get_mut(&holder) {
+                            let back = wanted.first().copied().map_or(DeviceIndex(9), DeviceIndex);
+                            mine.retain(|device| *device != back);
+                            granted = devices.release(holder, back);
                         }
                     }
                     _ => {}
+                }
+                for granted in granted {
+                    let devices = queued.remove(&granted).expect("it was queued");
+                    held.insert(granted, devices);
                 }
                 let mut taken: Vec<DeviceIndex> = held.values().flatten().copied().collect();
                 taken.sort();
@@ -199,14 +292,14 @@ mod tests {
                 prop_assert_eq!(taken, distinct);
             }
             // Once everybody has let go, everything is free.
-            while let Some(&key) = held.keys().next() {
-                held.remove(&key);
-                for granted in devices.release(key) {
+            while let Some(&holder) = held.keys().next() {
+                held.remove(&holder);
+                for granted in release(&mut devices, holder) {
                     held.insert(granted, queued.remove(&granted).expect("it was queued"));
                 }
             }
             prop_assert!(queued.is_empty());
-            prop_assert_eq!(devices.reserve(key(next + 1), &on(&[0, 1, 2, 3])), Ok(Reserve::Granted));
+            prop_assert_eq!(devices.reserve(attempt(next + 1), &on(&[0, 1, 2, 3])), Ok(Reserve::Granted));
         }
     }
 }

@@ -76,6 +76,11 @@ impl Actor for SessionActor {
             },
             SessionMessage::Dialed(dialed) => Event::Dialed(dialed.map_err(|error| error.to_string())),
             SessionMessage::Ended { key, outcome } => Event::Ended { key, outcome },
+            SessionMessage::WantHands { key, round, tiles, url, token } => {
+                Event::WantHands { key, round, tiles, url, token }
+            }
+            SessionMessage::Released { key, keep } => Event::Released { key, keep },
+            SessionMessage::HelpEnded { key, device } => Event::HelpEnded { key, device },
             SessionMessage::Log { key, line } => Event::Log { key, line },
             SessionMessage::Tick => Event::Tick,
             SessionMessage::Stop => Event::Stop,
@@ -89,6 +94,11 @@ impl Actor for SessionActor {
                 Action::Send(body) => state.send(body),
                 Action::Start { start, progress } => state.tell_pool(PoolMessage::Start { start, progress })?,
                 Action::Abort(key) => state.tell_pool(PoolMessage::Abort(key))?,
+                Action::Hands { key, round, keep, helpers } => {
+                    state.tell_pool(PoolMessage::Hands { key, round, keep, helpers })?;
+                }
+                Action::Help(help) => state.tell_pool(PoolMessage::Help(help))?,
+                Action::Dismiss { key, device } => state.tell_pool(PoolMessage::Dismiss { key, device })?,
                 Action::Exit => me.stop(None),
             }
         }

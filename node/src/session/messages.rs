@@ -1,6 +1,6 @@
 //! What the session actor is told.
 
-use farm_core::id::AttemptKey;
+use farm_core::id::{AttemptKey, DeviceIndex};
 use farm_core::wire::cluster::{ClusterError, ClusterEvent};
 use farm_core::wire::to_scheduler::AttemptOutcome;
 use ractor::ActorRef;
@@ -18,6 +18,25 @@ pub enum SessionMessage {
     Ended {
         key: AttemptKey,
         outcome: AttemptOutcome,
+    },
+    /// The latent of an attempt is finished: who may decode its tiles? Answered by [`PoolMessage::Hands`].
+    WantHands {
+        key: AttemptKey,
+        round: u32,
+        tiles: u32,
+        /// Where hands join, and what they have to show for it.
+        url: String,
+        token: String,
+    },
+    /// An attempt that goes on has given back all its devices but these.
+    Released {
+        key: AttemptKey,
+        keep: Vec<DeviceIndex>,
+    },
+    /// A device that helped is idle, whatever the reason.
+    HelpEnded {
+        key: AttemptKey,
+        device: DeviceIndex,
     },
     /// A line for a job's log.
     Log {

@@ -1,7 +1,8 @@
 //! What the session does, as a function of its state, an event and the time. The actor delivers.
 //!
 //! Any message may be lost, late or doubled. So a `Register` is repeated until answered, a report until acknowledged,
-//! a `Start` for an attempt that is known is nothing new, and a session on which heartbeats go unanswered is given up.
+//! a wish for hands until its round is answered, a `Start` or `Help` for what is known is nothing new, and a session on
+//! which heartbeats go unanswered is given up.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -9,13 +10,14 @@ use std::time::{Duration, Instant};
 use farm_core::id::{AttemptKey, BootId, DeviceIndex, Epoch};
 use farm_core::job::state::FailureKind;
 use farm_core::wire::Envelope;
-use farm_core::wire::to_node::{SCHEDULER_SILENCE, StartAttempt, ToNode};
+use farm_core::wire::to_node::{HelpDecode, SCHEDULER_SILENCE, StartAttempt, ToNode};
 use farm_core::wire::to_scheduler::{
     AttemptOutcome, AttemptReport, DeviceInfo, ModelInfo, Registration, Roles, RunningAttempt, ToScheduler,
 };
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
+use super::helps::Helps;
 use crate::progress::ProgressCell;
 
 /// Waits before dialling again: doubled from the first to the last, then kept. Jittered, so that the nodes of a farm do
@@ -30,7 +32,10 @@ const DIAL: Duration = Duration::from_secs(30);
 const HANDSHAKE: Duration = Duration::from_secs(10);
 /// An unanswered `Register`, and a report that is not acknowledged, are sent again after this.
 const RESEND: Duration = Duration::from_secs(3);
-/// Without any scheduler for this long, a node stops its attempts: their leases have run out and others have them.
+/// An unanswered wish for hands is sent again after this: devices wait for the answer.
+const RESEND_WISH: Duration = Duration::from_secs(1);
+/// Without any scheduler for this long, a node stops its attempts and whatever helps others': their leases have run out
+/// and others have them.
 const CUT_OFF: Duration = Duration::from_secs(120);
 /// Heartbeat intervals that a scheduler may ask for.
 const HEARTBEAT_RANGE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(3));
@@ -38,7 +43,7 @@ const HEARTBEAT_RANGE: (Duration, Duration) = (Duration::from_millis(100), Durat
 const FAREWELL: Duration = Duration::from_millis(500);
 /// Ended attempts that are remembered, so that a late repeat of their `Start` is not taken for a new one.
 const REMEMBERED: usize = 1024;
-/// Attempts and unacknowledged reports per device that a node takes on.
+/// Attempts and unacknowledged reports per device that a node takes on, and likewise helps.
 const HELD_PER_DEVICE: usize = 8;
 
 #[derive(Debug)]
@@ -53,6 +58,25 @@ pub enum Event {
     Ended {
         key: AttemptKey,
         outcome: AttemptOutcome,
+    },
+    /// An attempt's latent is finished: which devices may decode its tiles, that others reach at `url` with `token`?
+    /// Takes the place of earlier rounds.
+    WantHands {
+        key: AttemptKey,
+        round: u32,
+        tiles: u32,
+        url: String,
+        token: String,
+    },
+    /// A running attempt has given back all its devices but these.
+    Released {
+        key: AttemptKey,
+        keep: Vec<DeviceIndex>,
+    },
+    /// The device has stopped helping the attempt and is idle.
+    HelpEnded {
+        key: AttemptKey,
+        device: DeviceIndex,
     },
     Log {
         key: AttemptKey,
@@ -73,6 +97,19 @@ pub enum Action {
     },
     /// Stop the attempt; its end is of no interest any more.
     Abort(AttemptKey),
+    /// The answer to the attempt's wish, once a round: it keeps these devices, and so many others will join.
+    Hands {
+        key: AttemptKey,
+        round: u32,
+        keep: Vec<DeviceIndex>,
+        helpers: u32,
+    },
+    Help(Box<HelpDecode>),
+    /// Stop helping. The device counts as helping until [`Event::HelpEnded`].
+    Dismiss {
+        key: AttemptKey,
+        device: DeviceIndex,
+    },
     /// The node has left the farm: end the process.
     Exit,
 }
@@ -108,6 +145,18 @@ struct Held {
     progress: ProgressCell,
     /// Devices of its lease that it has not given back.
     devices: Vec<DeviceIndex>,
+    /// Not answered yet.
+    wish: Option<Wish>,
+}
+
+/// For devices that decode.
+#[derive(Debug)]
+struct Wish {
+    round: u32,
+    tiles: u32,
+    url: String,
+    token: String,
+    resend: Instant,
 }
 
 #[derive(Debug)]
@@ -126,6 +175,7 @@ pub struct Offer {
     pub site_json: Option<String>,
     pub models: Vec<ModelInfo>,
     pub store: String,
+    pub roles: Roles,
 }
 
 #[derive(Debug)]
@@ -136,6 +186,7 @@ pub struct Session {
     /// Of the newest `Welcome`.
     epoch: Epoch,
     running: Vec<Held>,
+    helps: Helps,
     /// Reports that are not acknowledged, oldest first.
     outbox: Vec<Pending>,
     last_report: u64,
@@ -159,6 +210,7 @@ impl Session {
             link: Link::Waiting { until: now },
             epoch: Epoch(0),
             running: Vec::new(),
+            helps: Helps::default(),
             outbox: Vec::new(),
             last_report: 0,
             ended: VecDeque::new(),
@@ -209,6 +261,23 @@ impl Session {
             }
             Event::Received(envelope) => self.receive(envelope, now, out),
             Event::Ended { key, outcome } => self.end(key, outcome, now),
+            Event::WantHands { key, round, tiles, url, token } => {
+                let newer = |wish: &Wish| wish.round < round;
+                if let Some(held) = self.held_mut(key).filter(|held| held.wish.as_ref().is_none_or(newer)) {
+                    held.wish = Some(Wish { round, tiles, url, token, resend: now });
+                }
+            }
+            Event::Released { key, keep } => {
+                if let Some(held) = self.held_mut(key) {
+                    held.devices.retain(|device| keep.contains(device));
+                    self.beat(now);
+                }
+            }
+            Event::HelpEnded { key, device } => {
+                if self.helps.end(key, device) {
+                    self.beat(now);
+                }
+            }
             Event::Log { key, line } => {
                 // Best effort: without a session the line is in the node's own log only.
                 if matches!(self.link, Link::Joined { .. }) && self.running.iter().any(|held| held.key == key) {
@@ -260,7 +329,15 @@ impl Session {
                 // Also if it is unknown: its `Start` may still be on the way.
                 self.remember(key);
             }
-            ToNode::Hands { .. } | ToNode::Help(_) | ToNode::Dismiss { .. } => {}
+            ToNode::Hands { key, round, keep, helpers } => {
+                let asked = |held: &&mut Held| held.wish.as_ref().is_some_and(|wish| wish.round == round);
+                if let Some(held) = self.held_mut(key).filter(asked) {
+                    held.wish = None;
+                    out.push(Action::Hands { key, round, keep, helpers });
+                }
+            }
+            ToNode::Help(help) => self.help(help, now, out),
+            ToNode::Dismiss { key, device } => self.helps.dismiss(key, device, out),
             ToNode::Acknowledged { report } => self.outbox.retain(|pending| pending.number != report),
         }
     }
@@ -276,6 +353,9 @@ impl Session {
         for pending in &mut self.outbox {
             pending.resend = now;
         }
+        for wish in self.running.iter_mut().filter_map(|held| held.wish.as_mut()) {
+            wish.resend = now;
+        }
     }
 
     fn start(&mut self, start: Box<StartAttempt>, now: Instant, out: &mut Vec<Action>) {
@@ -290,20 +370,43 @@ impl Session {
         if known || !joined || self.farewell.is_some() {
             return;
         }
-        if self.running.len() + self.outbox.len() >= HELD_PER_DEVICE * self.offer.devices.len().max(1) {
+        if self.running.len() + self.outbox.len() >= self.limit() {
             // Not reported, so that the outbox stays bounded; the scheduler repeats what is not listed.
             tracing::warn!(%key, "not started: too many attempts and reports are held already");
             return;
         }
         let progress = ProgressCell::new();
-        self.running.push(Held { key, progress: progress.clone(), devices: start.devices.clone() });
+        self.running.push(Held { key, progress: progress.clone(), devices: start.devices.clone(), wish: None });
         out.push(Action::Start { start, progress });
+    }
+
+    fn help(&mut self, help: Box<HelpDecode>, now: Instant, out: &mut Vec<Action>) {
+        let joined = matches!(self.link, Link::Joined { .. });
+        if joined && self.farewell.is_none() && self.helps.begin(&help, self.limit()) {
+            // It may end before the next one is due, and the scheduler would take it for not begun.
+            self.beat(now);
+            out.push(Action::Help(help));
+        }
+    }
+
+    /// Attempts with their reports, and helps, that are taken on.
+    fn limit(&self) -> usize {
+        HELD_PER_DEVICE * self.offer.devices.len().max(1)
+    }
+
+    /// A heartbeat is due now: a device is free, or not.
+    fn beat(&mut self, now: Instant) {
+        if let Link::Joined { next_heartbeat, .. } = &mut self.link {
+            *next_heartbeat = now;
+        }
     }
 
     fn end(&mut self, key: AttemptKey, outcome: AttemptOutcome, now: Instant) {
         // Aborted in the meantime: nothing is reported for it.
-        let Some(held) = self.forget(key) else { return };
+        let Some(mut held) = self.forget(key) else { return };
         self.remember(key);
+        held.devices.clear();
+        held.wish = None;
         self.last_report += 1;
         let report = AttemptReport { key, outcome };
         self.outbox.push(Pending { number: self.last_report, held, report, resend: now });
@@ -321,6 +424,7 @@ impl Session {
             let message = "the node was stopped".to_owned();
             self.end(key, AttemptOutcome::Failed { kind: FailureKind::NodeLost, message }, now);
         }
+        self.helps.dismiss_all(out);
     }
 
     /// Whatever is due by now.
@@ -353,10 +457,17 @@ impl Session {
                     let (number, report) = (pending.number, pending.report.clone());
                     out.push(Action::Send(ToScheduler::Report { number, report }));
                 }
+                for Held { key, wish, .. } in &mut self.running {
+                    let Some(wish) = wish.as_mut().filter(|wish| now >= wish.resend) else { continue };
+                    wish.resend = now + RESEND_WISH;
+                    let (round, tiles, url, token) = (wish.round, wish.tiles, wish.url.clone(), wish.token.clone());
+                    out.push(Action::Send(ToScheduler::WantHands { key: *key, round, tiles, url, token }));
+                }
                 if now >= next_heartbeat {
                     // From now, not from the time it was due: after a pause one heartbeat is enough.
                     self.link = Link::Joined { peer, interval, next_heartbeat: now + interval, last_answer };
-                    out.push(Action::Send(ToScheduler::Heartbeat { running: self.held(), helping: Vec::new() }));
+                    let (running, helping) = (self.held(), self.helps.listed());
+                    out.push(Action::Send(ToScheduler::Heartbeat { running, helping }));
                 }
             }
             _ => {}
@@ -367,6 +478,7 @@ impl Session {
                 self.remember(held.key);
                 out.push(Action::Abort(held.key));
             }
+            self.helps.dismiss_all(out);
         }
         if let Some(until) = self.farewell {
             let said = self.outbox.is_empty() || !matches!(self.link, Link::Joined { .. });
@@ -382,7 +494,7 @@ impl Session {
     }
 
     fn registration(&self) -> ToScheduler {
-        let Offer { devices, site_json, models, store } = self.offer.clone();
+        let Offer { devices, site_json, models, store, roles } = self.offer.clone();
         let version = farm_core::VERSION.to_owned();
         ToScheduler::Register(Registration {
             version,
@@ -390,9 +502,9 @@ impl Session {
             site_json,
             models,
             store,
-            roles: Roles::ALL,
+            roles,
             running: self.held(),
-            helping: Vec::new(),
+            helping: self.helps.listed(),
         })
     }
 
@@ -406,6 +518,10 @@ impl Session {
             devices: held.devices.clone(),
         };
         self.running.iter().chain(unreported).map(listed).collect()
+    }
+
+    fn held_mut(&mut self, key: AttemptKey) -> Option<&mut Held> {
+        self.running.iter_mut().find(|held| held.key == key)
     }
 
     fn peer(&self) -> Option<BootId> {

@@ -6,6 +6,9 @@ use farm_core::tiles::plan::Tiling;
 use proptest::prelude::*;
 use uuid::Uuid;
 
+#[path = "state_decode_tests.rs"]
+mod decode;
+
 const SCHEDULER: BootId = BootId(Uuid::from_u128(1));
 const BOOT: BootId = BootId(Uuid::from_u128(2));
 
@@ -24,6 +27,7 @@ impl Bench {
             site_json: None,
             models: vec![],
             store: "memory:".into(),
+            roles: Roles::ALL,
         };
         Self { session: Session::new(BOOT, offer, 7, now), now, out: Vec::new() }
     }
@@ -106,6 +110,35 @@ fn start(n: u32) -> ToNode {
     }))
 }
 
+fn help(n: u32, round: u32) -> ToNode {
+    ToNode::Help(Box::new(HelpDecode {
+        key: key(n),
+        round,
+        device: DeviceIndex(0),
+        model: "tiny".into(),
+        model_hash: "00".into(),
+        spec_json: "{}".into(),
+        url: "http://there".into(),
+        token: "t".into(),
+    }))
+}
+
+fn dismiss(n: u32) -> ToNode {
+    ToNode::Dismiss { key: key(n), device: DeviceIndex(0) }
+}
+
+fn help_ended(n: u32) -> Event {
+    Event::HelpEnded { key: key(n), device: DeviceIndex(0) }
+}
+
+fn hands(n: u32, round: u32) -> ToNode {
+    ToNode::Hands { key: key(n), round, keep: vec![DeviceIndex(0)], helpers: 2 }
+}
+
+fn want(n: u32, round: u32) -> Event {
+    Event::WantHands { key: key(n), round, tiles: 18, url: "http://here".into(), token: "t".into() }
+}
+
 fn failed() -> AttemptOutcome {
     AttemptOutcome::Failed { kind: FailureKind::Device, message: "x".into() }
 }
@@ -123,6 +156,10 @@ fn listed(sent: &[ToScheduler]) -> Option<Vec<AttemptKey>> {
         ToScheduler::Heartbeat { running, .. } => Some(running.iter().map(|attempt| attempt.key).collect()),
         _ => None,
     })
+}
+
+fn helps(out: &[Action]) -> usize {
+    out.iter().filter(|action| matches!(action, Action::Help(_))).count()
 }
 
 #[test]
@@ -327,6 +364,8 @@ fn what_is_held_is_bounded_however_many_starts_come() {
     let mut bench = Bench::joined();
     let started: usize = (1..100).map(|n| bench.start(n)).sum();
     assert_eq!(started, HELD_PER_DEVICE);
+    (1..100).for_each(|n| bench.receive(5, help(n, 1)));
+    assert_eq!(helps(&bench.out), HELD_PER_DEVICE);
 }
 
 #[derive(Clone, Debug)]
@@ -343,6 +382,11 @@ enum Step {
     Reregister,
     Seen,
     Ended(u32),
+    Want(u32, u32),
+    Hands(u64, u32, u32),
+    Help(u64, u32, u32),
+    Dismiss(u64, u32),
+    HelpEnded(u32),
 }
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
@@ -359,6 +403,11 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         1 => Just(Step::Reregister),
         4 => Just(Step::Seen),
         4 => (1..6u32).prop_map(Step::Ended),
+        2 => (1..6u32, 1..4u32).prop_map(|(n, round)| Step::Want(n, round)),
+        4 => (3..6u64, 1..6u32, 1..4u32).prop_map(|(epoch, n, round)| Step::Hands(epoch, n, round)),
+        4 => (3..6u64, 1..6u32, 1..4u32).prop_map(|(epoch, n, round)| Step::Help(epoch, n, round)),
+        2 => (3..6u64, 1..6u32).prop_map(|(epoch, n)| Step::Dismiss(epoch, n)),
+        4 => (1..6u32).prop_map(Step::HelpEnded),
     ];
     prop::collection::vec(step, 1..200)
 }
@@ -370,6 +419,9 @@ proptest! {
         let mut started: Vec<AttemptKey> = Vec::new();
         let mut aborted: Vec<AttemptKey> = Vec::new();
         let mut ended: Vec<AttemptKey> = Vec::new();
+        let mut answered: Vec<(AttemptKey, u32)> = Vec::new();
+        let mut helped: Vec<(AttemptKey, u32)> = Vec::new();
+        let mut busy: Vec<AttemptKey> = Vec::new();
         let mut newest = 0;
         for step in steps {
             let epoch = bench.session.epoch().0;
@@ -398,6 +450,19 @@ proptest! {
                         bench.on(Event::Ended { key: key(n), outcome: failed() });
                     }
                 }
+                Step::Want(n, round) => {
+                    let asks_on = answered.iter().all(|(k, answered)| *k != key(n) || *answered < round);
+                    if asks_on && started.contains(&key(n)) {
+                        bench.on(want(n, round));
+                    }
+                }
+                Step::Hands(epoch, n, round) => bench.receive(epoch, hands(n, round)),
+                Step::Help(epoch, n, round) => bench.receive(epoch, help(n, round)),
+                Step::Dismiss(epoch, n) => bench.receive(epoch, dismiss(n)),
+                Step::HelpEnded(n) => {
+                    busy.retain(|k| *k != key(n));
+                    bench.on(help_ended(n));
+                }
             }
             for action in std::mem::take(&mut bench.out) {
                 match action {
@@ -411,6 +476,25 @@ proptest! {
                         prop_assert!(ended.contains(&report.key) && !aborted.contains(&report.key));
                     }
                     Action::Abort(key) => prop_assert!(started.contains(&key)),
+                    Action::Hands { key, round, .. } => {
+                        prop_assert!(started.contains(&key) && !ended.contains(&key) && !aborted.contains(&key));
+                        prop_assert!(!answered.contains(&(key, round)), "answered twice");
+                        answered.push((key, round));
+                    }
+                    Action::Help(help) => {
+                        let before = |(k, round): &(AttemptKey, u32)| *k == help.key && *round >= help.round;
+                        prop_assert!(!helped.iter().any(before) && !busy.contains(&help.key), "helps twice");
+                        helped.push((help.key, help.round));
+                        busy.push(help.key);
+                    }
+                    Action::Dismiss { key, .. } => prop_assert!(busy.contains(&key)),
+                    Action::Send(ToScheduler::Heartbeat { helping, .. }) => {
+                        let mut listed: Vec<AttemptKey> = helping.iter().map(|help| help.key).collect();
+                        let mut expected = busy.clone();
+                        listed.sort_by_key(|key| key.attempt);
+                        expected.sort_by_key(|key| key.attempt);
+                        prop_assert_eq!(listed, expected, "what is busy is listed, and nothing else");
+                    }
                     Action::Exit => prop_assert!(false, "nobody asked it to stop"),
                     _ => {}
                 }

@@ -72,6 +72,16 @@ pub struct LiveAttempt {
     pub node: NodeId,
     pub boot: BootId,
     pub devices: Vec<DeviceIndex>,
+    pub clip: Clip,
+}
+
+/// What a device has to know of a clip to decode tiles of it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Clip {
+    pub model: String,
+    pub model_hash: String,
+    /// The [`farm_core::job::spec::RenderSpec`] as JSON.
+    pub spec_json: String,
 }
 
 /// What placing a job needs of its row.

@@ -9,12 +9,14 @@ use farm_core::id::{AttemptKey, AttemptNo, BootId, DeviceIndex, Epoch, JobId, No
 use farm_core::job::spec::GenerationDefaults;
 use farm_core::job::state::{FailureKind, Progress};
 use farm_core::parallel::cost::{ModelShape, Site};
-use farm_core::wire::to_node::{StartAttempt, ToNode};
-use farm_core::wire::to_scheduler::{DeviceInfo, ToScheduler};
+use farm_core::tiles::plan::Tiling;
+use farm_core::wire::to_node::{HelpDecode, StartAttempt, ToNode};
+use farm_core::wire::to_scheduler::{DeviceInfo, Roles, ToScheduler};
 
 use super::effects::{Change, Effects, Outcome};
-use super::events::{Event, LiveJob, LoadedRequest, Time};
+use super::events::{Clip, Event, LiveJob, LoadedRequest, Time};
 use super::forecast::Forecasts;
+use super::help::Want;
 
 /// Spans and counts that the rules use. The defaults are the product's; tests use smaller ones.
 #[derive(Clone, Debug)]
@@ -93,10 +95,21 @@ pub(super) struct Lease {
     pub key: AttemptKey,
     pub node: NodeId,
     pub boot: BootId,
-    /// The gang: all of one node, taken and given back together.
+    /// The gang, all of one node and taken together; by and by without those that the attempt has given back. None are
+    /// left while the clip is uploaded.
     pub devices: Vec<DeviceIndex>,
+    pub clip: Clip,
     pub confirmation: Confirmation,
     pub progress: Option<Progress>,
+    /// The newest answer to its wish for devices that decode.
+    pub hands: Option<Hands>,
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct Hands {
+    pub round: u32,
+    pub keep: Vec<DeviceIndex>,
+    pub helpers: u32,
 }
 
 #[derive(Clone, Debug)]
@@ -117,9 +130,12 @@ pub(super) struct Node {
     /// Without it nothing is predicted, and a clip gets one device.
     pub site: Option<Site>,
     pub models: BTreeMap<Arc<str>, NodeModel>,
+    pub roles: Roles,
+    /// Jobs whose attempts it runs, with devices or without.
+    pub leases: BTreeSet<JobId>,
     pub last_seen: Time,
     pub session_closed: Option<Time>,
-    /// Number of the newest heartbeat: older ones that come late say nothing.
+    /// Number of the newest heartbeat or registration: older ones that come late say nothing.
     pub heartbeat: u64,
 }
 
@@ -129,12 +145,21 @@ pub(super) struct Device {
     pub slot: Slot,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub(super) enum Slot {
     Free,
     Leased(JobId),
+    /// Decodes tiles of an attempt's clip; free once a heartbeat does not list that any more. Only here, never a row.
+    Helping(Box<Help>),
     /// Told to stop; free once a heartbeat does not list the attempt any more.
     Stopping(AttemptKey),
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Help {
+    pub key: AttemptKey,
+    /// The command, and when it was given, until the node lists the help.
+    pub awaited: Option<(Time, HelpDecode)>,
 }
 
 #[derive(Clone, Debug)]
@@ -151,6 +176,8 @@ pub struct Counters {
     pub stale_reports: u64,
     /// Commands to stop attempts that nobody had leased.
     pub strays_aborted: u64,
+    /// Commands to stop help for attempts that nobody runs, or that nobody has asked for.
+    pub strays_dismissed: u64,
 }
 
 pub struct Farm {
@@ -158,6 +185,8 @@ pub struct Farm {
     pub(super) epoch: Epoch,
     /// Where results go; nodes have to agree.
     pub(super) store: String,
+    /// How clips are decoded.
+    pub(super) tiling: Tiling,
     /// Queued and running jobs.
     pub(super) jobs: HashMap<JobId, Job>,
     /// Waiting jobs by the model they name.
@@ -186,6 +215,7 @@ impl Farm {
         limits: Limits,
         epoch: Epoch,
         store: String,
+        tiling: Tiling,
         live: impl IntoIterator<Item = LiveJob>,
         now: Time,
     ) -> Self {
@@ -194,6 +224,7 @@ impl Farm {
             limits,
             epoch,
             store,
+            tiling,
             jobs: HashMap::new(),
             queues: BTreeMap::new(),
             delayed: BTreeSet::new(),
@@ -237,7 +268,7 @@ impl Farm {
     fn on_message(&mut self, envelope: farm_core::wire::Envelope<ToScheduler>, fx: &mut Effects) {
         let farm_core::wire::Envelope { node, boot, seq, body, .. } = envelope;
         let registration = match body {
-            ToScheduler::Register(registration) => return self.on_register(node, boot, registration, fx),
+            ToScheduler::Register(registration) => return self.on_register(node, boot, seq, registration, fx),
             other => other,
         };
         let Some(known) = self.nodes.get_mut(&node).filter(|known| known.boot == boot) else {
@@ -251,13 +282,12 @@ impl Farm {
         known.session_closed = None;
         match registration {
             ToScheduler::Register(_) => {}
-            ToScheduler::WantHands { .. } => {}
-            ToScheduler::Heartbeat { running, .. } => {
+            ToScheduler::WantHands { key, round, tiles, url, token } => {
+                self.on_want_hands(&node, boot, Want { key, round, tiles, url, token }, fx);
+            }
+            ToScheduler::Heartbeat { running, helping } => {
                 fx.send(&node, boot, ToNode::HeartbeatSeen);
-                if seq > known.heartbeat {
-                    known.heartbeat = seq;
-                    self.on_running(&node, running, fx);
-                }
+                self.on_listed(&node, seq, running, &helping, fx);
             }
             ToScheduler::Report { number, report } => self.on_report(&node, boot, number, report, fx),
             ToScheduler::Log { key, line } => {
@@ -308,6 +338,13 @@ impl Farm {
         for node in self.nodes.values_mut() {
             node.last_seen = (node.last_seen + gap).min(self.now);
             node.session_closed = node.session_closed.map(|closed| (closed + gap).min(self.now));
+            for device in &mut node.devices {
+                if let Slot::Helping(help) = &mut device.slot
+                    && let Some((since, _)) = &mut help.awaited
+                {
+                    *since = (*since + gap).min(self.now);
+                }
+            }
         }
         for job in self.jobs.values_mut() {
             if let Phase::Running(lease) = &mut job.phase
@@ -335,7 +372,7 @@ impl Farm {
             let reason = "cancelled".to_owned();
             fx.changes.push(Change::AttemptEnded { key, outcome: Outcome::Aborted, message: Some(reason.clone()) });
             fx.send(&node, boot, ToNode::Abort { key, reason });
-            self.release(id, Slot::Stopping(key));
+            self.release(id, Slot::Stopping(key), fx);
         }
         self.forget(id);
         fx.changes.push(Change::Cancelled { job: id });
@@ -380,8 +417,10 @@ impl Farm {
                     node: attempt.node,
                     boot: attempt.boot,
                     devices: attempt.devices,
+                    clip: attempt.clip,
                     confirmation: Confirmation::Listed,
                     progress: None,
+                    hands: None,
                 };
                 if let Some(job) = self.jobs.get_mut(&id) {
                     job.phase = Phase::Running(Box::new(lease));
@@ -451,16 +490,18 @@ impl Farm {
         }
     }
 
-    /// Gives back the devices of a running job's lease. `slot` is what they become.
-    pub(super) fn release(&mut self, id: JobId, slot: Slot) {
+    /// Ends a running job's lease: `slot` is what its devices become, and who helps is told to stop.
+    pub(super) fn release(&mut self, id: JobId, slot: Slot, fx: &mut Effects) {
         let Some(Job { phase: Phase::Running(lease), .. }) = self.jobs.get(&id) else { return };
-        let Some(node) = self.nodes.get_mut(&lease.node) else { return };
-        for device in &mut node.devices {
-            if device.slot == Slot::Leased(id) {
-                device.slot = slot;
-                self.replan = true;
+        let key = lease.key;
+        if let Some(node) = self.nodes.get_mut(&lease.node) {
+            node.leases.remove(&id);
+            for device in node.devices.iter_mut().filter(|device| device.slot == Slot::Leased(id)) {
+                device.slot = slot.clone();
             }
         }
+        self.replan = true;
+        self.dismiss_helpers(key, fx);
     }
 
     /// The attempt of a running job ended with its node.
@@ -475,15 +516,7 @@ impl Farm {
         let Some(node) = self.nodes.remove(id) else { return };
         self.boots.remove(&node.boot);
         fx.note(format!("node {id} is lost: {why}"));
-        let mut lost: Vec<JobId> = Vec::new();
-        for device in &node.devices {
-            if let Slot::Leased(job) = device.slot
-                && !lost.contains(&job)
-            {
-                lost.push(job);
-            }
-        }
-        for job in lost {
+        for job in node.leases {
             self.lose_lease(job, why, fx);
         }
         // One model fewer may leave exactly one.
@@ -504,6 +537,24 @@ pub(super) fn shortened(mut text: String) -> String {
         text.push('…');
     }
     text
+}
+
+impl Node {
+    /// Whether clips of this model are started here.
+    pub(super) fn can_render(&self, model: &str) -> bool {
+        self.roles.denoise && self.models.contains_key(model)
+    }
+
+    /// The models whose clips are started here.
+    pub(super) fn rendered_models(&self) -> impl Iterator<Item = (&Arc<str>, &NodeModel)> {
+        self.models.iter().filter(|_| self.roles.denoise)
+    }
+
+    /// The lowest first.
+    pub(super) fn free_devices(&self) -> impl DoubleEndedIterator<Item = DeviceIndex> {
+        let devices = self.devices.iter().enumerate();
+        devices.filter(|(_, device)| device.slot == Slot::Free).map(|(i, _)| DeviceIndex(i as u32))
+    }
 }
 
 impl Device {

@@ -1,7 +1,7 @@
 //! A farm on a model of the queue store, for tests: applies what the core asks for, refuses what a database would
 //! refuse, and checks the whole picture after every event.
 
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::Duration;
 
 use farm_core::api::{JobResult, StageSeconds};
@@ -11,15 +11,16 @@ use farm_core::job::state::{FailureKind, JobState, Progress, Stage};
 use farm_core::parallel::cost::{DeviceRates, LinkRates, ModelShape, Site};
 use farm_core::parallel::topology::Topology;
 use farm_core::store::key;
+use farm_core::tiles::plan::Tiling;
 use farm_core::wire::Envelope;
-use farm_core::wire::to_node::{StartAttempt, ToNode};
+use farm_core::wire::to_node::{HelpDecode, StartAttempt, ToNode};
 use farm_core::wire::to_scheduler::{
-    AttemptOutcome, AttemptReport, DeviceInfo, ModelInfo, Registration, Roles, RunningAttempt, ToScheduler,
+    AttemptOutcome, AttemptReport, DeviceInfo, Helping, ModelInfo, Registration, Roles, RunningAttempt, ToScheduler,
 };
 use uuid::Uuid;
 
 use super::effects::{Change, Effects, Outcome, Send};
-use super::events::{Event, LiveAttempt, LiveJob, LoadedRequest, Time};
+use super::events::{Clip, Event, LiveAttempt, LiveJob, LoadedRequest, Time};
 use super::farm::{Farm, Limits, Phase, Slot};
 use super::forecast::clip_shape;
 
@@ -48,6 +49,12 @@ pub struct World {
     pub notes: Vec<String>,
     /// Every attempt ever started, with the process it was given to.
     pub started: Vec<(AttemptKey, NodeId, BootId)>,
+    /// The devices that each was started on.
+    pub gangs: HashMap<AttemptKey, Vec<DeviceIndex>>,
+    /// Every device that was ever told to help, with its process.
+    pub helped: Vec<(AttemptKey, DeviceIndex, NodeId, BootId)>,
+    /// Devices that help by what their process said last and by what the farm made of that.
+    helping: HashMap<BootId, Vec<Helping>>,
     seq: u64,
 }
 
@@ -82,6 +89,11 @@ pub fn team(devices: usize, models: &[&str]) -> Registration {
     Registration { site_json: Some(site(1e12)), ..registration(devices, models) }
 }
 
+/// A node that only decodes.
+pub fn decoder(devices: usize, models: &[&str]) -> Registration {
+    Registration { roles: Roles { denoise: false, decode: true }, ..registration(devices, models) }
+}
+
 /// Without rates: every clip gets one device.
 pub fn registration(devices: usize, models: &[&str]) -> Registration {
     Registration {
@@ -96,11 +108,12 @@ pub fn registration(devices: usize, models: &[&str]) -> Registration {
     }
 }
 
-pub fn listed(key: AttemptKey) -> RunningAttempt {
+/// An attempt that has these devices left.
+pub fn listed_on(key: AttemptKey, devices: &[u32]) -> RunningAttempt {
     RunningAttempt {
         key,
         progress: Progress { stage: Stage::Denoise, done: 1, total: 2, eta_seconds: None },
-        devices: Vec::new(),
+        devices: devices.iter().copied().map(DeviceIndex).collect(),
     }
 }
 
@@ -112,6 +125,7 @@ pub fn completed(key: AttemptKey) -> AttemptOutcome {
         epoch: key.epoch,
         node: node("a"),
         devices: vec![DeviceIndex(0)],
+        decode: None,
         topology: Topology::SOLO,
         clip: key::clip(key.job, key.attempt),
         clip_bytes: 3,
@@ -135,7 +149,7 @@ pub fn failed(kind: FailureKind) -> AttemptOutcome {
 impl World {
     pub fn new() -> Self {
         let limits = Limits::default();
-        let farm = Farm::restore(limits.clone(), Epoch(1), STORE.to_owned(), [], Time::default());
+        let farm = Farm::restore(limits.clone(), Epoch(1), STORE.to_owned(), Tiling::AUTO, [], Time::default());
         Self {
             farm,
             limits,
@@ -145,6 +159,9 @@ impl World {
             changes: Vec::new(),
             notes: Vec::new(),
             started: Vec::new(),
+            gangs: HashMap::new(),
+            helped: Vec::new(),
+            helping: HashMap::new(),
             seq: 0,
         }
     }
@@ -155,8 +172,9 @@ impl World {
         let mut live: Vec<LiveJob> = live.collect();
         live.sort_by_key(|job| job.seq);
         let epoch = Epoch(self.farm.epoch().0 + 1);
+        self.helping.clear();
         // A new process counts from zero; going on is as good.
-        self.farm = Farm::restore(self.limits.clone(), epoch, STORE.to_owned(), live, self.now);
+        self.farm = Farm::restore(self.limits.clone(), epoch, STORE.to_owned(), Tiling::AUTO, live, self.now);
         self.check();
     }
 
@@ -172,6 +190,7 @@ impl World {
             }
             self.changes.extend(changes);
             sends.iter().for_each(|send| self.note_start(send));
+            sends.iter().for_each(|send| self.note_help(send));
             self.sent.extend(sends);
             self.notes.extend(notes);
             if load.is_empty() {
@@ -193,6 +212,18 @@ impl World {
         if !self.started.contains(&entry) {
             assert!(self.started.iter().all(|(key, ..)| *key != start.key), "an attempt has one owner");
             self.started.push(entry);
+            self.gangs.insert(start.key, start.devices.clone());
+        }
+    }
+
+    fn note_help(&mut self, send: &Send) {
+        let ToNode::Help(help) = &send.message else { return };
+        assert!(self.farm.lease(&help.key).is_some(), "nobody helps an attempt that is over");
+        let entry = (help.key, help.device, send.node.clone(), send.boot);
+        if !self.helped.contains(&entry) {
+            let node = &self.farm.nodes[&send.node];
+            assert!(node.roles.decode && node.models[help.model.as_str()].hash == help.model_hash);
+            self.helped.push(entry);
         }
     }
 
@@ -227,8 +258,34 @@ impl World {
 
     pub fn message(&mut self, id: &str, boot: BootId, body: ToScheduler) {
         self.seq += 1;
+        let helping = match &body {
+            ToScheduler::Register(Registration { helping, .. }) | ToScheduler::Heartbeat { helping, .. } => {
+                Some(helping.clone())
+            }
+            _ => None,
+        };
         let envelope = Envelope { epoch: self.farm.epoch(), node: node(id), boot, seq: self.seq, body };
         self.event(Event::FromNode(Box::new(envelope)));
+        let refused = |send: &Send| matches!(send.message, ToNode::Refused { .. } | ToNode::Reregister);
+        let slot = |farm: &Farm, boot, device: DeviceIndex| {
+            let node = farm.nodes.values().find(|node| node.boot == boot)?;
+            Some(node.devices.get(device.0 as usize)?.slot.clone())
+        };
+        if let Some(mut helping) = helping.filter(|_| !self.sent.iter().any(refused)) {
+            helping.retain(|help| {
+                let slot = slot(&self.farm, boot, help.device);
+                assert_ne!(slot, Some(Slot::Free), "a device that is listed is not free");
+                matches!(slot, Some(Slot::Helping(known)) if known.key == help.key)
+            });
+            self.helping.insert(boot, helping);
+        }
+        for (boot, helping) in &self.helping {
+            for help in helping {
+                let slot = slot(&self.farm, *boot, help.device);
+                let helps = slot.is_none_or(|slot| matches!(slot, Slot::Helping(known) if known.key == help.key));
+                assert!(helps, "device {} is free or another's before its node says so", help.device);
+            }
+        }
     }
 
     pub fn register(&mut self, id: &str, boot: BootId, registration: Registration) {
@@ -236,8 +293,26 @@ impl World {
     }
 
     pub fn heartbeat(&mut self, id: &str, boot: BootId, keys: &[AttemptKey]) {
-        let running = keys.iter().copied().map(listed).collect();
+        let running = keys.iter().map(|key| self.listed(*key)).collect();
         self.message(id, boot, ToScheduler::Heartbeat { running, helping: Vec::new() });
+    }
+
+    /// A heartbeat in full.
+    pub fn beat(&mut self, id: &str, boot: BootId, running: Vec<RunningAttempt>, helping: &[(AttemptKey, u32)]) {
+        let helping = helping.iter().map(|(key, device)| Helping { key: *key, device: DeviceIndex(*device) }).collect();
+        self.message(id, boot, ToScheduler::Heartbeat { running, helping });
+    }
+
+    /// The attempt's latent is finished, and its decode has this many tiles.
+    pub fn want_hands(&mut self, id: &str, boot: BootId, key: AttemptKey, round: u32, tiles: u32) {
+        let (url, token) = ("http://there:1".to_owned(), "secret".to_owned());
+        self.message(id, boot, ToScheduler::WantHands { key, round, tiles, url, token });
+    }
+
+    /// An attempt that has all its devices still.
+    pub fn listed(&self, key: AttemptKey) -> RunningAttempt {
+        let devices = self.gangs.get(&key).cloned().unwrap_or_default();
+        RunningAttempt { devices, ..listed_on(key, &[]) }
     }
 
     pub fn report(&mut self, id: &str, boot: BootId, key: AttemptKey, outcome: AttemptOutcome) {
@@ -297,6 +372,41 @@ impl World {
         self.sent.iter().filter_map(abort).collect()
     }
 
+    /// The one answer to a wish for hands in the newest event: devices that the attempt keeps, and the number of helpers.
+    pub fn hands(&self) -> (Vec<u32>, u32) {
+        let answer = |send: &Send| match &send.message {
+            ToNode::Hands { keep, helpers, .. } => Some((keep.iter().map(|device| device.0).collect(), *helpers)),
+            _ => None,
+        };
+        let answers: Vec<_> = self.sent.iter().filter_map(answer).collect();
+        assert_eq!(answers.len(), 1, "{:?}", self.sent);
+        answers[0].clone()
+    }
+
+    /// Who was told to help in the newest event.
+    pub fn helps(&self) -> Vec<(&str, HelpDecode)> {
+        let help = |send: &'_ Send| match &send.message {
+            ToNode::Help(help) => Some((**help).clone()),
+            _ => None,
+        };
+        self.sent.iter().filter_map(|send| Some((send.node.0.as_str(), help(send)?))).collect()
+    }
+
+    /// The devices that were told to help in the newest event.
+    pub fn helpers(&self) -> Vec<(&str, u32)> {
+        self.helps().into_iter().map(|(id, help)| (id, help.device.0)).collect()
+    }
+
+    /// The devices that were told to stop helping in the newest event.
+    pub fn dismissed(&self) -> Vec<(&str, AttemptKey, u32)> {
+        let dismissal = |send: &'_ Send| match send.message {
+            ToNode::Dismiss { key, device } => Some((key, device.0)),
+            _ => None,
+        };
+        let dismissed = self.sent.iter().filter_map(|send| Some((send.node.0.as_str(), dismissal(send)?)));
+        dismissed.map(|(id, (key, device))| (id, key, device)).collect()
+    }
+
     pub fn refusal(&self) -> String {
         match &self.sent[0].message {
             ToNode::Refused { reason } => reason.clone(),
@@ -322,6 +432,11 @@ impl World {
                     node: node.clone(),
                     boot: *boot,
                     devices: start.devices.clone(),
+                    clip: Clip {
+                        model: start.model.clone(),
+                        model_hash: start.model_hash.clone(),
+                        spec_json: start.spec_json.clone(),
+                    },
                 });
                 row.outcomes.push("running");
                 row.state = JobState::Running;
@@ -372,17 +487,16 @@ impl World {
     /// What must hold after every event.
     pub fn check(&self) {
         self.farm.check();
-        let mut taken = HashSet::new();
         for (id, row) in &self.rows {
             let attempt = row.live.running.as_ref();
             assert_eq!(attempt.is_some(), row.state == JobState::Running, "job {id}");
-            for device in attempt.iter().flat_map(|attempt| &attempt.devices) {
-                let attempt = attempt.unwrap();
-                assert!(taken.insert((attempt.node.clone(), attempt.boot, *device)), "a device has one lease");
-            }
             match self.farm.jobs.get(id).map(|job| &job.phase) {
                 None => assert!(row.state.is_terminal(), "job {id} is forgotten"),
-                Some(Phase::Running(lease)) => assert_eq!(Some(lease.key), attempt.map(|attempt| attempt.key)),
+                Some(Phase::Running(lease)) => {
+                    assert_eq!(Some(lease.key), attempt.map(|attempt| attempt.key));
+                    let granted = &self.gangs[&lease.key];
+                    assert!(lease.devices.iter().all(|device| granted.contains(device)), "a lease only shrinks");
+                }
                 Some(Phase::Waiting | Phase::Delayed { .. }) => {
                     assert_eq!(row.state, JobState::Queued);
                     assert!(!self.reason(*id).is_empty(), "every queued job has a reason");
@@ -416,15 +530,15 @@ impl Farm {
                 continue;
             };
             assert_eq!(lease.key.attempt, job.attempt);
-            assert!(!lease.devices.is_empty());
             match self.nodes.get(&lease.node).filter(|_| !self.orphans.contains(id)) {
                 None => assert!(self.orphans.contains(id), "a lease has a node or waits for it"),
                 Some(node) => {
                     assert_eq!(node.boot, lease.boot);
                     for (i, device) in node.devices.iter().enumerate() {
                         let leased = lease.devices.contains(&DeviceIndex(i as u32));
-                        assert_eq!(device.slot == Slot::Leased(*id), leased, "all or none");
+                        assert_eq!(device.slot == Slot::Leased(*id), leased, "the lease and the devices agree");
                     }
+                    assert!(node.leases.contains(id));
                 }
             }
         }
@@ -432,10 +546,19 @@ impl Farm {
         assert!(self.orphans.iter().all(running));
         for (id, node) in &self.nodes {
             assert_eq!(self.boots.get(&node.boot), Some(id));
-            for device in &node.devices {
-                if let Slot::Leased(job) = device.slot {
-                    assert!(matches!(&self.jobs[&job].phase, Phase::Running(lease) if lease.node == *id));
+            let mut leases = node.leases.clone();
+            for (i, device) in node.devices.iter().enumerate() {
+                match &device.slot {
+                    Slot::Leased(job) => drop(leases.insert(*job)),
+                    Slot::Helping(help) => {
+                        let command = help.awaited.as_ref().map(|(_, command)| (command.key, command.device));
+                        assert!(command.is_none_or(|command| command == (help.key, DeviceIndex(i as u32))));
+                    }
+                    Slot::Free | Slot::Stopping(_) => {}
                 }
+            }
+            for job in leases {
+                assert!(matches!(&self.jobs[&job].phase, Phase::Running(lease) if lease.node == *id));
             }
         }
         assert_eq!(self.boots.len(), self.nodes.len());

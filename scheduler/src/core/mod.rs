@@ -9,6 +9,7 @@
 //! | [`register`] | who may join, and what becomes of attempts that outlived a session or a scheduler |
 //! | [`report`] | heartbeats and reports: which attempts live, which have ended and how |
 //! | [`place`] | which queued job gets which free devices |
+//! | [`hands`], [`help`] | which devices decode a finished latent, and how others are lent for it |
 //! | [`gang`], [`forecast`] | how many devices a clip gets, and the predictions behind that |
 //! | [`resolve`] | which model a prompt line means, and the key that makes submitting idempotent |
 //!
@@ -20,6 +21,8 @@ pub mod events;
 pub mod farm;
 mod forecast;
 mod gang;
+mod hands;
+mod help;
 mod place;
 mod register;
 mod report;
@@ -30,6 +33,8 @@ pub mod view;
 mod fixture;
 #[cfg(test)]
 mod gang_rules;
+#[cfg(test)]
+mod hand_rules;
 #[cfg(test)]
 mod random;
 #[cfg(test)]

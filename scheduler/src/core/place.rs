@@ -8,17 +8,19 @@ use std::sync::Arc;
 use farm_core::id::{AttemptKey, AttemptNo, DeviceIndex, JobId, NodeId};
 use farm_core::job::spec::RenderSpec;
 use farm_core::parallel::topology::Topology;
-use farm_core::tiles::plan::Tiling;
 use farm_core::wire::to_node::{StartAttempt, ToNode};
 
 use super::effects::{Change, Effects, devices_text};
-use super::events::LoadedRequest;
-use super::farm::{Confirmation, Farm, Lease, Phase, Rank, Slot};
+use super::events::{Clip, LoadedRequest};
+use super::farm::{Confirmation, Farm, Lease, Node, Phase, Rank, Slot};
 use super::forecast::{Sizes, clip_shape};
 use super::gang::{Grant, Load, grant};
 
 /// At most so many jobs are looked at in one go.
 const MAX_CANDIDATES: usize = 1024;
+/// Attempts on a node for each of its devices. Those that only upload have none, but they may pile up where the store is
+/// slow, and a node does not take on any number.
+const MAX_LEASES: usize = 4;
 
 /// Free devices by node, the lowest index last. No list is empty.
 type Free = BTreeMap<NodeId, Vec<DeviceIndex>>;
@@ -135,7 +137,7 @@ impl Farm {
                 Err(needed) => {
                     self.short.insert(job, needed);
                     // As devices get free they are kept for it: each of these nodes has enough of them in all.
-                    round.free.retain(|id, _| !self.has_model(id, &model));
+                    round.free.retain(|id, _| !self.can_render(id, &model));
                     stopped.push(model);
                 }
             }
@@ -151,7 +153,7 @@ impl Farm {
             let most = round.free.get(&id).map_or(0, Vec::len);
             let waiting = self.waiting_for(&id);
             let load = |free: &Free, waiting| Load { free: self.free_counts(free, model, most), waiting };
-            let started = round.started.iter().filter(|model| self.has_model(&id, model)).count();
+            let started = round.started.iter().filter(|model| self.can_render(&id, model)).count();
             let start = load(&round.at_start, waiting + started);
             match grant(&start, &load(&round.free, waiting), &sizes.seconds) {
                 Grant::Devices(count) => {
@@ -169,7 +171,7 @@ impl Farm {
     /// Free devices of each node with the model. No group is larger than `most`, which is what the node in question
     /// has: what another has beyond that does not count.
     fn free_counts(&self, free: &Free, model: &str, most: usize) -> Vec<usize> {
-        let with_model = free.iter().filter(|(id, _)| self.has_model(id, model));
+        let with_model = free.iter().filter(|(id, _)| self.can_render(id, model));
         with_model.map(|(_, devices)| devices.len().min(most)).collect()
     }
 
@@ -186,42 +188,42 @@ impl Farm {
     }
 
     /// Queued jobs, that do not wait for a moment after a failure, that the node could take.
-    fn waiting_for(&self, id: &NodeId) -> usize {
+    pub(super) fn waiting_for(&self, id: &NodeId) -> usize {
         let Some(node) = self.nodes.get(id) else { return 0 };
         let only_model = self.only_model();
-        let queues = self.queues.iter().filter(|(named, _)| {
-            named.as_ref().or(only_model.as_ref()).is_some_and(|model| node.models.contains_key(model))
-        });
+        let queues = self
+            .queues
+            .iter()
+            .filter(|(named, _)| named.as_ref().or(only_model.as_ref()).is_some_and(|model| node.can_render(model)));
         queues.map(|(_, queue)| queue.len()).sum()
     }
 
-    /// Free devices of nodes that are alive.
+    /// Free devices of nodes that are alive and start clips.
     fn free_devices(&self) -> Free {
-        let free_of = |node: &super::farm::Node| -> Vec<DeviceIndex> {
-            let indices = node.devices.iter().enumerate().rev();
-            indices.filter(|(_, device)| device.slot == Slot::Free).map(|(i, _)| DeviceIndex(i as u32)).collect()
+        let takes_clips = |node: &Node| {
+            node.roles.denoise && self.is_alive(node) && node.leases.len() < MAX_LEASES * node.devices.len()
         };
         self.nodes
             .iter()
-            .filter(|(_, node)| self.is_alive(node))
-            .map(|(id, node)| (id.clone(), free_of(node)))
+            .filter(|(_, node)| takes_clips(node))
+            .map(|(id, node)| (id.clone(), node.free_devices().rev().collect::<Vec<_>>()))
             .filter(|(_, free)| !free.is_empty())
             .collect()
     }
 
     /// The node with the model that has most free devices, but for those `tried`; of equals, the first by name.
     fn most_free(&self, free: &Free, model: &str, tried: &[NodeId]) -> Option<NodeId> {
-        let possible = free.iter().filter(|(id, _)| self.has_model(id, model) && !tried.contains(id));
+        let possible = free.iter().filter(|(id, _)| self.can_render(id, model) && !tried.contains(id));
         possible.min_by_key(|(_, devices)| Reverse(devices.len())).map(|(id, _)| id.clone())
     }
 
-    fn has_model(&self, id: &NodeId, model: &str) -> bool {
-        self.nodes.get(id).is_some_and(|node| node.models.contains_key(model))
+    fn can_render(&self, id: &NodeId, model: &str) -> bool {
+        self.nodes.get(id).is_some_and(|node| node.can_render(model))
     }
 
-    /// The name of the only registered model, if there is exactly one.
+    /// The name of the only model that clips are rendered with, if there is exactly one.
     fn only_model(&self) -> Option<Arc<str>> {
-        let mut names = self.nodes.values().flat_map(|node| node.models.keys());
+        let mut names = self.nodes.values().flat_map(|node| node.rendered_models()).map(|(name, _)| name);
         let first = names.next()?;
         names.all(|name| name == first).then(|| first.clone())
     }
@@ -261,24 +263,32 @@ impl Farm {
             model: model.to_string(),
             model_hash: registered.hash.clone(),
             spec_json,
-            tiling: Tiling::AUTO,
+            tiling: self.tiling,
         });
         let boot = node.boot;
         for device in &devices {
             node.devices[device.0 as usize].slot = Slot::Leased(id);
         }
+        node.leases.insert(id);
         self.unqueue(id);
         if let Some(job) = self.jobs.get_mut(&id) {
             job.attempt = attempt;
             // From now on the job is this model's, even if others join.
+            let clip = Clip {
+                model: start.model.clone(),
+                model_hash: start.model_hash.clone(),
+                spec_json: start.spec_json.clone(),
+            };
             job.model = Some(model);
             job.phase = Phase::Running(Box::new(Lease {
                 key,
                 node: node_id.clone(),
                 boot,
                 devices: devices.clone(),
+                clip,
                 confirmation: Confirmation::Awaited { since: now, start: start.clone() },
                 progress: None,
+                hands: None,
             }));
         }
         fx.changes.push(Change::Started { start: start.clone(), node: node_id.clone(), boot });

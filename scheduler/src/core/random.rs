@@ -5,7 +5,7 @@ use std::time::Duration;
 use farm_core::id::{AttemptKey, BootId, JobId, NodeId};
 use farm_core::job::state::{FailureKind, JobState};
 use farm_core::wire::to_node::ToNode;
-use farm_core::wire::to_scheduler::{AttemptReport, ToScheduler};
+use farm_core::wire::to_scheduler::{AttemptReport, Helping, Roles, RunningAttempt, ToScheduler};
 use proptest::prelude::*;
 
 use super::events::Event;
@@ -24,12 +24,24 @@ enum Step {
         /// Whether it says how fast they are, so that clips may be rendered by several.
         rated: bool,
         models: u8,
+        roles: u8,
         running: u32,
+        helping: u32,
     },
     Heartbeat {
         node: u8,
         boot: u8,
         listed: u32,
+        /// Bits of the devices that listed attempts have left.
+        left: u32,
+        helping: u32,
+    },
+    /// A wish for devices that decode the nth start ever sent, from its own process or from another.
+    Want {
+        start: usize,
+        other: Option<(u8, u8)>,
+        round: u32,
+        tiles: u32,
     },
     /// A report on the nth start ever sent, from any process, `times` over.
     Report {
@@ -44,8 +56,12 @@ enum Step {
         start: usize,
         outcome: u8,
     },
+    /// Lists the attempts that it runs, with the devices whose bits are set, and the helps that it was told of, unless
+    /// they have ended.
     HonestHeartbeat {
         start: usize,
+        left: u32,
+        ended: u32,
     },
     Closed {
         boot: u8,
@@ -68,16 +84,20 @@ enum Step {
 fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
         4 => (-1..2i32, any::<u8>()).prop_map(|(priority, model)| Step::Submit { priority, model }),
-        4 => (0..3u8, 0..5u8, 0..6usize, any::<bool>(), any::<u8>(), any::<u32>()).prop_map(
-            |(node, boot, devices, rated, models, running)| {
-                Step::Register { node, boot, devices, rated, models, running }
+        4 => (0..3u8, 0..5u8, 0..6usize, any::<bool>(), any::<u8>(), 0..8u8, any::<u32>(), any::<u32>()).prop_map(
+            |(node, boot, devices, rated, models, roles, running, helping)| {
+                Step::Register { node, boot, devices, rated, models, roles, running, helping }
             }
         ),
-        3 => (0..3u8, 0..5u8, any::<u32>()).prop_map(|(node, boot, listed)| Step::Heartbeat { node, boot, listed }),
+        3 => (0..3u8, 0..5u8, any::<u32>(), any::<u32>(), any::<u32>())
+            .prop_map(|(node, boot, listed, left, helping)| Step::Heartbeat { node, boot, listed, left, helping }),
+        4 => (any::<usize>(), prop::option::weighted(0.2, (0..3u8, 0..5u8)), 0..4u32, 0..20u32)
+            .prop_map(|(start, other, round, tiles)| Step::Want { start, other, round, tiles }),
         2 => (0..3u8, 0..5u8, any::<usize>(), any::<u8>(), 1..3u8)
             .prop_map(|(node, boot, start, outcome, times)| Step::Report { node, boot, start, outcome, times }),
         4 => (any::<usize>(), any::<u8>()).prop_map(|(start, outcome)| Step::HonestReport { start, outcome }),
-        4 => any::<usize>().prop_map(|start| Step::HonestHeartbeat { start }),
+        4 => (any::<usize>(), prop_oneof![any::<u32>(), Just(u32::MAX)], prop_oneof![any::<u32>(), Just(0)])
+            .prop_map(|(start, left, ended)| Step::HonestHeartbeat { start, left, ended }),
         1 => (0..5u8).prop_map(|boot| Step::Closed { boot }),
         3 => (0..20_000u64).prop_map(|millis| Step::Pass { millis }),
         1 => (0..60_000u64).prop_map(|millis| Step::Jump { millis }),
@@ -104,15 +124,34 @@ impl Run {
                 let n = self.jobs.len() as u64 + 1;
                 self.jobs.push(world.submit(n, priority, model));
             }
-            Step::Register { node, boot: b, devices, rated, models, running } => {
+            Step::Register { node, boot: b, devices, rated, models, roles, running, helping } => {
                 let models: &[&str] = [&["m"][..], &["n"], &["m", "n"], &[]][models as usize % 4];
                 let mut registration = if rated { team(devices, models) } else { registration(devices, models) };
-                registration.running = subset(&world.started, running).into_iter().map(listed).collect();
+                registration.running =
+                    subset(&world.started, running).into_iter().map(|key| world.listed(key)).collect();
+                registration.roles = Roles { denoise: roles != 0, decode: roles != 1 };
+                registration.helping = helps(world, helping);
                 world.register(NODES[node as usize], boot(b.into()), registration);
             }
-            Step::Heartbeat { node, boot: b, listed } => {
-                let keys = subset(&world.started, listed);
-                world.heartbeat(NODES[node as usize], boot(b.into()), &keys);
+            Step::Heartbeat { node, boot: b, listed, left, helping } => {
+                let running =
+                    subset(&world.started, listed).into_iter().map(|key| has_left(world, key, left)).collect();
+                let helping = helps(world, helping);
+                world.message(NODES[node as usize], boot(b.into()), ToScheduler::Heartbeat { running, helping });
+            }
+            Step::Want { start, other, round, tiles } => {
+                let Some((key, owner, owner_boot)) = nth(world, start) else { return };
+                let (node, boot) = match other {
+                    Some((node, b)) => (NODES[node as usize], boot(b.into())),
+                    None => (owner.0.as_str(), owner_boot),
+                };
+                for _ in 0..2 {
+                    let told = world.helped.len();
+                    world.want_hands(node, boot, key, round, tiles);
+                    let again = told < world.helped.len();
+                    let answered = world.sent.iter().any(|send| matches!(send.message, ToNode::Hands { .. }));
+                    assert!(answered || !again, "who helps is told together with who is helped");
+                }
             }
             Step::Report { node, boot: b, start, outcome, times } => {
                 if let Some((key, ..)) = nth(world, start) {
@@ -126,12 +165,16 @@ impl Run {
                     self.report(&node.0, boot, key, outcome);
                 }
             }
-            Step::HonestHeartbeat { start } => {
+            Step::HonestHeartbeat { start, left, ended } => {
                 if let Some((_, node, boot)) = nth(world, start) {
                     let of_boot = world.started.iter().filter(|(_, n, b)| *n == node && *b == boot);
                     let live = of_boot.filter(|(key, ..)| world.farm.lease(key).is_some());
-                    let keys: Vec<AttemptKey> = live.map(|(key, ..)| *key).collect();
-                    world.heartbeat(&node.0, boot, &keys);
+                    let running = live.map(|(key, ..)| has_left(world, *key, left)).collect();
+                    let of_boot = world.helped.iter().filter(|(_, _, n, b)| *n == node && *b == boot);
+                    let live = of_boot.filter(|(key, ..)| world.farm.lease(key).is_some());
+                    let helping = live.map(|(key, device, ..)| (*key, device.0));
+                    let helping: Vec<_> = helping.filter(|(_, device)| ended >> (device % 32) & 1 == 0).collect();
+                    world.beat(&node.0, boot, running, &helping);
                     assert!(world.aborts().is_empty() || !world.farm.boots.contains_key(&boot));
                 }
             }
@@ -193,6 +236,19 @@ fn subset(starts: &[(AttemptKey, NodeId, BootId)], bits: u32) -> Vec<AttemptKey>
     chosen.map(|(_, (key, ..))| *key).collect()
 }
 
+/// The helps whose bit is set, by their number modulo 32.
+fn helps(world: &World, bits: u32) -> Vec<Helping> {
+    let chosen = world.helped.iter().enumerate().filter(|(i, _)| bits >> (i % 32) & 1 == 1);
+    chosen.map(|(_, (key, device, ..))| Helping { key: *key, device: *device }).collect()
+}
+
+/// The attempt with those of its devices whose bits are set.
+fn has_left(world: &World, key: AttemptKey, bits: u32) -> RunningAttempt {
+    let RunningAttempt { mut devices, progress, .. } = world.listed(key);
+    devices.retain(|device| bits >> (device.0 % 32) & 1 == 1);
+    RunningAttempt { key, progress, devices }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
 
@@ -210,9 +266,16 @@ proptest! {
             let mine: Vec<AttemptKey> = run.world.started.iter().filter(|(.., b)| *b == healthy).map(|(key, ..)| *key)
                 .filter(|key| run.world.farm.lease(key).is_some()).collect();
             let Some(key) = mine.first().copied() else { break };
+            let running: Vec<_> = mine.iter().map(|key| run.world.listed(*key)).collect();
+            run.world.want_hands("z", healthy, key, 1, 3);
+            let helping: Vec<_> = run.world.helpers().into_iter().map(|(_, device)| (key, device)).collect();
+            run.world.beat("z", healthy, running.clone(), &helping);
+            prop_assert!(run.world.dismissed().is_empty());
             run.world.report("z", healthy, key, completed(key));
-            run.world.heartbeat("z", healthy, &mine[1..]);
+            prop_assert_eq!(run.world.dismissed().len(), helping.len());
+            run.world.beat("z", healthy, running[1..].to_vec(), &[]);
         }
+        prop_assert_eq!(run.world.farm.sizes(), (1, 3, 3), "nothing is lent to nobody");
         for (job, row) in &run.world.rows {
             let nameless = row.live.model.is_none() || row.live.model.as_deref() == Some("nobody's");
             prop_assert!(row.state.is_terminal() || nameless, "job {job} is {:?}", row.state);

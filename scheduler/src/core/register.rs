@@ -1,15 +1,15 @@
 //! Who may join, and what becomes of attempts that outlived a session or a scheduler.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
 
-use farm_core::id::{BootId, NodeId};
+use farm_core::id::{AttemptKey, BootId, DeviceIndex, JobId, NodeId};
 use farm_core::parallel::cost::{ModelShape, Site};
 use farm_core::wire::to_node::ToNode;
-use farm_core::wire::to_scheduler::Registration;
+use farm_core::wire::to_scheduler::{Registration, RunningAttempt};
 
 use super::effects::Effects;
-use super::farm::{Confirmation, Device, Farm, Node, NodeModel, Phase, Slot};
+use super::farm::{Confirmation, Device, Farm, Job, Node, NodeModel, Phase, Slot};
 
 const MAX_NAME: usize = 128;
 const MAX_DEVICES: usize = 256;
@@ -24,7 +24,14 @@ struct Admitted {
 }
 
 impl Farm {
-    pub(super) fn on_register(&mut self, id: NodeId, boot: BootId, registration: Registration, fx: &mut Effects) {
+    pub(super) fn on_register(
+        &mut self,
+        id: NodeId,
+        boot: BootId,
+        seq: u64,
+        registration: Registration,
+        fx: &mut Effects,
+    ) {
         let Admitted { site, models } = match self.admit(&id, boot, &registration) {
             Ok(admitted) => admitted,
             Err(reason) => {
@@ -39,65 +46,67 @@ impl Farm {
                 self.lose_node(&id, "came back with other devices", fx);
             }
         }
-        let devices = match self.nodes.get(&id) {
-            Some(known) => known.devices.clone(),
-            None => registration.devices.iter().map(Device::new).collect(),
+        let (devices, leases, heartbeat) = match self.nodes.remove(&id) {
+            Some(known) => (known.devices, known.leases, known.heartbeat),
+            None => (registration.devices.iter().map(Device::new).collect(), BTreeSet::new(), 0),
         };
-        let heartbeat = self.nodes.get(&id).map_or(0, |known| known.heartbeat);
         let (devices_count, names) = (devices.len(), models.keys().map(|m| m.to_string()).collect::<Vec<_>>());
+        let roles = registration.roles.names().join(" and ");
         let node = Node {
             boot,
             version: registration.version,
             devices,
             site,
             models,
+            roles: registration.roles,
+            leases,
             last_seen: self.now,
             session_closed: None,
             heartbeat,
         };
         self.nodes.insert(id.clone(), node);
         self.boots.insert(boot, id.clone());
-        fx.note(format!("node {id} joined: {devices_count} devices, models {}", names.join(", ")));
+        fx.note(format!("node {id} joined: {devices_count} devices to {roles}, models {}", names.join(", ")));
         fx.send(&id, boot, ToNode::Welcome { heartbeat_ms: self.limits.heartbeat.as_millis() as u64 });
-        self.adopt_orphans(&id, boot, fx);
-        self.on_running(&id, registration.running, fx);
+        self.adopt_orphans(&id, boot, &registration.running, fx);
+        self.on_listed(&id, seq, registration.running, &registration.helping, fx);
         self.replan = true;
     }
 
     /// Attempts of the time before this scheduler started: those of this very process go on, those of an earlier
     /// process of the node died with it.
-    fn adopt_orphans(&mut self, id: &NodeId, boot: BootId, fx: &mut Effects) {
-        let Some(devices) = self.nodes.get(id).map(|node| node.devices.len()) else { return };
-        let of_node: Vec<_> = self
+    fn adopt_orphans(&mut self, id: &NodeId, boot: BootId, running: &[RunningAttempt], fx: &mut Effects) {
+        let listed = |key: AttemptKey| running.iter().find(|attempt| attempt.key == key);
+        let mut of_node: Vec<(JobId, AttemptKey, BootId)> = self
             .orphans
             .iter()
             .filter_map(|job| match &self.jobs.get(job)?.phase {
-                Phase::Running(lease) if lease.node == *id => {
-                    Some((*job, lease.key, lease.boot, lease.devices.clone()))
-                }
+                Phase::Running(lease) if lease.node == *id => Some((*job, lease.key, lease.boot)),
                 _ => None,
             })
             .collect();
-        for (job, key, lease_boot, lease_devices) in of_node {
+        // A device that one attempt has given back may be another's by now. The queue store does not know, but the node
+        // says what the attempts that it lists still have; the others get what is left.
+        of_node.sort_by_key(|(_, key, _)| listed(*key).is_none());
+        for (job, key, lease_boot) in of_node {
             self.orphans.remove(&job);
             if lease_boot != boot {
                 self.lose_lease(job, "restarted", fx);
                 continue;
             }
             let Some(node) = self.nodes.get_mut(id) else { return };
-            let fits = lease_devices
-                .iter()
-                .all(|device| (device.0 as usize) < devices && node.devices[device.0 as usize].slot == Slot::Free);
-            if !fits {
+            let Some(Job { phase: Phase::Running(lease), .. }) = self.jobs.get_mut(&job) else { continue };
+            if lease.devices.iter().any(|device| device.0 as usize >= node.devices.len()) {
                 self.lose_lease(job, "came back with other devices", fx);
                 continue;
             }
-            for device in &lease_devices {
+            let has = |device: &DeviceIndex| listed(key).is_none_or(|attempt| attempt.devices.contains(device));
+            lease.devices.retain(|device| has(device) && node.devices[device.0 as usize].slot == Slot::Free);
+            for device in &lease.devices {
                 node.devices[device.0 as usize].slot = Slot::Leased(job);
             }
-            if let Some(lease) = self.lease_mut(&key) {
-                lease.confirmation = Confirmation::Listed;
-            }
+            node.leases.insert(job);
+            lease.confirmation = Confirmation::Listed;
         }
     }
 
@@ -113,6 +122,9 @@ impl Farm {
         let devices = registration.devices.len();
         if !(1..=MAX_DEVICES).contains(&devices) {
             return Err(format!("{devices} devices; a node has 1..={MAX_DEVICES}"));
+        }
+        if registration.roles.names().is_empty() {
+            return Err("the node has no role; it may denoise, decode, or both".to_owned());
         }
         if let Some(other) = self.boots.get(&boot).filter(|other| *other != id) {
             return Err(format!("this process joined as {other} before; it cannot be {id} as well"));

@@ -4,11 +4,11 @@ use std::collections::HashSet;
 use std::time::Duration;
 
 use farm_core::api::JobResult;
-use farm_core::id::{AttemptKey, AttemptNo, BootId, JobId, NodeId};
+use farm_core::id::{AttemptKey, AttemptNo, BootId, DeviceIndex, JobId, NodeId};
 use farm_core::job::state::FailureKind;
 use farm_core::store::key;
 use farm_core::wire::to_node::ToNode;
-use farm_core::wire::to_scheduler::{AttemptOutcome, AttemptReport, RunningAttempt};
+use farm_core::wire::to_scheduler::{AttemptOutcome, AttemptReport, Helping, RunningAttempt};
 
 use super::effects::{Change, Effects, Outcome};
 use super::farm::{Confirmation, Farm, Job, Phase, Slot, shortened};
@@ -24,15 +24,36 @@ enum Overdue {
 }
 
 impl Farm {
-    /// A registered node lists every attempt that it holds.
-    pub(super) fn on_running(&mut self, id: &NodeId, running: Vec<RunningAttempt>, fx: &mut Effects) {
-        let Some(boot) = self.nodes.get(id).map(|node| node.boot) else { return };
+    /// A registered node says, in its message number `seq`, what it holds: every attempt, with the devices that it has
+    /// left, and every device that helps.
+    pub(super) fn on_listed(
+        &mut self,
+        id: &NodeId,
+        seq: u64,
+        running: Vec<RunningAttempt>,
+        helping: &[Helping],
+        fx: &mut Effects,
+    ) {
+        let Some(node) = self.nodes.get_mut(id).filter(|node| seq > node.heartbeat) else { return };
+        node.heartbeat = seq;
+        let boot = node.boot;
+        self.on_running(id, boot, running, fx);
+        self.on_helping(id, boot, helping, fx);
+    }
+
+    fn on_running(&mut self, id: &NodeId, boot: BootId, running: Vec<RunningAttempt>, fx: &mut Effects) {
         let listed: HashSet<AttemptKey> = running.iter().map(|attempt| attempt.key).collect();
+        self.free_stopped(id, &running);
         for attempt in running {
             match self.lease_mut(&attempt.key).filter(|lease| lease.node == *id && lease.boot == boot) {
                 Some(lease) => {
                     lease.confirmation = Confirmation::Listed;
                     lease.progress = Some(attempt.progress);
+                    // What is given back is never lent to the attempt again, so a lease only shrinks.
+                    let kept = |device: &DeviceIndex| attempt.devices.contains(device);
+                    let (held, given_back) = std::mem::take(&mut lease.devices).into_iter().partition(kept);
+                    lease.devices = held;
+                    self.take_back(id, given_back);
                 }
                 None => {
                     self.counters.strays_aborted += 1;
@@ -41,16 +62,25 @@ impl Farm {
                 }
             }
         }
-        self.free_stopped(id, &listed);
         self.chase_unlisted(id, boot, &listed, fx);
     }
 
-    /// Devices of attempts that were told to stop and are not listed any more.
-    fn free_stopped(&mut self, id: &NodeId, listed: &HashSet<AttemptKey>) {
+    /// Devices that an attempt has given back before its end.
+    fn take_back(&mut self, id: &NodeId, devices: Vec<DeviceIndex>) {
         let Some(node) = self.nodes.get_mut(id) else { return };
-        for device in &mut node.devices {
+        for device in devices {
+            node.devices[device.0 as usize].slot = Slot::Free;
+            self.replan = true;
+        }
+    }
+
+    /// Devices of attempts that were told to stop and do not list them any more.
+    fn free_stopped(&mut self, id: &NodeId, running: &[RunningAttempt]) {
+        let Some(node) = self.nodes.get_mut(id) else { return };
+        for (i, device) in node.devices.iter_mut().enumerate() {
+            let has = |attempt: &RunningAttempt| attempt.devices.contains(&DeviceIndex(i as u32));
             if let Slot::Stopping(key) = device.slot
-                && !listed.contains(&key)
+                && !running.iter().any(|attempt| attempt.key == key && has(attempt))
             {
                 device.slot = Slot::Free;
                 self.replan = true;
@@ -60,7 +90,7 @@ impl Farm {
 
     /// Leases of the node that it does not list: the command or the report may be on the way, but not for ever.
     fn chase_unlisted(&mut self, id: &NodeId, boot: BootId, listed: &HashSet<AttemptKey>, fx: &mut Effects) {
-        for job in self.leases_of(id) {
+        for job in self.nodes.get(id).map(|node| node.leases.clone()).unwrap_or_default() {
             let (now, limits) = (self.now, self.limits.clone());
             let Some(Job { phase: Phase::Running(lease), .. }) = self.jobs.get_mut(&job) else { continue };
             if listed.contains(&lease.key) {
@@ -96,19 +126,6 @@ impl Farm {
         }
     }
 
-    /// Jobs whose leases hold devices of the node, each once.
-    fn leases_of(&self, id: &NodeId) -> Vec<JobId> {
-        let mut jobs: Vec<JobId> = Vec::new();
-        for device in self.nodes.get(id).into_iter().flat_map(|node| &node.devices) {
-            if let Slot::Leased(job) = device.slot
-                && !jobs.contains(&job)
-            {
-                jobs.push(job);
-            }
-        }
-        jobs
-    }
-
     /// The end of an attempt. Whatever it says, it is acknowledged once its consequences are committed; if the
     /// attempt is not the one that runs now, there are none.
     pub(super) fn on_report(
@@ -139,7 +156,7 @@ impl Farm {
     }
 
     fn complete(&mut self, key: AttemptKey, result_json: String, warnings: Vec<String>, fx: &mut Effects) {
-        self.release(key.job, Slot::Free);
+        self.release(key.job, Slot::Free, fx);
         self.forget(key.job);
         fx.changes.push(Change::AttemptEnded { key, outcome: Outcome::Completed, message: None });
         for warning in &warnings {
@@ -151,7 +168,7 @@ impl Farm {
 
     /// A running attempt ended without a clip: its devices are free, and its job fails or goes back to the queue.
     pub(super) fn fail_attempt(&mut self, key: AttemptKey, kind: FailureKind, message: String, fx: &mut Effects) {
-        self.release(key.job, Slot::Free);
+        self.release(key.job, Slot::Free, fx);
         self.orphans.remove(&key.job);
         let limits = self.limits.clone();
         let Some(job) = self.jobs.get_mut(&key.job) else { return };

@@ -6,7 +6,7 @@ use farm_core::id::{AttemptNo, DeviceIndex, Epoch};
 use farm_core::job::spec::RenderSpec;
 use farm_core::job::state::{FailureKind, JobState};
 use farm_core::wire::to_node::ToNode;
-use farm_core::wire::to_scheduler::AttemptOutcome;
+use farm_core::wire::to_scheduler::{AttemptOutcome, Roles};
 
 use super::effects::Change;
 use super::events::Event;
@@ -238,7 +238,7 @@ fn a_closed_session_is_forgiven_if_the_node_comes_back_in_time() {
     world.event(Event::SessionClosed(boot(1)));
     world.pass(seconds(4));
     let mut again = registration(1, &["m"]);
-    again.running = vec![listed(key)];
+    again.running = vec![world.listed(key)];
     world.register("a", boot(1), again);
     world.pass_with(seconds(30), &[("a", boot(1), &[key])]);
     assert_eq!(world.state(job), JobState::Running);
@@ -270,7 +270,7 @@ fn a_silent_node_is_lost_at_its_ttl_and_told_to_stop_when_it_comes_back() {
     world.heartbeat("a", boot(1), &[key]);
     assert!(matches!(world.sent[0].message, ToNode::Reregister));
     let mut again = registration(1, &["m"]);
-    again.running = vec![listed(key)];
+    again.running = vec![world.listed(key)];
     world.register("a", boot(1), again);
     assert_eq!(world.aborts(), [key]);
     assert_eq!(world.start().key.attempt, AttemptNo(2));
@@ -471,6 +471,7 @@ fn a_senseless_registration_is_refused() {
     assert!(refused("", &|_| {}).contains("node name"));
     assert!(refused("a\nb", &|_| {}).contains("node name"));
     assert!(refused("a", &|r| r.devices.clear()).contains("0 devices"));
+    assert!(refused("a", &|r| r.roles = Roles { denoise: false, decode: false }).contains("no role"));
     assert!(refused("a", &|r| r.models[0].defaults_json = "{".to_owned()).contains("do not parse"));
     assert!(refused("a", &|r| r.models.push(model("m"))).contains("twice"));
     assert!(refused("a", &|r| r.models[0].name.clear()).contains("model name"));
@@ -484,7 +485,7 @@ fn after_a_restart_running_attempts_are_adopted() {
     world.restart();
     world.pass(seconds(5));
     let mut again = registration(2, &["m"]);
-    again.running = vec![listed(key)];
+    again.running = vec![world.listed(key)];
     world.register("a", boot(1), again);
     assert!(world.aborts().is_empty());
     assert_eq!(world.farm.sizes(), (1, 2, 1));

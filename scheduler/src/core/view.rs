@@ -36,13 +36,11 @@ impl Farm {
         self.jobs.contains_key(&job)
     }
 
-    /// The models that joined nodes have.
+    /// The models that clips can be rendered with.
     pub fn models(&self) -> Models {
         let mut models = BTreeMap::new();
-        for node in self.nodes.values() {
-            for (name, model) in &node.models {
-                models.entry(name.to_string()).or_insert_with(|| (model.hash.clone(), model.defaults.clone()));
-            }
+        for (name, model) in self.nodes.values().flat_map(|node| node.rendered_models()) {
+            models.entry(name.to_string()).or_insert_with(|| (model.hash.clone(), model.defaults.clone()));
         }
         Models(models)
     }
@@ -61,6 +59,7 @@ impl Farm {
             .map(|(id, node)| NodeView {
                 node: id.clone(),
                 version: node.version.clone(),
+                roles: node.roles.names().into_iter().map(str::to_owned).collect(),
                 devices: node.devices.iter().map(|device| self.device_view(device)).collect(),
                 models: node
                     .models
@@ -74,12 +73,13 @@ impl Farm {
     }
 
     fn device_view(&self, device: &Device) -> DeviceView {
-        let job = match device.slot {
-            Slot::Leased(job) => Some(job),
-            Slot::Free | Slot::Stopping(_) => None,
+        let (job, helps) = match &device.slot {
+            Slot::Leased(job) => (Some(*job), false),
+            Slot::Helping(help) => (Some(help.key.job), true),
+            Slot::Free | Slot::Stopping(_) => (None, false),
         };
         let progress = job.and_then(|job| self.running(job)).and_then(|(_, progress)| progress);
-        DeviceView { name: device.name.clone(), job, progress }
+        DeviceView { name: device.name.clone(), job, helps, progress }
     }
 
     /// Nodes, devices, free devices.
@@ -114,7 +114,8 @@ impl Farm {
     }
 
     fn model_wait_reason(&self, named: Option<&str>) -> WaitReason {
-        let names: BTreeSet<&Arc<str>> = self.nodes.values().flat_map(|node| node.models.keys()).collect();
+        let rendered = self.nodes.values().flat_map(|node| node.rendered_models());
+        let names: BTreeSet<&Arc<str>> = rendered.map(|(name, _)| name).collect();
         let registered: Vec<String> = names.iter().map(|name| name.to_string()).collect();
         let model = match (named, registered.as_slice()) {
             (_, []) if named.is_none() => return WaitReason::NoModel,
@@ -125,7 +126,7 @@ impl Farm {
             }
             (Some(name), _) => name.to_owned(),
         };
-        let with_model = || self.nodes.values().filter(|node| node.models.contains_key(model.as_str()));
+        let with_model = || self.nodes.values().filter(|node| node.can_render(&model));
         let devices = with_model().map(|node| node.devices.len()).sum();
         let silent = with_model().filter(|node| !self.is_alive(node)).map(|node| node.devices.len()).sum();
         WaitReason::Busy { model, devices, silent }

@@ -342,7 +342,7 @@ async fn every_committed_prefix_is_a_legal_farm(opener: &dyn Opener) {
         store.apply(epoch, &changes, at(n as i64)).await.unwrap();
         drop(store);
         let live = opener.open().await.live_jobs().await.unwrap();
-        let farm = Farm::restore(Limits::default(), epoch, "memory:".to_owned(), live, Time::default());
+        let farm = Farm::restore(Limits::default(), epoch, "memory:".to_owned(), Tiling::AUTO, live, Time::default());
         for (job, expected) in jobs.iter().zip(expected) {
             let found = match (farm.holds(*job), farm.running(*job)) {
                 (true, Some(_)) => 1,

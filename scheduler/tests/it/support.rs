@@ -11,6 +11,7 @@ use farm_core::job::spec::{GenerationDefaults, RenderSpec};
 use farm_core::parallel::cost::ModelShape;
 use farm_core::store::artifact::ArtifactStore;
 use farm_core::store::key;
+use farm_core::tiles::plan::Tiling;
 use farm_core::wire::cluster::ClusterError;
 use farm_core::wire::to_node::{StartAttempt, ToNode};
 use farm_core::wire::to_scheduler::{
@@ -98,7 +99,9 @@ impl Rig {
         let sent = Arc::new(Sent::default());
         let link: Arc<dyn NodeLink> = sent.clone();
         let (scheduler, _) =
-            Scheduler::start(Limits::default(), queue.clone(), artifacts.url().to_owned(), link.clone()).await.unwrap();
+            Scheduler::start(Limits::default(), queue.clone(), artifacts.url().to_owned(), Tiling::AUTO, link.clone())
+                .await
+                .unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let stop = CancellationToken::new();
@@ -201,6 +204,7 @@ pub fn completed(start: &StartAttempt, bytes: u64) -> AttemptOutcome {
         epoch: start.key.epoch,
         node: NodeId("a".to_owned()),
         devices: start.devices.clone(),
+        decode: None,
         topology: start.topology,
         clip: key::clip(start.key.job, start.key.attempt),
         clip_bytes: bytes,

@@ -24,23 +24,19 @@ pub struct TlsFiles {
     pub ca: PathBuf,
 }
 
-pub(super) struct Tls {
-    pub(super) acceptor: TlsAcceptor,
-    pub(super) connector: TlsConnector,
-}
-
-impl Tls {
-    pub(super) fn load(files: &TlsFiles) -> Result<Self, CommError> {
-        let chain = certificates(&files.certificate)?;
-        let key = PrivateKeyDer::from_pem_file(&files.key).map_err(|error| unreadable(&files.key, &error))?;
+impl TlsFiles {
+    /// What a server and what a client need: each shows this certificate and asks for one of the authority's.
+    pub fn load(&self) -> Result<(ServerConfig, ClientConfig), CommError> {
+        let chain = certificates(&self.certificate)?;
+        let key = PrivateKeyDer::from_pem_file(&self.key).map_err(|error| unreadable(&self.key, &error))?;
         let mut roots = RootCertStore::empty();
-        for certificate in certificates(&files.ca)? {
-            roots.add(certificate).map_err(|error| unreadable(&files.ca, &error))?;
+        for certificate in certificates(&self.ca)? {
+            roots.add(certificate).map_err(|error| unreadable(&self.ca, &error))?;
         }
         let roots = Arc::new(roots);
         let provider = Arc::new(aws_lc_rs::default_provider());
         let bad_pair = |error| {
-            let (certificate, key) = (files.certificate.display(), files.key.display());
+            let (certificate, key) = (self.certificate.display(), self.key.display());
             CommError::Transport(format!("the certificate {certificate} cannot be used with the key {key}: {error}"))
         };
         let bad_tls = |error: &dyn std::fmt::Display| CommError::Transport(format!("tls: {error}"));
@@ -60,6 +56,18 @@ impl Tls {
             .with_root_certificates(roots)
             .with_client_auth_cert(chain, key)
             .map_err(bad_pair)?;
+        Ok((server, client))
+    }
+}
+
+pub(super) struct Tls {
+    pub(super) acceptor: TlsAcceptor,
+    pub(super) connector: TlsConnector,
+}
+
+impl Tls {
+    pub(super) fn load(files: &TlsFiles) -> Result<Self, CommError> {
+        let (server, client) = files.load()?;
         Ok(Self { acceptor: Arc::new(server).into(), connector: Arc::new(client).into() })
     }
 }

@@ -1,6 +1,7 @@
 //! `farm-node bench`: where the time of one clip goes, and how much memory it takes. `bench usp`: what ranks gain.
 //! `bench tiles`: what decodes in tiles lose.
 
+mod stitch;
 mod tiles;
 mod usp;
 
@@ -51,6 +52,8 @@ enum Other {
     Usp(usp::Args),
     /// Compare decodes in tiles with the decode of the whole frame
     Tiles(tiles::Args),
+    /// Time and weigh the stitching of a large clip from made-up tiles
+    Stitch(stitch::Args),
 }
 
 /// Medians in seconds.
@@ -80,6 +83,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     match args.other {
         Some(Other::Usp(args)) => return usp::run(args),
         Some(Other::Tiles(args)) => return tiles::run(args),
+        Some(Other::Stitch(args)) => return stitch::run(args),
         None => {}
     }
     let threads = args.threads.or_else(|| std::thread::available_parallelism().ok()).map_or(1, NonZeroUsize::get);

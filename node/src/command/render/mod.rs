@@ -15,19 +15,23 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::{Context, bail};
 use farm_core::engine::cpu::CpuEngine;
 use farm_core::job::spec::{GuidanceScale, RenderRequest, RenderSpec};
-use farm_core::job::state::{Progress, Stage};
+use farm_core::job::state::Progress;
 use farm_core::model::ModelError;
 use farm_core::model::latent::{LATENT_KEY, LatentCheckpoint, NOISE_KEY, from_safetensors, to_safetensors};
 use farm_core::model::pipeline::{Pipeline, RenderObserver, Residency, Start};
 use farm_core::model::weights::checkpoint::Checkpoint;
 use farm_core::parallel::group::RankGroup;
 use farm_core::parallel::topology::Topology;
-use indicatif::{ProgressBar, ProgressStyle};
+use farm_core::tiles::plan::Tiling;
 
 use self::group::{Clip, Follower};
 use self::resume::{Identity, Saved};
 use crate::command::ClipSize;
-use crate::encode::{self, FrameSink, Mp4Sink, RawSink};
+use crate::command::decode::{self, Latent};
+use crate::command::target::{Kind, Target};
+use crate::command::watch::{Show, progress_bar, stop_on_signals};
+use crate::decode::shape;
+use crate::encode::FrameSink;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -58,6 +62,10 @@ pub struct Args {
     /// divided among the devices]
     #[arg(long, value_name = "N")]
     pub threads: Option<NonZeroUsize>,
+    /// Decode in tiles, on all of --devices: auto, whole, exact or HxW+OVERLAP in latent pixels of 8x8 pixels [default:
+    /// the whole frame at a time, on one device]
+    #[arg(long, value_name = "TILES", conflicts_with = "rank")]
+    pub tiles: Option<Tiling>,
     /// Arithmetic of the networks
     #[arg(long, value_enum, default_value_t = Precision::Fp32)]
     pub precision: Precision,
@@ -78,25 +86,6 @@ fn parse_guidance(text: &str) -> Result<GuidanceScale, String> {
     match text.split_once(',') {
         None => Ok(GuidanceScale::Constant(number(text)?)),
         Some(_) => Ok(GuidanceScale::PerStep(text.split(',').map(number).collect::<Result<_, _>>()?)),
-    }
-}
-
-/// What the ending of the output's name asks for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
-    Mp4,
-    Rgb,
-    Latent,
-}
-
-impl Kind {
-    fn of(path: &Path) -> anyhow::Result<Self> {
-        match path.extension().and_then(|end| end.to_str()) {
-            Some("mp4") => Ok(Self::Mp4),
-            Some("rgb") => Ok(Self::Rgb),
-            Some("safetensors") => Ok(Self::Latent),
-            _ => bail!("{} has to end in .mp4, .rgb or .safetensors", path.display()),
-        }
     }
 }
 
@@ -135,6 +124,11 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let pipeline = Pipeline::open(&CpuEngine::new(threads)?, checkpoint, residency)?;
     pipeline.check_group(topology, &spec)?;
 
+    // Before anything is computed.
+    let tiles = match args.tiles {
+        Some(tiling) => Some(shape(tiling, spec.latent_shape(), pipeline.vae_config()?).map_err(anyhow::Error::msg)?),
+        None => None,
+    };
     if args.noise.is_none() && args.group.rank() == 0 {
         eprintln!("seed {seed}");
     }
@@ -153,25 +147,39 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let clip = Clip { pipeline: &pipeline, topology, spec: &spec, identity, threads, stop: &stop };
     let bar = progress_bar();
     let mut follower = Follower { stop: stop.clone() };
+    let mut in_tiles = None;
     let outcome = match &target {
         None => clip.run(&args.group, |_, _| Ok(()), &mut follower)?,
         Some(target) => {
-            let output = Output::create(target.kind, target.unfinished.path(), &spec)?;
+            let sink = if tiles.is_none() { target.sink(spec.width, spec.height)? } else { None };
             let saved = saved.as_ref();
-            let mut watcher = Watcher { bar: bar.clone(), stop: stop.clone(), output, saved, shown: None };
-            let lead = |engine: &CpuEngine, group: &RankGroup<CpuEngine>| match target.kind {
-                Kind::Latent => {
+            let mut watcher = Watcher { show: Show::new(bar.clone()), stop: stop.clone(), sink, saved };
+            let lead = |engine: &CpuEngine, group: &RankGroup<CpuEngine>| match (target.kind, &tiles) {
+                (Kind::Latent, _) => {
                     let denoised = pipeline.denoise(engine, group, &spec, &start, &mut watcher)?;
                     let bytes = to_safetensors(LATENT_KEY, &denoised.values, spec.latent_shape())?;
                     std::fs::write(target.unfinished.path(), bytes).map_err(ModelError::Output)
                 }
-                Kind::Mp4 | Kind::Rgb => {
+                (Kind::Mp4 | Kind::Rgb, Some(_)) => {
+                    in_tiles = Some(pipeline.denoise(engine, group, &spec, &start, &mut watcher)?.values);
+                    Ok(())
+                }
+                (Kind::Mp4 | Kind::Rgb, None) => {
                     pipeline.render(engine, group, &spec, &start, &mut watcher)?;
-                    watcher.output.finish().map_err(ModelError::Output)
+                    watcher.sink.as_mut().map_or(Ok(()), |sink| sink.finish()).map_err(ModelError::Output)
                 }
             };
             clip.run(&args.group, lead, &mut follower)?
         }
+    };
+    let outcome = match (outcome, in_tiles, tiles, &target) {
+        (Ok(()), Some(values), Some(shape), Some(target)) => {
+            let decoder = pipeline.decoder(&CpuEngine::new(threads)?)?;
+            let devices = [args.group.devices.cpus, threads];
+            let latent = Latent { values: &values, size: spec.latent_shape() };
+            decode::in_tiles(decoder, latent, shape, devices, target, &stop, &mut Show::new(bar.clone()))?
+        }
+        (outcome, ..) => outcome,
     };
     bar.finish_and_clear();
     match outcome {
@@ -186,34 +194,6 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         println!("{}", target.publish()?.display());
     }
     Ok(ExitCode::SUCCESS)
-}
-
-/// The file that is being made. It lies beside its place until it is finished, so that it is moved and not copied, and
-/// removed on any way out.
-struct Target {
-    kind: Kind,
-    out: PathBuf,
-    unfinished: tempfile::NamedTempFile,
-}
-
-impl Target {
-    fn create(out: &Path) -> anyhow::Result<Self> {
-        let kind = Kind::of(out)?;
-        if kind == Kind::Mp4 {
-            encode::check()?;
-        }
-        let folder = out.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let unfinished = tempfile::Builder::new()
-            .prefix(".farm-node-render-")
-            .tempfile_in(folder)
-            .with_context(|| format!("cannot write to {}", folder.display()))?;
-        Ok(Self { kind, out: out.to_owned(), unfinished })
-    }
-
-    fn publish(self) -> anyhow::Result<PathBuf> {
-        publish(self.unfinished, &self.out)?;
-        Ok(self.out)
-    }
 }
 
 fn request(args: &Args) -> RenderRequest {
@@ -238,111 +218,22 @@ fn read_noise(path: &Path, spec: &RenderSpec) -> anyhow::Result<Vec<f32>> {
     from_safetensors(&bytes, NOISE_KEY, spec.latent_shape()).with_context(|| path.display().to_string())
 }
 
-/// Moves the finished file to its place. Temporary files are private; a clip gets the usual rights.
-fn publish(unfinished: tempfile::NamedTempFile, out: &Path) -> anyhow::Result<()> {
-    use std::os::unix::fs::PermissionsExt;
-    // SAFETY: umask only swaps a number of the process; nothing else sets it.
-    let umask = unsafe {
-        let umask = libc::umask(0o077);
-        libc::umask(umask);
-        umask
-    };
-    let rights = std::fs::Permissions::from_mode(0o666 & !umask);
-    std::fs::set_permissions(unfinished.path(), rights).with_context(|| out.display().to_string())?;
-    unfinished.persist(out).map_err(|error| error.error).with_context(|| format!("cannot write {}", out.display()))?;
-    Ok(())
-}
-
-/// Set by Ctrl-C or SIGTERM; looked at after every step. A second signal ends the process at once.
-fn stop_on_signals() -> anyhow::Result<Arc<AtomicBool>> {
-    let stop = Arc::new(AtomicBool::new(false));
-    let flag = stop.clone();
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    std::thread::Builder::new().name("signals".into()).spawn(move || {
-        runtime.block_on(async {
-            use tokio::signal::unix::{SignalKind, signal};
-            let (Ok(mut interrupt), Ok(mut terminate)) =
-                (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
-            else {
-                return;
-            };
-            for _ in 0..2 {
-                tokio::select! {
-                    _ = interrupt.recv() => {}
-                    _ = terminate.recv() => {}
-                }
-                if flag.swap(true, Ordering::Relaxed) {
-                    std::process::exit(130);
-                }
-            }
-        });
-    })?;
-    Ok(stop)
-}
-
-fn progress_bar() -> ProgressBar {
-    let style = ProgressStyle::with_template("{prefix:8} {wide_bar} {pos}/{len} {msg}");
-    ProgressBar::new(1).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
-}
-
-/// Where frames go; a latent has none.
-enum Output {
-    Frames(Box<dyn FrameSink>),
-    Nothing,
-}
-
-impl Output {
-    fn create(kind: Kind, path: &Path, spec: &RenderSpec) -> io::Result<Self> {
-        Ok(match kind {
-            Kind::Mp4 => Self::Frames(Box::new(Mp4Sink::create(path, spec.width, spec.height)?)),
-            Kind::Rgb => Self::Frames(Box::new(RawSink::create(path, spec.width, spec.height)?)),
-            Kind::Latent => Self::Nothing,
-        })
-    }
-
-    fn finish(&mut self) -> io::Result<()> {
-        match self {
-            Self::Frames(sink) => sink.finish(),
-            Self::Nothing => Ok(()),
-        }
-    }
-}
-
 struct Watcher<'a> {
-    bar: ProgressBar,
+    show: Show,
     stop: Arc<AtomicBool>,
-    output: Output,
+    /// None for a latent, and where frames come later.
+    sink: Option<Box<dyn FrameSink>>,
     saved: Option<&'a Saved>,
-    /// The last line for those who see no bar.
-    shown: Option<(Stage, u32)>,
 }
 
 impl RenderObserver for Watcher<'_> {
     fn progress(&mut self, progress: Progress) -> ControlFlow<()> {
-        // A log gets a line for every step, and for the beginning of the other stages.
-        let line = (progress.stage, if progress.stage == Stage::Denoise { progress.done } else { 0 });
-        if self.bar.is_hidden() && self.shown != Some(line) {
-            self.shown = Some(line);
-            match progress.stage {
-                Stage::Denoise => eprintln!("denoise {}/{}", progress.done, progress.total),
-                stage => eprintln!("{}", stage.as_str()),
-            }
-        }
-        self.bar.set_prefix(progress.stage.as_str());
-        self.bar.set_length(progress.total.into());
-        self.bar.set_position(progress.done.into());
-        let unit = match progress.stage {
-            Stage::Denoise => "steps",
-            Stage::Decode => "frames",
-            Stage::Starting | Stage::Text | Stage::Upload => "",
-        };
-        let left = progress.eta_seconds.map(|eta| format!(", about {eta:.0} s left")).unwrap_or_default();
-        self.bar.set_message(format!("{unit}{left}"));
+        self.show.progress(progress);
         if self.stop.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     }
 
     fn warning(&mut self, message: &str) {
-        self.bar.suspend(|| eprintln!("warning: {message}"));
+        self.show.warning(message);
     }
 
     fn wants_checkpoint(&mut self, step: u32, _steps: u32) -> bool {
@@ -356,10 +247,7 @@ impl RenderObserver for Watcher<'_> {
     }
 
     fn frames(&mut self, rgb24: &[u8], _count: usize) -> io::Result<()> {
-        match &mut self.output {
-            Output::Frames(sink) => sink.frames(rgb24),
-            Output::Nothing => Ok(()),
-        }
+        self.sink.as_mut().map_or(Ok(()), |sink| sink.frames(rgb24))
     }
 }
 
@@ -372,13 +260,5 @@ mod tests {
         assert_eq!(parse_guidance("4.5").unwrap(), GuidanceScale::Constant(4.5));
         assert_eq!(parse_guidance("6, 5,4").unwrap(), GuidanceScale::PerStep(vec![6.0, 5.0, 4.0]));
         assert!(parse_guidance("6,,4").is_err() && parse_guidance("six").is_err());
-    }
-
-    #[test]
-    fn the_ending_of_the_output_decides_what_is_written() {
-        assert_eq!(Kind::of(Path::new("a/b.mp4")).unwrap(), Kind::Mp4);
-        assert_eq!(Kind::of(Path::new("b.rgb")).unwrap(), Kind::Rgb);
-        assert_eq!(Kind::of(Path::new("b.safetensors")).unwrap(), Kind::Latent);
-        assert!(Kind::of(Path::new("mp4")).is_err() && Kind::of(Path::new("b.mov")).is_err());
     }
 }

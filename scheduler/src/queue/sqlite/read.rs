@@ -14,10 +14,10 @@ use super::{
     SqliteQueue, get_attempt, get_boot, get_job_id, get_json, get_optional_json, get_optional_node, get_optional_time,
     get_seed, get_state, get_time, get_u32, get_u64, tail_of,
 };
-use crate::core::events::{LiveAttempt, LiveJob, LoadedRequest};
+use crate::core::events::{Clip, LiveAttempt, LiveJob, LoadedRequest};
 
 const LIVE: &str = "SELECT j.id, j.seq, j.priority, j.model, j.attempt, j.failures, j.losses, j.state, \
-     a.epoch, a.node, a.boot, a.devices FROM jobs j \
+     a.epoch, a.node, a.boot, a.devices, j.model_hash, j.spec FROM jobs j \
      LEFT JOIN attempts a ON a.job = j.seq AND a.attempt = j.attempt AND a.outcome = 'running'";
 
 const RECORD: &str = "SELECT j.id, j.request, j.seed, j.priority, j.model, j.state, j.reason, j.result, j.warnings, \
@@ -203,6 +203,11 @@ fn live_attempt(row: &SqliteRow, job: JobId, attempt: AttemptNo) -> Result<LiveA
         node,
         boot: get_boot(row, "boot")?,
         devices: get_json(row, "devices")?,
+        clip: Clip {
+            model: row.try_get("model")?,
+            model_hash: row.try_get("model_hash")?,
+            spec_json: row.try_get("spec")?,
+        },
     })
 }
 

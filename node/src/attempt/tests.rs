@@ -3,12 +3,19 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use farm_core::id::{AttemptNo, DeviceIndex, Epoch, JobId};
 use farm_core::job::spec::GenerationDefaults;
+use farm_core::parallel::group::RankGroup;
 use farm_core::parallel::topology::Topology;
-use farm_core::tiles::plan::Tiling;
+use farm_core::tiles::hand::{Hand, Todo};
+use farm_core::tiles::message::{FromHand, Pixels};
+use farm_core::tiles::plan::{Mode, Tiling};
+use farm_core::tiles::statistics::Sums;
+use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
 use super::*;
-use crate::device_thread::Device;
+use crate::checkpoints::Slot;
+use crate::data_plane::Options;
+use crate::device_thread::{Decode, Denoise, Device};
 
 /// What the fake device does with a clip.
 #[derive(Clone)]
@@ -17,24 +24,28 @@ enum Behaviour {
     Panic,
     /// Says when it has begun, then goes through steps until it is told to stop.
     StepUntilStopped(Arc<tokio::sync::Notify>),
+    /// Denoises, and fails whenever it is to decode.
+    FailDecodes,
 }
 
-/// Writes a few bytes as a clip; only the order of things is of interest here.
+/// Makes grey clips; only the order of things is of interest here.
 struct FakeDevice {
     behaviour: Behaviour,
-    rendered: Arc<AtomicUsize>,
+    denoised: Arc<AtomicUsize>,
 }
 
 impl Device for FakeDevice {
-    fn render(&mut self, work: Work) -> Result<Rendered, RenderError> {
+    fn denoise(&mut self, work: Denoise) -> Result<Denoised, RenderError> {
         let step = |done| work.monitor.advance(Progress { stage: Stage::Denoise, done, total: 3, eta_seconds: None });
         match &self.behaviour {
-            Behaviour::Render => {
+            Behaviour::Render | Behaviour::FailDecodes => {
                 step(1);
-                std::fs::write(&work.clip, format!("clip of {}", work.spec.prompt)).map_err(RenderError::device)?;
-                self.rendered.fetch_add(1, Ordering::Relaxed);
-                Ok(Rendered {
-                    seconds: StageSeconds { denoise: 2.0, ..StageSeconds::default() },
+                self.denoised.fetch_add(1, Ordering::Relaxed);
+                let latent = vec![0.5; work.spec.latent_shape().iter().product()];
+                Ok(Denoised {
+                    latent,
+                    text_seconds: 1.0,
+                    denoise_seconds: 2.0,
                     warnings: vec!["the prompt was cut".into()],
                 })
             }
@@ -48,36 +59,102 @@ impl Device for FakeDevice {
             }
         }
     }
+
+    fn decode(&mut self, work: Decode) {
+        let Decode { shape: [_, chunks, height, width], mut link, .. } = work;
+        if matches!(self.behaviour, Behaviour::FailDecodes) {
+            return link.to.blocking_send(FromHand::Failed { message: "no memory".into() }).unwrap();
+        }
+        let mut hand = Hand::new(0, chunks as u32);
+        loop {
+            match hand.todo() {
+                Todo::Done => return,
+                Todo::Wait => match link.from.blocking_recv() {
+                    Some(message) => hand.hear(message).unwrap(),
+                    None => return,
+                },
+                Todo::Give { number, step } => {
+                    let sums = Sums::default();
+                    link.to.blocking_send(FromHand::Given { number, step, busy_ms: 0, sums, edges: None }).unwrap();
+                }
+                Todo::Frames { number, chunk } => {
+                    let frames = if chunk == 0 { 1 } else { 6 };
+                    let pixels = Pixels::Rgb8(vec![128; frames * 64 * height * width * 3]);
+                    link.to.blocking_send(FromHand::Frames { number, chunk, pixels }).unwrap();
+                }
+                _ => {}
+            }
+        }
+    }
 }
 
-/// A node of one device over a memory store.
+/// Where the scheduler's answers go.
+type Answers = Arc<Mutex<Option<mpsc::Sender<Hands>>>>;
+
+/// A node over a memory store, and a scheduler that lets all devices of a lease decode.
+async fn workshop(
+    data: &tempfile::TempDir,
+    devices: Vec<DeviceHandle>,
+    models: HashMap<String, Offered>,
+    checkpoint_steps: u32,
+) -> (Arc<Workshop>, Answers, Arc<Mutex<Vec<String>>>) {
+    let (log, answers) = (Arc::<Mutex<Vec<String>>>::default(), Answers::default());
+    let (lines, told) = (log.clone(), answers.clone());
+    let all: Vec<DeviceIndex> = (0..devices.len() as u32).map(DeviceIndex).collect();
+    let options = Options { listen: ([127, 0, 0, 1], 0).into(), host: None, tls: None, patience: Default::default() };
+    let workshop = Arc::new(Workshop {
+        node: NodeId("n".into()),
+        store: ArtifactStore::open("memory:").unwrap(),
+        scratch: Arc::new(Scratch::open(&data.path().join("node")).unwrap()),
+        devices,
+        models,
+        checkpoint_steps,
+        data: DataPlane::start(options).await.unwrap(),
+        log: Box::new(move |_, line| lines.lock().unwrap().push(line)),
+        want_hands: Box::new(move |_, wanted| {
+            let hands = Hands { round: wanted.round, keep: all.clone(), helpers: 0 };
+            told.lock().unwrap().as_ref().unwrap().try_send(hands).unwrap();
+        }),
+    });
+    (workshop, answers, log)
+}
+
+/// The attempt with a lease whose devices' last reservation is `kept`.
+fn attempt(
+    (workshop, answers): (&Arc<Workshop>, &Answers),
+    start: StartAttempt,
+    kept: Reservation,
+    progress: ProgressCell,
+    stop: Arc<AtomicBool>,
+) -> impl Future<Output = AttemptOutcome> + Send + use<> {
+    let lease = start.devices.iter().map(|&device| (device, kept.clone())).collect();
+    let (tell, hands) = mpsc::channel(4);
+    *answers.lock().unwrap() = Some(tell);
+    run(workshop.clone(), start, lease, hands, progress, stop)
+}
+
+/// A node of one fake device.
 struct Bench {
     workshop: Arc<Workshop>,
-    rendered: Arc<AtomicUsize>,
+    answers: Answers,
+    denoised: Arc<AtomicUsize>,
     log: Arc<Mutex<Vec<String>>>,
     data: tempfile::TempDir,
 }
 
 impl Bench {
-    fn new(behaviour: Behaviour) -> Self {
+    async fn new(behaviour: Behaviour) -> Self {
         let data = tempfile::tempdir().unwrap();
-        let (rendered, log) = (Arc::<AtomicUsize>::default(), Arc::<Mutex<Vec<String>>>::default());
-        let device = FakeDevice { behaviour, rendered: rendered.clone() };
-        let lines = log.clone();
-        let workshop = Arc::new(Workshop {
-            node: NodeId("n".into()),
-            store: ArtifactStore::open("memory:").unwrap(),
-            scratch: Arc::new(Scratch::open(&data.path().join("node")).unwrap()),
-            devices: vec![DeviceHandle::spawn(DeviceIndex(0), device).unwrap()],
-            models: [("tiny".to_owned(), "abc".to_owned())].into(),
-            checkpoint_steps: 0,
-            log: Box::new(move |_, line| lines.lock().unwrap().push(line)),
-        });
-        Self { workshop, rendered, log, data }
+        let denoised = Arc::<AtomicUsize>::default();
+        let device = FakeDevice { behaviour, denoised: denoised.clone() };
+        let devices = vec![DeviceHandle::spawn(DeviceIndex(0), device).unwrap()];
+        let models = [("tiny".to_owned(), Offered { hash: "abc".into(), vae: vae() })].into();
+        let (workshop, answers, log) = workshop(&data, devices, models, 0).await;
+        Self { workshop, answers, denoised, log, data }
     }
 
     async fn run(&self, start: StartAttempt) -> AttemptOutcome {
-        run(self.workshop.clone(), start, Arc::new(()), ProgressCell::new(), Arc::default()).await
+        attempt((&self.workshop, &self.answers), start, Arc::new(()), ProgressCell::new(), Arc::default()).await
     }
 
     fn scratch_entries(&self) -> usize {
@@ -93,8 +170,22 @@ fn job() -> JobId {
     JobId(Uuid::from_u128(42))
 }
 
+/// Nobody decodes with it.
+fn vae() -> VaeConfig {
+    VaeConfig {
+        latent_channels: 12,
+        channels: vec![32],
+        layers: vec![1, 1],
+        temporal_expansions: vec![],
+        spatial_expansions: vec![],
+        latents_mean: vec![0.0; 12],
+        latents_std: vec![1.0; 12],
+    }
+}
+
 fn start(n: u32) -> StartAttempt {
-    let request = serde_json::from_str(r#"{"prompt":"a ball"}"#).unwrap();
+    let request = r#"{"prompt":"a ball","width":32,"height":16,"num_frames":13,"num_inference_steps":6}"#;
+    let request = serde_json::from_str(request).unwrap();
     let spec = RenderSpec::resolve(&request, &GenerationDefaults::default(), 1).unwrap();
     StartAttempt {
         key: AttemptKey { job: job(), attempt: AttemptNo(n), epoch: Epoch(1) },
@@ -123,33 +214,34 @@ fn failure(outcome: AttemptOutcome) -> (FailureKind, String) {
 
 #[tokio::test]
 async fn a_completed_attempt_leaves_clip_and_result_and_nothing_in_scratch() {
-    let bench = Bench::new(Behaviour::Render);
+    let bench = Bench::new(Behaviour::Render).await;
     let outcome = bench.run(start(1)).await;
     assert_eq!(accepted(&outcome), 1);
     let AttemptOutcome::Completed { result_json, warnings, .. } = outcome else { unreachable!() };
     let result = bench.stored_result().await;
     assert_eq!(serde_json::from_str::<JobResult>(&result_json).unwrap(), result);
     assert_eq!(warnings, ["the prompt was cut"]);
-    let clip = bench.workshop.store.get(&result.clip, 1000).await.unwrap();
-    assert_eq!(clip, "clip of a ball");
-    assert_eq!((result.clip_bytes, result.clip_sha256), (14, format!("{:x}", Sha256::digest(&clip))));
-    assert_eq!(result.seconds.denoise, 2.0);
+    let clip = bench.workshop.store.get(&result.clip, 1 << 20).await.unwrap();
+    assert_eq!((result.clip_bytes, result.clip_sha256), (clip.len() as u64, format!("{:x}", Sha256::digest(&clip))));
+    assert_eq!((result.seconds.text, result.seconds.denoise), (1.0, 2.0));
+    let decode = result.decode.unwrap();
+    assert_eq!((decode.mode, decode.grid, decode.hands), (Mode::Whole, [1, 1], vec!["n 0".to_owned()]));
     assert!(result.seconds.total >= result.seconds.upload);
     assert_eq!(bench.scratch_entries(), 0);
     let log = bench.log.lock().unwrap();
     let at = |text: &str| log.iter().position(|line| line.contains(text)).unwrap_or_else(|| panic!("{text}: {log:?}"));
-    assert!(at("denoise begins") < at("upload begins"));
+    assert!(at("denoise begins") < at("decode begins") && at("decode begins") < at("upload begins"));
     assert!(at("warning: the prompt was cut") < log.len());
 }
 
 #[tokio::test]
 async fn of_two_attempts_that_finish_one_is_accepted_and_the_other_says_which() {
-    let bench = Bench::new(Behaviour::Render);
+    let bench = Bench::new(Behaviour::Render).await;
     let winner = bench.run(start(1)).await;
     // The second is past its look for a result when the first creates it.
     let late = JobResult { attempt: AttemptNo(2), clip: key::clip(job(), AttemptNo(2)), ..bench.stored_result().await };
     bench.workshop.store.put(&late.clip, Bytes::from("late clip")).await.unwrap();
-    let loser = publish(&bench.workshop, start(2).key, late.clone()).await.unwrap();
+    let loser = result::publish(&bench.workshop, start(2).key, late.clone()).await.unwrap();
     assert_eq!((accepted(&winner), accepted(&loser)), (1, 1));
     assert_eq!(bench.stored_result().await.attempt, AttemptNo(1));
     assert_eq!(bench.workshop.store.head(&late.clip).await.unwrap(), None, "the loser's clip is removed");
@@ -158,15 +250,15 @@ async fn of_two_attempts_that_finish_one_is_accepted_and_the_other_says_which() 
 
 #[tokio::test]
 async fn a_job_whose_result_exists_is_reported_without_rendering() {
-    let bench = Bench::new(Behaviour::Render);
+    let bench = Bench::new(Behaviour::Render).await;
     bench.run(start(1)).await;
     assert_eq!(accepted(&bench.run(start(2)).await), 1);
-    assert_eq!(bench.rendered.load(Ordering::Relaxed), 1);
+    assert_eq!(bench.denoised.load(Ordering::Relaxed), 1);
 }
 
 #[tokio::test]
 async fn another_checkpoint_or_an_unknown_model_is_left_to_other_nodes() {
-    let bench = Bench::new(Behaviour::Render);
+    let bench = Bench::new(Behaviour::Render).await;
     let (kind, message) = failure(bench.run(StartAttempt { model_hash: "def".into(), ..start(1) }).await);
     assert_eq!(kind, FailureKind::Device);
     assert!(message.contains("abc") && message.contains("def"), "{message}");
@@ -177,8 +269,8 @@ async fn another_checkpoint_or_an_unknown_model_is_left_to_other_nodes() {
 
 #[tokio::test]
 async fn a_spec_that_no_node_can_render_fails_the_job() {
-    let bench = Bench::new(Behaviour::Render);
-    let spec_json = start(1).spec_json.replace(r#""num_frames":163"#, r#""num_frames":8"#);
+    let bench = Bench::new(Behaviour::Render).await;
+    let spec_json = start(1).spec_json.replace(r#""num_frames":13"#, r#""num_frames":8"#);
     let (kind, message) = failure(bench.run(StartAttempt { spec_json, ..start(1) }).await);
     assert_eq!(kind, FailureKind::Input);
     assert!(message.contains("num_frames 8"), "{message}");
@@ -186,7 +278,7 @@ async fn a_spec_that_no_node_can_render_fails_the_job() {
 
 #[tokio::test]
 async fn a_panic_fails_the_attempt_and_leaves_the_device_alive() {
-    let bench = Bench::new(Behaviour::Panic);
+    let bench = Bench::new(Behaviour::Panic).await;
     for n in 1..3 {
         let (kind, message) = failure(bench.run(start(n)).await);
         assert_eq!(kind, FailureKind::Device);
@@ -197,7 +289,7 @@ async fn a_panic_fails_the_attempt_and_leaves_the_device_alive() {
 
 #[tokio::test]
 async fn a_foreign_result_is_a_store_failure_that_names_it() {
-    let bench = Bench::new(Behaviour::Render);
+    let bench = Bench::new(Behaviour::Render).await;
     bench.workshop.store.put(&key::result(job()), Bytes::from("{}")).await.unwrap();
     let (kind, message) = failure(bench.run(start(1)).await);
     assert_eq!(kind, FailureKind::Store);
@@ -218,11 +310,12 @@ impl Drop for Tell {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_aborted_attempt_gives_its_device_back_and_leaves_nothing() {
     let begun = Arc::new(tokio::sync::Notify::new());
-    let bench = Bench::new(Behaviour::StepUntilStopped(begun.clone()));
+    let bench = Bench::new(Behaviour::StepUntilStopped(begun.clone())).await;
     let stop = Arc::new(AtomicBool::new(false));
     let (told, released) = tokio::sync::oneshot::channel();
     let reservation = Arc::new(Tell(Some(told)));
-    let running = tokio::spawn(run(bench.workshop.clone(), start(1), reservation, ProgressCell::new(), stop.clone()));
+    let at = (&bench.workshop, &bench.answers);
+    let running = tokio::spawn(attempt(at, start(1), reservation, ProgressCell::new(), stop.clone()));
     begun.notified().await;
     stop.store(true, Ordering::Relaxed);
     running.abort();
@@ -233,10 +326,11 @@ async fn an_aborted_attempt_gives_its_device_back_and_leaves_nothing() {
 
 #[tokio::test]
 async fn the_device_is_free_before_the_upload_begins() {
-    let bench = Bench::new(Behaviour::Render);
+    let bench = Bench::new(Behaviour::Render).await;
     let (told, mut released) = tokio::sync::oneshot::channel();
     let progress = ProgressCell::new();
-    let attempt = run(bench.workshop.clone(), start(1), Arc::new(Tell(Some(told))), progress.clone(), Arc::default());
+    let at = (&bench.workshop, &bench.answers);
+    let attempt = attempt(at, start(1), Arc::new(Tell(Some(told))), progress.clone(), Arc::default());
     tokio::pin!(attempt);
     // Whichever of the two is seen first, an attempt that uploads has no device any more.
     let outcome = std::future::poll_fn(|cx| {
@@ -247,6 +341,32 @@ async fn the_device_is_free_before_the_upload_begins() {
         polled
     });
     assert_eq!(accepted(&outcome.await), 1);
+}
+
+#[tokio::test]
+async fn a_decode_that_fails_leaves_the_latent_and_the_next_attempt_does_not_denoise() {
+    let bench = Bench::new(Behaviour::FailDecodes).await;
+    let (kind, message) = failure(bench.run(start(1)).await);
+    assert_eq!(kind, FailureKind::Device);
+    assert!(message.contains("no device has joined the decode, or stayed in it"), "{message}");
+    let log = || bench.log.lock().unwrap().join("; ");
+    assert!(log().contains("no memory"), "{}", log());
+    failure(bench.run(start(2)).await);
+    assert!(log().contains("the latent is finished already"), "{}", log());
+    assert_eq!(bench.denoised.load(Ordering::Relaxed), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn without_a_word_from_the_scheduler_a_device_of_the_lease_decodes() {
+    let bench = Bench::new(Behaviour::Render).await;
+    // An answer to no question of this attempt.
+    let (tell, hands) = mpsc::channel(4);
+    tell.send(Hands { round: 7, keep: vec![], helpers: 9 }).await.unwrap();
+    let (other, _unheard) = mpsc::channel(4);
+    *bench.answers.lock().unwrap() = Some(other);
+    let lease = [(DeviceIndex(0), Arc::new(()) as Reservation)].into();
+    let outcome = run(bench.workshop.clone(), start(1), lease, hands, ProgressCell::new(), Arc::default()).await;
+    assert_eq!(accepted(&outcome), 1);
 }
 
 /// Groups of real devices on the bundled checkpoint.
@@ -276,10 +396,10 @@ mod gang {
     }
 
     impl Device for Faulty {
-        fn render(&mut self, work: Work) -> Result<Rendered, RenderError> {
+        fn denoise(&mut self, work: Denoise) -> Result<Denoised, RenderError> {
             let fault = if work.group.rank() == 2 { self.fault.lock().unwrap().take() } else { None };
             match fault {
-                None => self.device.render(work),
+                None => self.device.denoise(work),
                 Some(Fault::Fail) => {
                     work.group.abort("out of memory");
                     Err(RenderError::device("out of memory"))
@@ -295,10 +415,15 @@ mod gang {
                 }
             }
         }
+
+        fn decode(&mut self, work: Decode) {
+            self.device.decode(work);
+        }
     }
 
     struct Gang {
         workshop: Arc<Workshop>,
+        answers: Answers,
         hash: String,
         begun: Arc<tokio::sync::Notify>,
         log: Arc<Mutex<Vec<String>>>,
@@ -306,7 +431,7 @@ mod gang {
     }
 
     impl Gang {
-        fn new(devices: u32, fault: Option<Fault>) -> Self {
+        async fn new(devices: u32, fault: Option<Fault>) -> Self {
             let data = tempfile::tempdir().unwrap();
             let model = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().join("assets/mochi-tiny");
             let hash = Checkpoint::open(&model).unwrap().content_hash().unwrap().to_owned();
@@ -317,18 +442,9 @@ mod gang {
                 let faulty = Faulty { device, fault: fault.clone(), begun: begun.clone() };
                 DeviceHandle::spawn(DeviceIndex(index), faulty).unwrap()
             };
-            let log = Arc::<Mutex<Vec<String>>>::default();
-            let lines = log.clone();
-            let workshop = Arc::new(Workshop {
-                node: NodeId("n".into()),
-                store: ArtifactStore::open("memory:").unwrap(),
-                scratch: Arc::new(Scratch::open(&data.path().join("node")).unwrap()),
-                devices: (0..devices).map(device).collect(),
-                models: [("tiny".to_owned(), hash.clone())].into(),
-                checkpoint_steps: 2,
-                log: Box::new(move |_, line| lines.lock().unwrap().push(line)),
-            });
-            Self { workshop, hash, begun, log, _data: data }
+            let handles = (0..devices).map(device).collect();
+            let (workshop, answers, log) = workshop(&data, handles, shelf.offered(), 2).await;
+            Self { workshop, answers, hash, begun, log, _data: data }
         }
 
         /// The nth attempt at job `job`, on the first devices of the node.
@@ -348,7 +464,16 @@ mod gang {
         }
 
         async fn run(&self, start: StartAttempt) -> AttemptOutcome {
-            run(self.workshop.clone(), start, Arc::new(()), ProgressCell::new(), Arc::default()).await
+            self.attempt(start, Arc::new(()), Arc::default()).await
+        }
+
+        fn attempt(
+            &self,
+            start: StartAttempt,
+            kept: Reservation,
+            stop: Arc<AtomicBool>,
+        ) -> impl Future<Output = AttemptOutcome> + Send + use<> {
+            attempt((&self.workshop, &self.answers), start, kept, ProgressCell::new(), stop)
         }
 
         /// The result of a clip that goes well.
@@ -370,7 +495,7 @@ mod gang {
 
     #[tokio::test]
     async fn a_gang_renders_the_clip_of_one_device_and_says_who_did() {
-        let gang = Gang::new(4, None);
+        let gang = Gang::new(4, None).await;
         let solo = gang.result(gang.start(1, 1, Topology::SOLO)).await;
         for (job, topology) in [(2, topology(2, 1, 2)), (3, topology(1, 1, 3))] {
             let result = gang.result(gang.start(job, 1, topology)).await;
@@ -380,13 +505,31 @@ mod gang {
     }
 
     #[tokio::test]
+    async fn a_clip_in_tiles_has_the_same_bytes_on_any_number_of_devices() {
+        let gang = Gang::new(3, None).await;
+        let tiles = |job, devices: u32| {
+            let devices: Vec<DeviceIndex> = (0..devices).map(DeviceIndex).collect();
+            let topology = topology(1, 1, devices.len());
+            let tiling = "shared:4x4+2".parse().unwrap();
+            StartAttempt { tiling, devices, ..gang.start(job, 1, topology) }
+        };
+        let solo = gang.result(tiles(1, 1)).await;
+        let decode = solo.decode.unwrap();
+        assert_eq!((decode.mode, decode.grid, decode.hands.len()), (Mode::Shared, [3, 3], 1));
+        for devices in [2, 3] {
+            let result = gang.result(tiles(devices.into(), devices)).await;
+            assert_eq!(result.clip_sha256, solo.clip_sha256, "{devices} devices");
+            assert_eq!(result.decode.unwrap().hands.len(), devices as usize);
+        }
+    }
+
+    #[tokio::test]
     async fn one_rank_that_fails_ends_the_attempt_with_its_reason_and_all_devices_work_again() {
         for (fault, reason) in [(Fault::Fail, "out of memory"), (Fault::Panic, "panicked: index out of bounds")] {
-            let gang = Gang::new(4, Some(fault));
+            let gang = Gang::new(4, Some(fault)).await;
             let (told, released) = tokio::sync::oneshot::channel();
             let (reservation, start) = (Arc::new(Tell(Some(told))), gang.start(1, 1, topology(2, 1, 2)));
-            let attempt = run(gang.workshop.clone(), start, reservation, ProgressCell::new(), Arc::default());
-            let (kind, message) = failure(attempt.await);
+            let (kind, message) = failure(gang.attempt(start, reservation, Arc::default()).await);
             assert_eq!(kind, FailureKind::Device);
             assert_eq!(message, format!("rank 2 of 4 (device 2): {reason}"));
             released.await.unwrap();
@@ -397,11 +540,11 @@ mod gang {
 
     #[tokio::test]
     async fn an_abort_stops_all_ranks() {
-        let gang = Gang::new(4, Some(Fault::Hang));
+        let gang = Gang::new(4, Some(Fault::Hang)).await;
         let stop = Arc::new(AtomicBool::new(false));
         let (told, released) = tokio::sync::oneshot::channel();
         let (reservation, start) = (Arc::new(Tell(Some(told))), gang.start(1, 1, topology(1, 1, 4)));
-        let running = tokio::spawn(run(gang.workshop.clone(), start, reservation, ProgressCell::new(), stop.clone()));
+        let running = tokio::spawn(gang.attempt(start, reservation, stop.clone()));
         gang.begun.notified().await;
         stop.store(true, Ordering::Relaxed);
         running.abort();
@@ -411,7 +554,7 @@ mod gang {
 
     #[tokio::test]
     async fn a_lease_of_another_size_than_its_topology_is_refused() {
-        let gang = Gang::new(2, None);
+        let gang = Gang::new(2, None).await;
         let start = StartAttempt { devices: vec![DeviceIndex(0)], ..gang.start(1, 1, topology(2, 1, 1)) };
         let (kind, message) = failure(gang.run(start).await);
         assert_eq!((kind, message.contains("needs 2 devices, the lease has 1")), (FailureKind::Device, true));
@@ -421,7 +564,7 @@ mod gang {
 
     #[tokio::test]
     async fn a_clip_goes_on_at_its_latest_latent_at_another_world_size_and_leaves_none() {
-        let gang = Gang::new(4, None);
+        let gang = Gang::new(4, None).await;
         let whole = gang.result(gang.start(1, 1, Topology::SOLO)).await;
         // The latents that an attempt of four left when its node died: those of the whole clip, from a run that keeps
         // them.
@@ -446,23 +589,22 @@ mod gang {
 
     /// Denoises the clip on one device, and puts its latents into the slot.
     fn denoise_into(gang: &Gang, start: &StartAttempt, slot: Slot) {
-        let (folder, log) = (tempfile::tempdir().unwrap(), Arc::new(|_: String| ()));
-        let work = Work {
+        let log = Arc::new(|_: String| ());
+        let work = Denoise {
             model: start.model.clone(),
             spec: serde_json::from_str(&start.spec_json).unwrap(),
             group: RankGroup::solo().unwrap(),
             start: Arc::new(Start::Seed),
             checkpoints: slot,
-            clip: folder.path().join("clip.mp4"),
             monitor: Monitor::new(ProgressCell::new(), Arc::default(), log),
         };
-        let rendered = gang.workshop.devices[0].render(work, Arc::new(()));
-        futures::executor::block_on(rendered).unwrap();
+        let denoised = gang.workshop.devices[0].denoise(work, Arc::new(()));
+        futures::executor::block_on(denoised).unwrap();
     }
 
     #[tokio::test]
     async fn an_attempt_that_ends_early_leaves_latents_for_the_next() {
-        let gang = Gang::new(4, None);
+        let gang = Gang::new(4, None).await;
         let long = |n, topology| {
             let start = gang.start(1, n, topology);
             let spec_json = start.spec_json.replace("\"num_inference_steps\":6", "\"num_inference_steps\":200");
@@ -470,7 +612,7 @@ mod gang {
         };
         let stop = Arc::new(AtomicBool::new(false));
         let first = long(1, topology(2, 1, 2));
-        let running = tokio::spawn(run(gang.workshop.clone(), first, Arc::new(()), ProgressCell::new(), stop.clone()));
+        let running = tokio::spawn(gang.attempt(first, Arc::new(()), stop.clone()));
         let folder = key::latents(JobId(Uuid::from_u128(1)));
         while gang.workshop.store.list(&folder, 1).await.unwrap().is_empty() {
             tokio::task::yield_now().await;

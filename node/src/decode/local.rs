@@ -1,0 +1,64 @@
+//! A decode by devices of this process, without a farm.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use anyhow::Context;
+use farm_core::engine::Engine;
+use farm_core::engine::cpu::CpuEngine;
+use farm_core::model::latent::DitLatent;
+use farm_core::model::vae::VaeDecoder;
+use farm_core::tiles::shape::Shape;
+use tokio::sync::mpsc;
+
+use super::hand;
+use super::stitcher::{Arrival, OpenSink, StitchError, Stitched, Surroundings, stitch};
+use crate::link;
+
+/// Messages that wait for a hand, or from it.
+pub const DEPTH: usize = 16;
+
+/// Decodes a latent `[C, T, h, w]` on `devices` devices of `threads` compute threads each.
+pub fn decode(
+    decoder: Arc<VaeDecoder<CpuEngine>>,
+    values: &[f32],
+    size: [usize; 4],
+    shape: Arc<Shape>,
+    [devices, threads]: [usize; 2],
+    sink: OpenSink,
+    stop: &Arc<AtomicBool>,
+    progress: Box<dyn FnMut(u32) + Send + '_>,
+) -> anyhow::Result<Result<Stitched, StitchError>> {
+    // More hands than tiles would have nothing to do.
+    let devices = devices.min(shape.plan.tiles.len());
+    let (expect, expected) = mpsc::channel(1);
+    let (arrive, arrivals) = mpsc::channel(devices.max(1));
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    std::thread::scope(|scope| {
+        for device in 0..devices {
+            let (crew, link) = link::pair(DEPTH);
+            let engine = CpuEngine::new(threads)?;
+            let latent = DitLatent(engine.upload(values, &size)?);
+            let decoder = decoder.clone();
+            let name = format!("device {device}");
+            std::thread::Builder::new().name(name.clone()).spawn_scoped(scope, move || {
+                // The crew is told what goes wrong.
+                let _ = hand::work(&engine, &decoder, &latent, link, stop);
+            })?;
+            arrive.try_send(Arrival { name, link: crew }).ok().context("a hand has no place")?;
+        }
+        let around = Surroundings {
+            // If they are lost there are no others.
+            want_hands: Box::new(|round| {
+                // There is room: one question is open at a time.
+                let _ = expect.try_send(if round == 1 { devices } else { 0 });
+            }),
+            expected,
+            arrivals,
+            progress,
+            stop: stop.clone(),
+            log: Box::new(|line| eprintln!("{line}")),
+        };
+        Ok(runtime.block_on(stitch(shape, sink, around)))
+    })
+}

@@ -1,0 +1,198 @@
+//! Devices that decode for an attempt of any node. The attempt's node asks once its latent is finished; it is answered
+//! at once, and from then on the devices that help are busy until their own nodes do not list them any more. None of
+//! this is ever a row: a scheduler that starts anew learns it from the nodes, and a helper that is lost is the
+//! attempt's business, which gives its tiles to others.
+
+use std::collections::HashSet;
+
+use farm_core::id::{AttemptKey, BootId, DeviceIndex, NodeId};
+use farm_core::wire::to_node::{HelpDecode, ToNode};
+use farm_core::wire::to_scheduler::Helping;
+
+use super::effects::{Effects, devices_text};
+use super::farm::{Farm, Hands, Help, Lease, Slot};
+use super::hands::{self, Stock, hands};
+
+/// Longest URL or token that is passed on.
+const MAX_ADDRESS: usize = 1024;
+/// Helpers that the job's log names.
+const NAMED: usize = 4;
+
+/// A device of any node.
+type Place = (NodeId, DeviceIndex);
+
+/// An attempt's wish for devices that decode its clip.
+pub(super) struct Want {
+    pub key: AttemptKey,
+    pub round: u32,
+    pub tiles: u32,
+    pub url: String,
+    pub token: String,
+}
+
+impl Farm {
+    /// Answers, or repeats its answer.
+    pub(super) fn on_want_hands(&mut self, id: &NodeId, boot: BootId, want: Want, fx: &mut Effects) {
+        let key = want.key;
+        // An attempt without lease is told to stop when the node lists it.
+        let Some(lease) = self.lease(&key).filter(|lease| lease.node == *id && lease.boot == boot) else { return };
+        let hands = match &lease.hands {
+            Some(hands) if want.round < hands.round => return,
+            Some(hands) if want.round == hands.round => hands.clone(),
+            _ => self.lend_hands(lease.clone(), want, fx),
+        };
+        fx.send(id, boot, ToNode::Hands { key, round: hands.round, keep: hands.keep, helpers: hands.helpers });
+    }
+
+    /// Decides who decodes, all at once, and tells those who help.
+    fn lend_hands(&mut self, lease: Lease, want: Want, fx: &mut Effects) -> Hands {
+        let Want { key, round, tiles, url, token } = want;
+        let hands::Hands { keep, helpers } = hands(tiles as usize, self.stock(&lease, &url, &token));
+        if let Some(text) = hands_text(tiles, &keep, &helpers) {
+            fx.log(key.job, Some(key.attempt), text);
+        }
+        for (id, device) in &helpers {
+            let Some(node) = self.nodes.get_mut(id) else { continue };
+            let clip = lease.clip.clone();
+            let help = HelpDecode {
+                key,
+                round,
+                device: *device,
+                model: clip.model,
+                model_hash: clip.model_hash,
+                spec_json: clip.spec_json,
+                url: url.clone(),
+                token: token.clone(),
+            };
+            fx.send(id, node.boot, ToNode::Help(Box::new(help.clone())));
+            let awaited = Some((self.now, help));
+            node.devices[device.0 as usize].slot = Slot::Helping(Box::new(Help { key, awaited }));
+        }
+        let hands = Hands { round, keep, helpers: helpers.len() as u32 };
+        if let Some(lease) = self.lease_mut(&key) {
+            lease.hands = Some(hands.clone());
+        }
+        hands
+    }
+
+    /// What there is for the decode of an attempt. Nobody is told to help where helpers have no way to the attempt.
+    fn stock(&self, lease: &Lease, url: &str, token: &str) -> Stock<Place> {
+        let mut stock = Stock {
+            decoders: Vec::new(),
+            spare: Vec::new(),
+            wanted: Vec::new(),
+            own: lease.devices.clone(),
+            own_decode: self.nodes.get(&lease.node).is_some_and(|node| node.roles.decode),
+            own_wanted: self.waiting_for(&lease.node) > 0,
+        };
+        if url.is_empty() || url.len() > MAX_ADDRESS || token.len() > MAX_ADDRESS {
+            return stock;
+        }
+        let own = self.nodes.get_key_value(&lease.node);
+        let others = self.nodes.iter().filter(|(id, _)| **id != lease.node);
+        for (id, node) in own.into_iter().chain(others) {
+            let has_model = node.models.get(lease.clip.model.as_str()).map(|model| &model.hash);
+            if !node.roles.decode || !self.is_alive(node) || has_model != Some(&lease.clip.model_hash) {
+                continue;
+            }
+            let devices = match (node.roles.denoise, self.waiting_for(id)) {
+                (false, _) => &mut stock.decoders,
+                (true, 0) => &mut stock.spare,
+                (true, _) => &mut stock.wanted,
+            };
+            devices.extend(node.free_devices().map(|device| (id.clone(), device)));
+        }
+        stock
+    }
+
+    /// A registered node lists the devices that help.
+    pub(super) fn on_helping(&mut self, id: &NodeId, boot: BootId, helping: &[Helping], fx: &mut Effects) {
+        let listed: HashSet<(AttemptKey, DeviceIndex)> = helping.iter().map(|help| (help.key, help.device)).collect();
+        self.chase_helpers(id, boot, &listed, fx);
+        for Helping { key, device } in helping {
+            let running = self.lease(key).is_some();
+            let Some(node) = self.nodes.get_mut(id) else { return };
+            let known = match node.devices.get_mut(device.0 as usize).map(|device| &mut device.slot) {
+                Some(Slot::Helping(help)) if help.key == *key => {
+                    help.awaited = None;
+                    true
+                }
+                // Lent by the scheduler that was here before, or given up too early: it is busy at any rate.
+                Some(slot @ Slot::Free) => {
+                    *slot = Slot::Helping(Box::new(Help { key: *key, awaited: None }));
+                    true
+                }
+                _ => false,
+            };
+            if !known || !running {
+                self.counters.strays_dismissed += 1;
+                fx.send(id, boot, ToNode::Dismiss { key: *key, device: *device });
+            }
+        }
+    }
+
+    /// Helpers that the node does not list: the command may be on the way, but not for ever; else they have ended.
+    fn chase_helpers(
+        &mut self,
+        id: &NodeId,
+        boot: BootId,
+        listed: &HashSet<(AttemptKey, DeviceIndex)>,
+        fx: &mut Effects,
+    ) {
+        let (now, span) = (self.now, self.limits.start);
+        let Some(node) = self.nodes.get(id) else { return };
+        let mut ended = Vec::new();
+        for (i, device) in node.devices.iter().enumerate() {
+            let Slot::Helping(help) = &device.slot else { continue };
+            let index = DeviceIndex(i as u32);
+            if listed.contains(&(help.key, index)) {
+                continue;
+            }
+            match &help.awaited {
+                Some((since, command)) if self.lease(&help.key).is_some() && now.since(*since) < span => {
+                    fx.send(id, boot, ToNode::Help(Box::new(command.clone())));
+                }
+                Some(_) => {
+                    fx.send(id, boot, ToNode::Dismiss { key: help.key, device: index });
+                    ended.push(i);
+                }
+                None => ended.push(i),
+            }
+        }
+        let Some(node) = self.nodes.get_mut(id) else { return };
+        for i in ended {
+            node.devices[i].slot = Slot::Free;
+            self.replan = true;
+        }
+    }
+
+    /// The attempt has ended. Its helpers would notice, but where the network is cut that takes long.
+    pub(super) fn dismiss_helpers(&self, key: AttemptKey, fx: &mut Effects) {
+        for (id, node) in &self.nodes {
+            for (i, device) in node.devices.iter().enumerate() {
+                if matches!(&device.slot, Slot::Helping(help) if help.key == key) {
+                    fx.send(id, node.boot, ToNode::Dismiss { key, device: DeviceIndex(i as u32) });
+                }
+            }
+        }
+    }
+}
+
+/// `decode of 18 tiles on device 0 here and 3 helpers: node-b 0, node-b 1, node-c 0`; nothing of no hands.
+fn hands_text(tiles: u32, keep: &[DeviceIndex], helpers: &[Place]) -> Option<String> {
+    let tiles = if tiles == 1 { "1 tile".to_owned() } else { format!("{tiles} tiles") };
+    let here = match keep {
+        [] => None,
+        [device] => Some(format!("device {device} here")),
+        devices => Some(format!("devices {} here", devices_text(devices))),
+    };
+    let named: Vec<String> = helpers.iter().take(NAMED).map(|(id, device)| format!("{id} {device}")).collect();
+    let more = if helpers.len() > NAMED { ", …" } else { "" };
+    let there = match helpers.len() {
+        0 => None,
+        1 => Some(format!("1 helper: {}", named.join(", "))),
+        count => Some(format!("{count} helpers: {}{more}", named.join(", "))),
+    };
+    let on: Vec<String> = here.into_iter().chain(there).collect();
+    (!on.is_empty()).then(|| format!("decode of {tiles} on {}", on.join(" and ")))
+}
