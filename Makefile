@@ -3,7 +3,7 @@
 export PATH := $(PATH):$(or $(CARGO_HOME),$(HOME)/.cargo)/bin
 BIN := $(or $(CARGO_TARGET_DIR),target)/release
 
-.PHONY: setup build demo test lint alone chaos bench bench-usp clean
+.PHONY: setup build demo test lint alone chaos bench bench-usp bench-tiles clean
 
 setup:
 	@tools/setup.sh
@@ -43,6 +43,10 @@ bench: build
 # A denoising step on one and on two ranks, one pinned thread each, and the part of it that exchanges cost.
 bench-usp: build
 	$(BIN)/farm-node bench usp --model assets/mochi-tiny
+
+# How far decodes in tiles are from the decode of the whole frame, in every mode. Some minutes; ends with PASS or FAIL.
+bench-tiles: build
+	$(BIN)/farm-node bench tiles --model assets/mochi-tiny
 
 clean:
 	cargo clean

@@ -174,29 +174,32 @@ fn a_tile_that_starts_again_with_the_totals_of_a_log_has_the_bits_of_the_first()
 #[test]
 fn what_cannot_be_a_tile_of_the_frame_is_refused() {
     let decoder = small(&engine());
-    let span = |start, end| Span { start, end, own_start: start, own_end: end };
+    fn span(start: usize, end: usize) -> Span {
+        Span { start, end, own_start: start, own_end: end }
+    }
     let tile = Tile { rows: span(0, 4), cols: span(3, 6) };
     let frame = Frame { mode: Mode::Exact, latent: [4, 6], grid: [1, 2] };
     assert!(TileStream::new(decoder.clone(), 1, tile, frame).is_ok());
-    let with = |change: &dyn Fn(&mut Tile, &mut Frame, &mut u32)| {
+    type Change = fn(&mut Tile, &mut Frame, &mut u32);
+    let with = |change: Change| {
         let (mut tile, mut frame, mut number) = (tile, frame, 1);
         change(&mut tile, &mut frame, &mut number);
         TileStream::new(decoder.clone(), number, tile, frame).err().map(|error| error.to_string())
     };
-    let changes: [&dyn Fn(&mut Tile, &mut Frame, &mut u32); 10] = [
-        &|_, _, number| *number = 0,
-        &|_, _, number| *number = 2,
-        &|_, frame, _| frame.grid = [0, 0],
-        &|_, frame, _| frame.grid = [1, 3],
-        &|_, frame, _| frame.grid = [2, 2],
-        &|_, frame, _| frame.latent = [4, 7],
-        &|_, frame, _| frame.mode = Mode::Whole,
-        &|tile, _, _| tile.cols = span(6, 6),
-        &|tile, _, _| tile.rows = Span { start: 4, end: 0, own_start: 0, own_end: 4 },
-        &|tile, _, _| tile.cols.start = 2,
+    let changes: [Change; 10] = [
+        |_, _, number| *number = 0,
+        |_, _, number| *number = 2,
+        |_, frame, _| frame.grid = [0, 0],
+        |_, frame, _| frame.grid = [1, 3],
+        |_, frame, _| frame.grid = [2, 2],
+        |_, frame, _| frame.latent = [4, 7],
+        |_, frame, _| frame.mode = Mode::Whole,
+        |tile, _, _| tile.cols = span(6, 6),
+        |tile, _, _| tile.rows = Span { start: 4, end: 0, own_start: 0, own_end: 4 },
+        |tile, _, _| tile.cols.start = 2,
     ];
     for (index, change) in changes.iter().enumerate() {
-        let error = with(change).unwrap_or_else(|| panic!("change {index} is accepted"));
+        let error = with(*change).unwrap_or_else(|| panic!("change {index} is accepted"));
         assert!(error.contains("cannot be tile"), "{error}");
     }
 }

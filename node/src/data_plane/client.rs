@@ -34,6 +34,8 @@ use crate::link;
 
 /// What is read of a server's reason to refuse.
 const MAX_REASON: usize = 512;
+/// Times that a first request is made again.
+const RETRIES: usize = 2;
 /// A hand that is refused this often in a row when it comes back has no place any more. Once may be a request that was
 /// damaged on its way.
 const MAX_REFUSALS: u32 = 3;
@@ -305,7 +307,7 @@ pub(super) async fn join(
     let target = Target::new(url, token, client.tls.is_some())?;
     let hand = Uuid::new_v4();
     let first = || client.stream(&target, hand, false);
-    let stream = first.retry(backoff().with_max_times(3)).when(JoinError::may_pass).await?;
+    let stream = first.retry(backoff().with_max_times(RETRIES)).when(JoinError::may_pass).await?;
     let (link, ends) = link::pair(DEPTH);
     let redial = Redial::new(client.clone(), target.clone(), hand, stream);
     let source = Source::Dialled(Box::new(redial));
@@ -313,7 +315,7 @@ pub(super) async fn join(
     tokio::spawn(Channel::new(target.peer.clone(), ends, source, max_message, patience, counting).run());
 
     let fetch = || client.latent(&target, max_latent);
-    let fetched = fetch.retry(backoff().with_max_times(3)).when(LatentError::may_pass);
+    let fetched = fetch.retry(backoff().with_max_times(RETRIES)).when(LatentError::may_pass);
     let latent = timeout(CALL_TIME, fetched).await.unwrap_or_else(|_| {
         Err(LatentError::Broken {
             peer: target.peer.clone(),
@@ -323,6 +325,7 @@ pub(super) async fn join(
         })
     });
     if let Err(error) = &latent {
+        client.counting.add(Count::MissedLatent);
         tracing::warn!(%error, "a latent was not fetched from its node");
     }
     Ok(Hand { latent, link })

@@ -37,50 +37,65 @@ pub fn decoder<E: Engine>(engine: &E, config: &VaeConfig, seed: u64) -> Result<V
 impl RandomWeights {
     /// What a decoder of this config asks for. A config that does not fit together is [`VaeDecoder::load`]'s to refuse.
     pub fn new(config: &VaeConfig, seed: u64) -> Self {
-        let (mut tensors, mut drawn) = (HashMap::new(), 0u64);
-        let mut draw = |name: String, shape: &[usize], mean: f64, deviation: f64| {
-            let count = shape.iter().product::<usize>() as u64;
-            let values = normals(seed, drawn..drawn + count);
-            drawn += count;
-            let values = values.iter().flat_map(|&v| ((f64::from(v) * deviation + mean) as f32).to_le_bytes());
-            tensors.insert(name, (shape.to_vec(), values.collect()));
-        };
-        let layer = |draw: &mut dyn FnMut(String, &[usize], f64, f64), name: &str, shape: &[usize]| {
-            let inputs: usize = shape[1..].iter().product();
-            // Frames are to be about -1 … 1; what residual blocks have added up to is a few times that.
-            let gain = if name == "output_proj" { 0.25 } else { 1.0 };
-            draw(format!("{name}.weight"), shape, 0.0, gain * (inputs as f64).powf(-0.5));
-            draw(format!("{name}.bias"), &shape[..1], 0.0, 0.1);
-        };
+        let mut draw = Draw { seed, drawn: 0, tensors: HashMap::new() };
         let channels = &config.channels;
         let (first, last) = (channels.first().copied().unwrap_or(0), channels.last().copied().unwrap_or(0));
-        layer(&mut draw, "blocks.0.0", &[first, config.latent_channels, 1, 1, 1]);
-        layer(&mut draw, "output_proj", &[3, last]);
-        // Name and channels of every residual block.
+        draw.layer("blocks.0.0", &[first, config.latent_channels, 1, 1, 1], 1.0);
+        // Frames are to be about -1 … 1; what residual blocks have added up to is a few times that.
+        draw.layer("output_proj", &[3, last], 0.25);
         let layers = |stage: usize| 0..config.layers.get(stage).copied().unwrap_or(0);
-        let mut blocks: Vec<_> = layers(0).map(|i| (format!("blocks.0.{}", i + 1), first)).collect();
+        for i in layers(0) {
+            draw.block(&format!("blocks.0.{}", i + 1), first);
+        }
         let factors = config.temporal_expansions.iter().zip(&config.spatial_expansions);
-        for (stage, (pair, (temporal, spatial))) in channels.windows(2).zip(factors).enumerate() {
-            let name = format!("blocks.{}", stage + 1);
-            layer(&mut draw, &format!("{name}.proj"), &[pair[1] * temporal * spatial * spatial, pair[0]]);
-            blocks.extend(layers(stage + 1).map(|i| (format!("{name}.blocks.{i}"), pair[0])));
-        }
-        let end = channels.len();
-        blocks.extend(layers(end).map(|i| (format!("blocks.{end}.{i}"), last)));
-        for (name, channels) in blocks {
-            for conv in [2, 5] {
-                layer(&mut draw, &format!("{name}.stack.{conv}"), &[channels, channels, 3, 3, 3]);
-            }
-            for norm in [0, 3] {
-                draw(format!("{name}.stack.{norm}.weight"), &[channels], 1.0, 0.2);
-                draw(format!("{name}.stack.{norm}.bias"), &[channels], 0.0, 0.2);
+        for (stage, (pair, (temporal, spatial))) in (1..).zip(channels.windows(2).zip(factors)) {
+            draw.layer(&format!("blocks.{stage}.proj"), &[pair[1] * temporal * spatial * spatial, pair[0]], 1.0);
+            for i in layers(stage) {
+                draw.block(&format!("blocks.{stage}.blocks.{i}"), pair[0]);
             }
         }
-        Self { tensors }
+        for i in layers(channels.len()) {
+            draw.block(&format!("blocks.{}.{i}", channels.len()), last);
+        }
+        Self { tensors: draw.tensors }
     }
 
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.tensors.keys().map(String::as_str)
+    }
+}
+
+struct Draw {
+    seed: u64,
+    /// Values drawn so far.
+    drawn: u64,
+    tensors: HashMap<String, (Vec<usize>, Vec<u8>)>,
+}
+
+impl Draw {
+    fn tensor(&mut self, name: String, shape: &[usize], mean: f64, deviation: f64) {
+        let count = shape.iter().product::<usize>() as u64;
+        let values = normals(self.seed, self.drawn..self.drawn + count);
+        self.drawn += count;
+        let values = values.iter().flat_map(|&v| ((f64::from(v) * deviation + mean) as f32).to_le_bytes());
+        self.tensors.insert(name, (shape.to_vec(), values.collect()));
+    }
+
+    /// Weight `[out, in, …]` and bias.
+    fn layer(&mut self, name: &str, shape: &[usize], gain: f64) {
+        let inputs: usize = shape[1..].iter().product();
+        self.tensor(format!("{name}.weight"), shape, 0.0, gain * (inputs as f64).powf(-0.5));
+        self.tensor(format!("{name}.bias"), &shape[..1], 0.0, 0.1);
+    }
+
+    fn block(&mut self, name: &str, channels: usize) {
+        for conv in [2, 5] {
+            self.layer(&format!("{name}.stack.{conv}"), &[channels, channels, 3, 3, 3], 1.0);
+        }
+        for norm in [0, 3] {
+            self.tensor(format!("{name}.stack.{norm}.weight"), &[channels], 1.0, 0.2);
+            self.tensor(format!("{name}.stack.{norm}.bias"), &[channels], 0.0, 0.2);
+        }
     }
 }
 

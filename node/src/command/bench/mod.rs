@@ -1,6 +1,8 @@
 //! `farm-node bench`: where the time of one clip goes, and how much memory it takes. `bench usp`: what ranks gain.
+//! `bench tiles`: what decodes in tiles lose.
 
 mod stitch;
+mod tiles;
 mod usp;
 
 use std::io;
@@ -48,6 +50,8 @@ pub struct Args {
 enum Other {
     /// Time a step on one and on two ranks, and the part of it that exchanges cost
     Usp(usp::Args),
+    /// Compare decodes in tiles with the decode of the whole frame
+    Tiles(tiles::Args),
     /// Time and weigh the stitching of a large clip from made-up tiles
     Stitch(stitch::Args),
 }
@@ -78,6 +82,7 @@ struct Figures {
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     match args.other {
         Some(Other::Usp(args)) => return usp::run(args),
+        Some(Other::Tiles(args)) => return tiles::run(args),
         Some(Other::Stitch(args)) => return stitch::run(args),
         None => {}
     }
