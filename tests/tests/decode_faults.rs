@@ -23,8 +23,8 @@ const TILES: &str = "shared:4x4+2";
 /// Clips that are not the same, of this size.
 const SPECS: usize = 4;
 const SIZE: [u32; 2] = [128, 64];
-const FRAMES: u32 = 25;
-const STEPS: u32 = 6;
+const FRAMES: u32 = 31;
+const STEPS: u32 = 4;
 /// Of every process, at any time. Idle nodes have about 60 MiB, most of it weights.
 const MEMORY: u64 = 400 << 20;
 /// No clip is finished for so long: something is stuck for good.
@@ -92,6 +92,8 @@ struct Scene {
     broken: [Option<(Fault, Instant)>; NODES],
     next_fault: Instant,
     faults: BTreeMap<Fault, usize>,
+    /// Faults of nodes that were decoding.
+    in_decode: usize,
     /// By process.
     memory: BTreeMap<String, u64>,
 }
@@ -120,6 +122,7 @@ impl Scene {
             broken: [None; NODES],
             next_fault: Instant::now(),
             faults: BTreeMap::new(),
+            in_decode: 0,
             memory: BTreeMap::new(),
         };
         (0..NODES).for_each(|node| scene.start_node(node));
@@ -154,7 +157,12 @@ impl Scene {
         if now < self.next_fault || well.is_empty() {
             return;
         }
-        let node = well[self.dice.roll(well.len())];
+        let decoding = self.decoding();
+        // Mostly where it hurts.
+        let aimed: Vec<usize> = well.iter().copied().filter(|node| decoding[*node]).collect();
+        let of = if aimed.is_empty() || self.dice.roll(4) == 0 { &well } else { &aimed };
+        let node = of[self.dice.roll(of.len())];
+        self.in_decode += usize::from(decoding[node]);
         let fault = Fault::ALL[self.dice.roll(Fault::ALL.len())];
         let (least, more) = fault.span();
         let until = now + Duration::from_millis((least + self.dice.roll(more)) as u64);
@@ -173,6 +181,15 @@ impl Scene {
             Fault::Spoil(Spoiled::Repeat) => self.proxies[node].set(Weather::Repeat),
             Fault::Spoil(Spoiled::Hangup) => self.proxies[node].set(Weather::Hangup),
         }
+    }
+
+    /// Which nodes decode at the moment, as far as the scheduler knows.
+    fn decoding(&self) -> [bool; NODES] {
+        let nodes = self.farm.json(&["nodes"]);
+        let decodes = |device: &Value| device["helps"] == true || device["progress"]["stage"] == "decode";
+        let all = nodes["nodes"].as_array().into_iter().flatten();
+        let decoding: HashSet<_> = all.filter(|node| decodes(&node["devices"][0])).map(|node| &node["node"]).collect();
+        std::array::from_fn(|node| decoding.contains(&Value::from(name(node))))
     }
 
     fn slow(&self, node: usize) {
@@ -209,8 +226,7 @@ impl Scene {
     fn submit(&self, clips: std::ops::Range<usize>) {
         let mut lines = String::new();
         for clip in clips {
-            let (request, _) = request(clip % SPECS);
-            let mut line = request;
+            let (mut line, _) = request(clip % SPECS);
             line["id"] = format!("clip-{clip}").into();
             writeln!(lines, "{line}").unwrap();
         }
@@ -338,7 +354,11 @@ fn clips_are_decoded_once_and_right_whatever_happens_to_nodes_and_network() {
         let own = format!("{} ", result["node"].as_str().unwrap());
         helped += usize::from(hands.iter().any(|hand| !hand.as_str().unwrap().starts_with(&own)));
         several += usize::from(hands.len() > 1);
-        longest = longest.max(result["seconds"]["total"].as_f64().unwrap());
+        let seconds = result["seconds"]["total"].as_f64().unwrap();
+        if seconds > 15.0 {
+            println!("{id} took {seconds:.1} s: {}", result["seconds"]);
+        }
+        longest = longest.max(seconds);
     }
     for node in 0..NODES {
         let left = std::fs::read_dir(scene.farm.folder().join(name(node)).join("clips")).unwrap().count();
@@ -349,10 +369,11 @@ fn clips_are_decoded_once_and_right_whatever_happens_to_nodes_and_network() {
     let memory = scene.memory.values().max().unwrap() >> 20;
     let spoiled = |weather| scene.proxies.iter().map(|proxy| proxy.struck(weather)).sum::<u64>();
     println!(
-        "{clips} clips in {:.0} s, {attempts} attempts, {helped} with help, {several} by several hands; faults {:?}; \
-         pieces damaged {}, repeated {}, hung up on {}; {told}; longest attempt {longest:.1} s, most memory {memory} MiB",
+        "{clips} clips in {:.0} s, {attempts} attempts, {helped} with help, {several} by several hands; faults {:?}, \
+         {} of them on nodes that decoded; pieces damaged {}, repeated {}, hung up on {}; {told}; longest attempt {longest:.1} s, most memory {memory} MiB",
         wall.as_secs_f64(),
         scene.faults,
+        scene.in_decode,
         spoiled(Weather::Corrupt),
         spoiled(Weather::Repeat),
         spoiled(Weather::Hangup),
