@@ -31,10 +31,12 @@ alone:
 	cargo check --locked -p farm-scheduler
 	cargo check --locked -p farm-node --no-default-features
 
-# What `make test` does a few times, many times: a group of four processes loses a rank, fifty times. Takes root.
+# What `make test` does a few times, many times: a group of four processes loses a rank, fifty times; a hundred clips are
+# decoded by three nodes that are killed, paused, cut off, slowed down and lied to. Takes root.
 chaos: setup
 	cargo build --workspace --locked
 	FARM_FAULTS=50 cargo test --locked -p farm-tests --test group_faults -- --nocapture
+	FARM_DECODE_CLIPS=100 cargo test --locked -p farm-tests --test decode_faults -- --nocapture
 
 # Where the time of one clip goes. Ends with one line of figures, and PASS or FAIL.
 bench: build

@@ -83,7 +83,7 @@ impl ClipDecode<'_> {
         let remote = arrive.clone();
         let welcome = async {
             while let Some(joined) = open.joined.recv().await {
-                if remote.send(Arrival { name: joined.peer, link: joined.link }).await.is_err() {
+                if remote.send(Arrival { name: joined.name, link: joined.link }).await.is_err() {
                     break;
                 }
             }

@@ -28,7 +28,8 @@ use super::channel::{Channel, Hold, Lost, Source, Stream};
 use super::counters::{Count, Counting};
 use super::server::hex;
 use super::{
-    CALL_TIME, CONNECTION_WINDOW, CONTENT_SHA256, DEPTH, Hand, MAX_HEAD, Patience, RESUMES, STREAM_WINDOW, with_causes,
+    CALL_TIME, CONNECTION_WINDOW, CONTENT_SHA256, DEPTH, HAND_NAME, Hand, MAX_HEAD, Patience, RESUMES, STREAM_WINDOW,
+    with_causes,
 };
 use crate::link;
 
@@ -107,10 +108,12 @@ struct Target {
     /// `host:port`, for people.
     peer: String,
     token: String,
+    /// Of the hand.
+    name: String,
 }
 
 impl Target {
-    fn new(url: &str, token: &str, tls: bool) -> Result<Self, JoinError> {
+    fn new(url: &str, token: &str, name: &str, tls: bool) -> Result<Self, JoinError> {
         let wrong = |reason: String| JoinError::Url { url: url.to_owned(), reason };
         let uri: Uri = url.parse().map_err(|error: axum::http::uri::InvalidUri| wrong(error.to_string()))?;
         match (uri.scheme_str(), tls) {
@@ -125,14 +128,22 @@ impl Target {
             return Err(wrong("write scheme://host:port/path".into()));
         }
         let peer = uri.authority().map(ToString::to_string).unwrap_or_default();
-        Ok(Self { url: url.trim_end_matches('/').to_owned(), host, port, peer, token: token.to_owned() })
+        Ok(Self {
+            url: url.trim_end_matches('/').to_owned(),
+            host,
+            port,
+            peer,
+            token: token.to_owned(),
+            name: name.to_owned(),
+        })
     }
 
     fn request(&self, method: Method, path: &str, resumes: bool, body: Body) -> Result<Request<Body>, JoinError> {
         let mut request = Request::builder()
             .method(method)
             .uri(format!("{}{path}", self.url))
-            .header(AUTHORIZATION, format!("Bearer {}", self.token));
+            .header(AUTHORIZATION, format!("Bearer {}", self.token))
+            .header(HAND_NAME, &self.name);
         if resumes {
             request = request.header(RESUMES, "1");
         }
@@ -301,10 +312,11 @@ pub(super) async fn join(
     client: &Arc<Client>,
     url: &str,
     token: &str,
+    name: &str,
     max_latent: usize,
     max_message: usize,
 ) -> Result<Hand, JoinError> {
-    let target = Target::new(url, token, client.tls.is_some())?;
+    let target = Target::new(url, token, name, client.tls.is_some())?;
     let hand = Uuid::new_v4();
     let first = || client.stream(&target, hand, false);
     let stream = first.retry(backoff().with_max_times(RETRIES)).when(JoinError::may_pass).await?;

@@ -83,7 +83,7 @@ async fn pair(patience: Patience) -> Pair {
     let (serving, joining) = (plane(patience).await, plane(patience).await);
     let proxy = Proxy::to(address(&serving)).await;
     let mut decode = serving.open(Bytes::from_static(b"latent"), MAX, 4);
-    let hand = soon(joining.join(&proxy.of(&decode.url), &decode.token, 100, MAX)).await.unwrap();
+    let hand = soon(joining.join(&proxy.of(&decode.url), &decode.token, "a hand", 100, MAX)).await.unwrap();
     assert_eq!(hand.latent.unwrap(), &b"latent"[..]);
     let Joined { link: crew, .. } = soon(decode.joined.recv()).await.unwrap();
     Pair { crew, hand: hand.link, decode, proxy, serving, joining }
@@ -234,7 +234,7 @@ async fn nothing_is_left_of_links_that_are_dropped() {
 async fn a_message_over_the_limit_of_the_other_end_ends_the_channel_with_a_reason() {
     let (serving, joining) = (plane(patience()).await, plane(patience()).await);
     let mut decode = serving.open(Bytes::new(), 1000, 4);
-    let mut hand = soon(joining.join(&decode.url, &decode.token, 100, MAX)).await.unwrap().link;
+    let mut hand = soon(joining.join(&decode.url, &decode.token, "a hand", 100, MAX)).await.unwrap().link;
     let Joined { link: mut crew, .. } = soon(decode.joined.recv()).await.unwrap();
     hand.to.send(frames(0, 400)).await.unwrap();
     assert_eq!(soon(crew.from.recv()).await, Some(frames(0, 400)));
