@@ -163,7 +163,7 @@ async fn decode(model: &Path, shape: &Arc<Shape>, latent: Bytes, processes: usiz
     let (arrive, arrivals) = mpsc::channel(processes);
     for _ in 0..processes {
         let joined = open.joined.recv().await.context("the data plane ended")?;
-        arrive.try_send(Arrival { name: joined.peer, link: joined.link }).ok().context("a hand has no place")?;
+        arrive.try_send(Arrival { name: joined.name, link: joined.link }).ok().context("a hand has no place")?;
     }
     let folder = tempfile::tempdir()?;
     let (path, [height, width]) = (folder.path().join("clip.mp4"), shape.frame_size());
@@ -193,7 +193,7 @@ async fn be_hand(model: &Path, url: &str, token: &str) -> anyhow::Result<()> {
     let part = checkpoint.vae().context("no vae decoder")?;
     let engine = CpuEngine::new(1)?;
     let decoder = Arc::new(VaeDecoder::load(&Loader { engine: &engine, source: part }, part.config())?);
-    let joined = plane.join(url, token, 1 << 30, 1 << 30).await?;
+    let joined = plane.join(url, token, "process", 1 << 30, 1 << 30).await?;
     let Ok(bytes) = joined.latent else { bail!("no latent") };
     let latent = read_latent(&bytes, part.config().latent_channels)?;
     let latent = DitLatent(engine.upload(&latent.values, &latent.size)?);
