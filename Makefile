@@ -3,7 +3,7 @@
 export PATH := $(PATH):$(or $(CARGO_HOME),$(HOME)/.cargo)/bin
 BIN := $(or $(CARGO_TARGET_DIR),target)/release
 
-.PHONY: setup build demo test lint alone chaos bench bench-usp bench-tiles clean
+.PHONY: setup build demo test lint alone chaos bench bench-usp bench-tiles bench-decode clean
 
 setup:
 	@tools/setup.sh
@@ -49,6 +49,11 @@ bench-usp: build
 # How far decodes in tiles are from the decode of the whole frame, in every mode. Some minutes; ends with PASS or FAIL.
 bench-tiles: build
 	$(BIN)/farm-node bench tiles --model assets/mochi-tiny
+
+# A clip's decode in one and in two processes of one thread, and the memory of the one that puts a large clip together.
+bench-decode: build
+	$(BIN)/farm-node bench decode --model assets/mochi-tiny
+	$(BIN)/farm-node bench stitch
 
 clean:
 	cargo clean

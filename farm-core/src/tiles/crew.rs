@@ -22,6 +22,9 @@ use crate::parallel::shard::Split;
 /// Chunks that are decoded and not encoded yet, at most.
 const WINDOW: u32 = 2;
 
+/// A tile is not decoded twice for a delay shorter than this.
+const HEDGE_AFTER: Duration = Duration::from_secs(1);
+
 /// How long what is waited for.
 #[derive(Clone, Copy, Debug)]
 pub struct Patience {
@@ -446,9 +449,22 @@ impl Crew {
             for hand in blamed.map(|(hand, _)| *hand).collect::<Vec<_>>() {
                 self.refuse(hand, &format!("step {open} has waited for it for {} s", waited.as_secs()), now, out);
             }
-        } else if let Some((tile, hand)) = self.late(&missing) {
+        } else if let Some((tile, hand)) = self.late(&missing).or_else(|| self.silent(&missing, waited)) {
             self.hedge(tile, hand, out);
         }
+    }
+
+    /// A tile that has kept the others waiting for as long as another hand would have needed to decode it from the start,
+    /// and one that has nothing else to do.
+    fn silent(&self, missing: &[u32], waited: Duration) -> Option<(u32, HandId)> {
+        let so_far = self.opened.saturating_duration_since(self.began?);
+        if self.shape.plan.mode == Mode::Exact || waited < HEDGE_AFTER.max(so_far).max(self.catching_up) {
+            return None;
+        }
+        let holders = |tile: &u32| self.members.values().filter(|member| member.tiles.contains(tile)).count();
+        let tile = *missing.iter().find(|tile| holders(tile) == 1)?;
+        let idle = self.members.iter().filter(|(_, member)| !member.tiles.iter().any(|own| missing.contains(own)));
+        idle.min_by_key(|(_, member)| member.tiles.len()).map(|(hand, _)| (tile, *hand))
     }
 
     /// A tile whose hand works more than twice as long for each of its tiles as the median does, where another that

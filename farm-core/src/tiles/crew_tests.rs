@@ -460,6 +460,24 @@ fn a_hand_at_half_the_pace_gets_a_second_beside_it() {
 }
 
 #[test]
+fn a_silent_hand_is_not_waited_for_longer_than_another_needs_for_its_tile() {
+    let mut world = decoding(2, 2);
+    world.tell(Event::Message(
+        1,
+        FromHand::Given { number: 1, step: 0, busy_ms: 5, sums: sums(&world.shape, 1, 0), edges: None },
+    ));
+    world.now += HEDGE_AFTER / 2;
+    world.tell(Event::Tick);
+    assert_eq!(assigned(&world, 1), [1]);
+    world.now += HEDGE_AFTER / 2;
+    world.tell(Event::Tick);
+    assert_eq!(assigned(&world, 1), [1, 0], "nothing is done yet: starting over costs nothing");
+    world.now += HEDGE_AFTER * 9;
+    world.tell(Event::Tick);
+    assert_eq!((assigned(&world, 1).len(), world.crew.counters().hedges), (2, 1), "one second hand is enough");
+}
+
+#[test]
 fn exact_tiles_end_with_a_lost_hand() {
     let mut world = World::new(
         Arc::new(Shape::new(plan("exact:2x2", [2, 4]), vec![1], shape(2, 2, &[1]).norms.clone())),
