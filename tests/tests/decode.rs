@@ -8,6 +8,7 @@ use std::time::Duration;
 use farm_tests::clip::probe;
 use farm_tests::farm::{Farm, Setup};
 use farm_tests::{programs, repository, wait_until};
+use jiff::Timestamp;
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
 
@@ -44,17 +45,18 @@ fn done(farm: &Farm) -> Vec<Value> {
 }
 
 /// The lines of a job's log, with their times.
-fn log(farm: &Farm, job: &Value) -> Vec<(String, String)> {
+fn log(farm: &Farm, job: &Value) -> Vec<(String, Timestamp)> {
     let log = farm.json(&["logs", job["job"].as_str().unwrap()]);
     let text = |line: &Value, key: &str| line[key].as_str().unwrap().to_owned();
-    log["lines"].as_array().unwrap().iter().map(|line| (text(line, "line"), text(line, "at"))).collect()
+    let lines = log["lines"].as_array().unwrap().iter();
+    lines.map(|line| (text(line, "line"), text(line, "at").parse().unwrap())).collect()
 }
 
 /// When a line of a job's log was written, if it was once and no more.
-fn at(log: &[(String, String)], text: &str) -> String {
-    let at: Vec<&String> = log.iter().filter(|(line, _)| line == text).map(|(_, at)| at).collect();
+fn at(log: &[(String, Timestamp)], text: &str) -> Timestamp {
+    let at: Vec<Timestamp> = log.iter().filter(|(line, _)| line == text).map(|(_, at)| *at).collect();
     assert_eq!(at.len(), 1, "{text:?} in {log:#?}");
-    at[0].clone()
+    at[0]
 }
 
 #[test]
@@ -64,10 +66,8 @@ fn a_node_that_decodes_has_one_clip_while_the_one_that_denoises_has_the_next() {
     split.start_node_with("reader", 1, &["--role", "decode"]);
     submit(&split, &[line("first", 85, 4), line("second", 7, 4)]);
     let jobs = done(&split);
-    for job in &jobs {
-        let result = &job["result"];
-        assert_eq!((&result["node"], &result["decode"]["hands"]), (&json!("painter"), &json!(["reader 0"])));
-    }
+    let first = &jobs[0]["result"];
+    assert_eq!((&first["node"], &first["decode"]["hands"]), (&json!("painter"), &json!(["reader 0"])));
     let logs: Vec<_> = jobs.iter().map(|job| log(&split, job)).collect();
     assert!(at(&logs[0], "decode begins") < at(&logs[1], "denoise begins"), "one device does one thing");
     assert!(at(&logs[1], "denoise begins") < at(&logs[0], "upload begins"), "not at the same time: {logs:#?}");
@@ -77,7 +77,7 @@ fn a_node_that_decodes_has_one_clip_while_the_one_that_denoises_has_the_next() {
     submit(&alone, &[line("first", 85, 4)]);
     let result = &done(&alone)[0]["result"];
     assert_eq!(result["decode"]["hands"], json!(["only 0"]));
-    assert_eq!(result["clip_sha256"], jobs[0]["result"]["clip_sha256"]);
+    assert_eq!(result["clip_sha256"], first["clip_sha256"]);
 }
 
 #[test]
