@@ -401,9 +401,10 @@ fn check_store(farm: &Farm, id: &str, result: &Value, attempts: &[Value]) -> usi
     assert!(latents.is_empty(), "{id} is done and keeps {latents:?}: {:#}", farm.json(&["logs", id]));
     let uploaded =
         names(&folder.join("attempt")).into_iter().filter(|n| !names(&folder.join("attempt").join(n)).is_empty());
-    let others: Vec<String> = uploaded.filter(|number| *number != result["attempt"].to_string()).collect();
+    let accepted = result["attempt"].to_string();
+    let others: Vec<String> = uploaded.filter(|number| *number != accepted).collect();
     for number in &others {
-        let lost = |a: &Value| a["attempt"].to_string() == *number && a["outcome"] == "node_lost";
+        let lost = |a: &Value| a["attempt"].as_u64() == number.parse().ok() && a["outcome"] == "node_lost";
         assert!(attempts.iter().any(lost), "{id}: attempt {number} was not lost and left a clip: {attempts:#?}");
     }
     others.len()
