@@ -152,6 +152,24 @@ impl Farm {
         self.processes.iter().filter_map(|(name, process)| Some((&name[..], peak(process)?))).collect()
     }
 
+    /// Queues a prompt file of these lines.
+    pub fn submit(&self, lines: &str) {
+        let file = self.file("prompts.jsonl", lines);
+        let output = self.farmctl(&["submit", file.to_str().unwrap()]);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    }
+
+    /// All jobs, in detail and in the order of their submission, once they are done.
+    pub fn done(&self, within: Duration) -> Vec<Value> {
+        let jobs = || self.json(&["list"])["jobs"].as_array().cloned().unwrap_or_default();
+        wait_until(within, "all clips are done", || {
+            let jobs = jobs();
+            assert!(jobs.iter().all(|job| job["state"] != "failed"), "{jobs:#?}");
+            !jobs.is_empty() && jobs.iter().all(|job| job["state"] == "done")
+        });
+        jobs().iter().map(|job| self.json(&["show", job["job"].as_str().unwrap()])).collect()
+    }
+
     pub fn farmctl(&self, args: &[&str]) -> Output {
         self.program("farmctl", None).args(args).stdin(Stdio::null()).output().unwrap()
     }

@@ -26,22 +26,8 @@ fn line(id: &str, frames: u32, steps: u32) -> Value {
     })
 }
 
-fn submit(farm: &Farm, lines: &[Value]) {
-    let lines: Vec<String> = lines.iter().map(Value::to_string).collect();
-    let file = farm.file("prompts.jsonl", &lines.join("\n"));
-    let output = farm.farmctl(&["submit", file.to_str().unwrap()]);
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-}
-
-/// All jobs, in detail and in the order of their submission, once they are done.
-fn done(farm: &Farm) -> Vec<Value> {
-    let jobs = || farm.json(&["list"])["jobs"].as_array().cloned().unwrap_or_default();
-    wait_until(LIMIT, "all clips are done", || {
-        let jobs = jobs();
-        assert!(jobs.iter().all(|job| job["state"] != "failed"), "{jobs:#?}");
-        !jobs.is_empty() && jobs.iter().all(|job| job["state"] == "done")
-    });
-    jobs().iter().map(|job| farm.json(&["show", job["job"].as_str().unwrap()])).collect()
+fn lines(values: &[Value]) -> String {
+    values.iter().map(Value::to_string).collect::<Vec<_>>().join("\n")
 }
 
 /// The lines of a job's log, with their times.
@@ -64,8 +50,8 @@ fn a_node_that_decodes_has_one_clip_while_the_one_that_denoises_has_the_next() {
     let mut split = farm();
     split.start_node_with("painter", 1, &["--role", "denoise"]);
     split.start_node_with("reader", 1, &["--role", "decode"]);
-    submit(&split, &[line("first", 85, 4), line("second", 7, 4)]);
-    let jobs = done(&split);
+    split.submit(&lines(&[line("first", 85, 4), line("second", 7, 4)]));
+    let jobs = split.done(LIMIT);
     let first = &jobs[0]["result"];
     assert_eq!((&first["node"], &first["decode"]["hands"]), (&json!("painter"), &json!(["reader 0"])));
     let logs: Vec<_> = jobs.iter().map(|job| log(&split, job)).collect();
@@ -74,8 +60,8 @@ fn a_node_that_decodes_has_one_clip_while_the_one_that_denoises_has_the_next() {
 
     let mut alone = farm();
     alone.start_node("only", 1);
-    submit(&alone, &[line("first", 85, 4)]);
-    let result = &done(&alone)[0]["result"];
+    alone.submit(&lines(&[line("first", 85, 4)]));
+    let result = &alone.done(LIMIT)[0]["result"];
     assert_eq!(result["decode"]["hands"], json!(["only 0"]));
     assert_eq!(result["clip_sha256"], first["clip_sha256"]);
 }
@@ -86,7 +72,7 @@ fn a_clip_whose_node_dies_in_the_decode_is_decoded_by_another_and_not_denoised_a
     for name in ["one", "two"] {
         farm.start_node(name, 1);
     }
-    submit(&farm, &[line("clip", 163, 2)]);
+    farm.submit(&lines(&[line("clip", 163, 2)]));
     let mut job = Value::Null;
     wait_until(LIMIT, "both nodes decode", || {
         job = farm.json(&["list"])["jobs"][0].clone();
@@ -100,7 +86,7 @@ fn a_clip_whose_node_dies_in_the_decode_is_decoded_by_another_and_not_denoised_a
     let heir = if victim == "one" { "two" } else { "one" };
     farm.kill_node(&victim);
 
-    let job = done(&farm).remove(0);
+    let job = farm.done(LIMIT).remove(0);
     let outcomes: Vec<_> = job["attempts"].as_array().unwrap().iter().map(|a| a["outcome"].clone()).collect();
     assert_eq!(outcomes, ["node_lost", "completed"]);
     assert_eq!(
@@ -118,8 +104,8 @@ fn clips_of_any_length_have_all_their_frames_in_tiles_too() {
     const FRAMES: [u32; 4] = [1, 7, 19, 25];
     let mut farm = farm();
     farm.start_node("only", 2);
-    submit(&farm, &FRAMES.map(|frames| line(&format!("clip-{frames}"), frames, 2)));
-    for (job, frames) in done(&farm).iter().zip(FRAMES) {
+    farm.submit(&lines(&FRAMES.map(|frames| line(&format!("clip-{frames}"), frames, 2))));
+    for (job, frames) in farm.done(LIMIT).iter().zip(FRAMES) {
         let result = &job["result"];
         assert_eq!((&result["spec"]["num_frames"], &result["decode"]["mode"]), (&json!(frames), &json!("shared")));
         let probed = probe(&farm.folder().join("store").join(result["clip"].as_str().unwrap()));
