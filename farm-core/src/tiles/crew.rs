@@ -150,6 +150,8 @@ pub struct Crew {
     began: Option<Instant>,
     /// What a tile that starts over may take until it has caught up.
     catching_up: Duration,
+    /// Hands are asked for although there are some, since those keep silent.
+    spares_asked: bool,
     /// Chunks of which some tiles are there.
     frames: BTreeMap<u32, Vec<Option<Arc<Pixels>>>>,
     handed_on: u32,
@@ -175,6 +177,7 @@ impl Crew {
             longest: Duration::ZERO,
             began: None,
             catching_up: Duration::ZERO,
+            spares_asked: false,
             frames: BTreeMap::new(),
             handed_on: 0,
             encoded: 0,
@@ -212,9 +215,30 @@ impl Crew {
             Phase::New | Phase::Asking | Phase::Gathering { .. } => {
                 self.members.insert(hand, Member::default());
             }
+            Phase::Decoding if self.spares_asked => self.join_late(hand, out),
             // It would have nothing to do, and others may have something for its device.
             Phase::Decoding | Phase::Draining | Phase::Ended => self.dismiss(hand, out),
         }
+    }
+
+    /// A hand that was asked for beside silent ones gets what is missing, if nobody else has.
+    fn join_late(&mut self, hand: HandId, out: &mut Vec<Action>) {
+        let missing: Vec<u32> = self.missing().into_iter().filter(|tile| self.holders(*tile) == 1).collect();
+        if missing.is_empty() {
+            return self.dismiss(hand, out);
+        }
+        self.members.insert(hand, Member::default());
+        missing.into_iter().for_each(|tile| self.hedge(tile, hand, out));
+    }
+
+    /// Tiles that have not come to the open step.
+    fn missing(&self) -> Vec<u32> {
+        (0..).zip(&self.given).filter(|(_, given)| given.is_none()).map(|(number, _)| number).collect()
+    }
+
+    /// Hands that decode a tile.
+    fn holders(&self, tile: u32) -> usize {
+        self.members.values().filter(|member| member.tiles.contains(&tile)).count()
     }
 
     fn hear(&mut self, hand: HandId, message: FromHand, now: Instant, out: &mut Vec<Action>) {
@@ -304,6 +328,7 @@ impl Crew {
             self.longest = self.longest.max(now.saturating_duration_since(self.opened));
         }
         self.catching_up = Duration::ZERO;
+        self.spares_asked = false;
         self.opened = now;
         self.rounds_left = self.patience.rounds;
         for (&hand, member) in &self.members {
@@ -443,7 +468,7 @@ impl Crew {
     /// Hands that keep the others waiting: without end they are lost, and beside a slow one a second starts.
     fn chase(&mut self, now: Instant, out: &mut Vec<Action>) {
         let open = self.log.len() as u32;
-        let missing: Vec<u32> = (0..).zip(&self.given).filter(|(_, given)| given.is_none()).map(|(n, _)| n).collect();
+        let missing = self.missing();
         if missing.is_empty() || self.is_ahead(open) {
             return;
         }
@@ -453,24 +478,48 @@ impl Crew {
             for hand in blamed.map(|(hand, _)| *hand).collect::<Vec<_>>() {
                 self.refuse(hand, &format!("step {open} has waited for it for {} s", waited.as_secs()), now, out);
             }
-        } else if let Some((tile, hand)) = self.late(&missing).or_else(|| self.silent(&missing, now)) {
+        } else if let Some((tile, hand)) = self.late(&missing) {
             self.hedge(tile, hand, out);
+        } else if self.is_silent(now) {
+            match self.substitute(&missing) {
+                Some((tile, hand)) => self.hedge(tile, hand, out),
+                None => self.ask_for_spares(now, out),
+            }
         }
     }
 
-    /// A tile that keeps the others waiting, since the last of them came to this step, for as long as it took them and as
-    /// another hand would need to decode it from the start; and one that has nothing else to do.
-    fn silent(&self, missing: &[u32], now: Instant) -> Option<(u32, HandId)> {
-        let so_far = self.opened.saturating_duration_since(self.began?);
+    /// What is missing keeps the others waiting, since the last of them came to this step, for as long as it took them and
+    /// as another hand would need to decode it from the start.
+    fn is_silent(&self, now: Instant) -> bool {
+        let so_far = self.began.map_or(Duration::ZERO, |began| self.opened.saturating_duration_since(began));
         let took = self.latest.saturating_duration_since(self.opened);
         let kept = now.saturating_duration_since(self.latest.max(self.opened));
-        if self.shape.plan.mode == Mode::Exact || kept < HEDGE_AFTER.max(so_far).max(took).max(self.catching_up) {
-            return None;
-        }
-        let holders = |tile: &u32| self.members.values().filter(|member| member.tiles.contains(tile)).count();
-        let tile = *missing.iter().find(|tile| holders(tile) == 1)?;
+        self.shape.plan.mode != Mode::Exact && kept >= HEDGE_AFTER.max(so_far).max(took).max(self.catching_up)
+    }
+
+    /// A tile that is missing and decoded once, and a hand that has nothing else to do.
+    fn substitute(&self, missing: &[u32]) -> Option<(u32, HandId)> {
+        let tile = *missing.iter().find(|tile| self.holders(**tile) == 1)?;
         let idle = self.members.iter().filter(|(_, member)| !member.tiles.iter().any(|own| missing.contains(own)));
         idle.min_by_key(|(_, member)| member.tiles.len()).map(|(hand, _)| (tile, *hand))
+    }
+
+    /// Everybody is silent, for far longer than any step has taken: others may be free.
+    fn ask_for_spares(&mut self, now: Instant, out: &mut Vec<Action>) {
+        let kept = now.saturating_duration_since(self.latest.max(self.opened));
+        let known = !self.longest.is_zero() && kept >= 4 * self.longest;
+        let alone = self.missing().into_iter().any(|tile| self.holders(tile) == 1);
+        if !known || !alone || self.spares_asked || self.rounds_left == 0 {
+            return;
+        }
+        self.spares_asked = true;
+        self.rounds_left -= 1;
+        self.round += 1;
+        out.push(Action::Note(format!(
+            "decode: nothing has come for {:.1} s; asking for more hands",
+            kept.as_secs_f64()
+        )));
+        out.push(Action::WantHands { round: self.round });
     }
 
     /// A tile whose hand works more than twice as long for each of its tiles as the median does, where another that

@@ -64,6 +64,7 @@ struct World {
     repeats: u32,
     stalls: u32,
     hedges: u32,
+    silences: u32,
     history: Vec<String>,
 }
 
@@ -84,12 +85,14 @@ enum Move {
     Stall,
     /// A tile gets a second hand.
     Hedge(u32, HandId),
+    /// All hands keep silent.
+    Silence,
 }
 
 impl Move {
     /// Happens by itself, sooner or later.
     fn is_progress(&self) -> bool {
-        !matches!(self, Self::Crash(_) | Self::Stall | Self::Hedge(..) | Self::Repeat(_))
+        !matches!(self, Self::Crash(_) | Self::Stall | Self::Hedge(..) | Self::Repeat(_) | Self::Silence)
     }
 }
 
@@ -111,6 +114,7 @@ impl World {
             repeats: 0,
             stalls: 0,
             hedges: 0,
+            silences: 0,
             history: Vec::new(),
         };
         world.tell(Event::Tick);
@@ -186,6 +190,9 @@ impl World {
         if self.stalls > 0 {
             moves.push(Move::Stall);
         }
+        if self.silences > 0 && self.crew.phase == Phase::Decoding {
+            moves.push(Move::Silence);
+        }
         if self.hedges > 0 && self.crew.phase == Phase::Decoding {
             for (&hand, member) in &self.crew.members {
                 let others = (0..self.shape.plan.tiles.len() as u32).filter(|tile| !member.tiles.contains(tile));
@@ -246,6 +253,14 @@ impl World {
             Move::Stall => {
                 self.stalls -= 1;
                 self.wait_out(Duration::from_secs(3600));
+            }
+            Move::Silence => {
+                self.silences -= 1;
+                let mut out = Vec::new();
+                self.crew.longest = Duration::from_millis(1);
+                self.crew.ask_for_spares(self.now + Duration::from_secs(1), &mut out);
+                self.crew.longest = Duration::ZERO;
+                self.follow(out);
             }
             Move::Hedge(tile, hand) => {
                 self.hedges -= 1;
@@ -350,6 +365,13 @@ fn a_tile_that_two_hands_decode_ends_well_in_every_order_of_events() {
 #[test]
 fn modes_without_exchange_end_well_in_every_order_of_events() {
     let world = World { crashes: 1, hedges: 1, ..World::new(shape(2, 0, &[0, 0, 0]), Instant::now()) };
+    let worlds = explore(world);
+    assert!(worlds > 500, "{worlds}");
+}
+
+#[test]
+fn hands_that_are_asked_for_beside_silent_ones_end_well_in_every_order_of_events() {
+    let world = World { silences: 1, ..World::new(shape(2, 1, &[0]), Instant::now()) };
     let worlds = explore(world);
     assert!(worlds > 500, "{worlds}");
 }
@@ -477,6 +499,25 @@ fn a_silent_hand_is_not_waited_for_longer_than_another_needs_for_its_tile() {
 }
 
 #[test]
+fn beside_a_silent_only_hand_another_is_asked_for_and_gets_its_tiles() {
+    let mut world = decoding(1, 2);
+    while world.crew.log.len() < 3 {
+        let next = world.moves().into_iter().find(|next| matches!(next, Move::ToHand(_) | Move::ToCrew(_))).unwrap();
+        world.now += Duration::from_millis(100);
+        world.make(next);
+    }
+    world.now += Duration::from_secs(30);
+    world.crew.patience.stall = Duration::from_secs(600);
+    world.tell(Event::Tick);
+    assert_eq!(world.asked, 1);
+    world.make(Move::Answer(2));
+    world.make(Move::Join(1));
+    assert_eq!(assigned(&world, 1), [0, 1]);
+    world.make(Move::Join(2));
+    assert!(world.devices[&2].dismissed, "the tiles have two hands already");
+}
+
+#[test]
 fn exact_tiles_end_with_a_lost_hand() {
     let mut world = World::new(
         Arc::new(Shape::new(plan("exact:2x2", [2, 4]), vec![1], shape(2, 2, &[1]).norms.clone())),
@@ -495,7 +536,7 @@ proptest! {
     ) {
         let frames: Vec<u32> = (0..chunks).map(|chunk| if chunk == 0 { 1 } else { 6 }).collect();
         let shape = shape(tiles, norms, &frames);
-        let mut world = World { crashes: 3, repeats: 3, stalls: 0, hedges: 2, ..World::new(shape, Instant::now()) };
+        let mut world = World { crashes: 3, repeats: 3, stalls: 0, hedges: 2, silences: 2, ..World::new(shape, Instant::now()) };
         world.crew.rounds_left = 9;
         world.crew.patience.rounds = 9;
         let mut picks = picks.into_iter();
