@@ -3,7 +3,7 @@
 export PATH := $(PATH):$(or $(CARGO_HOME),$(HOME)/.cargo)/bin
 BIN := $(or $(CARGO_TARGET_DIR),target)/release
 
-.PHONY: setup build demo test lint alone chaos bench bench-usp bench-tiles clean
+.PHONY: setup build demo test lint alone chaos bench bench-usp bench-tiles bench-decode clean
 
 setup:
 	@tools/setup.sh
@@ -31,10 +31,12 @@ alone:
 	cargo check --locked -p farm-scheduler
 	cargo check --locked -p farm-node --no-default-features
 
-# What `make test` does a few times, many times: a group of four processes loses a rank, fifty times. Takes root.
+# What `make test` does a few times, many times: a group of four processes loses a rank, fifty times; a hundred clips are
+# decoded by three nodes that are killed, paused, cut off, slowed down and lied to. Takes root.
 chaos: setup
 	cargo build --workspace --locked
 	FARM_FAULTS=50 cargo test --locked -p farm-tests --test group_faults -- --nocapture
+	FARM_DECODE_CLIPS=100 cargo test --locked -p farm-tests --test decode_faults -- --nocapture
 
 # Where the time of one clip goes. Ends with one line of figures, and PASS or FAIL.
 bench: build
@@ -47,6 +49,11 @@ bench-usp: build
 # How far decodes in tiles are from the decode of the whole frame, in every mode. Some minutes; ends with PASS or FAIL.
 bench-tiles: build
 	$(BIN)/farm-node bench tiles --model assets/mochi-tiny
+
+# A clip's decode in one and in two processes of one thread, and the memory of the one that puts a large clip together.
+bench-decode: build
+	$(BIN)/farm-node bench decode --model assets/mochi-tiny
+	$(BIN)/farm-node bench stitch
 
 clean:
 	cargo clean

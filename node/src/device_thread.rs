@@ -123,7 +123,7 @@ pub trait Device: Send + 'static {
 pub type Reservation = Arc<dyn Send + Sync>;
 
 enum Command {
-    Denoise(Denoise, oneshot::Sender<Result<Denoised, RenderError>>),
+    Denoise(Box<Denoise>, oneshot::Sender<Result<Denoised, RenderError>>),
     Decode(Decode, oneshot::Sender<()>),
 }
 
@@ -149,7 +149,7 @@ impl DeviceHandle {
     /// if nobody waits any more.
     pub async fn denoise(&self, work: Denoise, reservation: Reservation) -> Result<Denoised, RenderError> {
         let (answer, denoised) = oneshot::channel();
-        self.command(Command::Denoise(work, answer), reservation)?;
+        self.command(Command::Denoise(Box::new(work), answer), reservation)?;
         let gone = || RenderError::device(format!("device {} gave no answer", self.index));
         denoised.await.unwrap_or_else(|_| Err(gone()))
     }
@@ -183,7 +183,7 @@ fn serve(mut device: impl Device, inbox: Receiver<(Command, Reservation)>) {
                     work.group.abort("stopped");
                     Err(RenderError::Stopped)
                 } else {
-                    catch_unwind(AssertUnwindSafe(|| device.denoise(work))).unwrap_or_else(|panic| {
+                    catch_unwind(AssertUnwindSafe(|| device.denoise(*work))).unwrap_or_else(|panic| {
                         Err(RenderError::device(format!("panicked: {}", panic_message(&*panic))))
                     })
                 };

@@ -1,5 +1,4 @@
 //! Both directions of a conversation inside this process.
-#![allow(dead_code)]
 
 use tokio::sync::mpsc;
 

@@ -1,28 +1,46 @@
 //! A farm of real processes that a test can take apart.
 
 use std::collections::BTreeMap;
+use std::fs::Permissions;
 use std::io::{BufRead, BufReader};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::Value;
 
+use crate::network::Network;
 use crate::{programs, repository, wait_until};
 
 /// For one program to get ready.
 const READY: Duration = Duration::from_secs(60);
 
+/// How a farm differs from one on this machine with all defaults.
+#[derive(Default)]
+pub struct Setup {
+    /// Where clips go. A folder that lives as long as the farm, if it is left out.
+    pub store: Option<String>,
+    pub environment: Vec<(String, String)>,
+    /// More arguments of the scheduler.
+    pub scheduler: Vec<String>,
+    /// Programs run on its hosts: the scheduler and `farmctl` on the last one.
+    pub network: Option<Arc<Network>>,
+}
+
 /// One scheduler and any number of nodes, all gone when it is dropped.
 pub struct Farm {
     folder: tempfile::TempDir,
     store: String,
-    environment: Vec<(String, String)>,
+    setup: Setup,
     address: String,
-    scheduler: Option<Process>,
-    nodes: BTreeMap<String, Process>,
+    /// By name; the scheduler's is [`SCHEDULER`].
+    processes: BTreeMap<String, Process>,
 }
+
+pub const SCHEDULER: &str = "scheduler";
 
 /// Killed, and waited for, when dropped.
 struct Process(Child);
@@ -38,11 +56,23 @@ impl Drop for Process {
 impl Farm {
     /// Starts a scheduler. Without a store, clips go to a folder that lives as long as the farm.
     pub fn start(store: Option<&str>, environment: Vec<(String, String)>) -> Self {
+        Self::set_up(Setup { store: store.map(str::to_owned), environment, ..Setup::default() })
+    }
+
+    /// Starts a scheduler.
+    pub fn set_up(setup: Setup) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let own_store = format!("file://{}/store", folder.path().display());
-        let store = store.map_or(own_store, str::to_owned);
-        let mut farm =
-            Self { folder, store, environment, address: "127.0.0.1:0".into(), scheduler: None, nodes: BTreeMap::new() };
+        let store = setup.store.clone().unwrap_or(own_store);
+        let address = match &setup.network {
+            Some(network) => format!("{}:7070", network.address(network.hosts() - 1)),
+            None => "127.0.0.1:0".to_owned(),
+        };
+        let mut farm = Self { folder, store, setup, address, processes: BTreeMap::new() };
+        if let Some(secret) = farm.secret() {
+            std::fs::write(&secret, "known-to-all-who-take-part").unwrap();
+            std::fs::set_permissions(&secret, Permissions::from_mode(0o600)).unwrap();
+        }
         farm.start_scheduler();
         farm
     }
@@ -50,14 +80,16 @@ impl Farm {
     /// Starts the scheduler, or starts it again: on the same address, over the same data.
     pub fn start_scheduler(&mut self) {
         let data = self.folder.path().join("queue");
-        let mut command = self.program("farm-scheduler");
+        let mut command = self.program("farm-scheduler", None);
+        command.args(self.secret().into_iter().flat_map(|secret| ["--secret-file".into(), secret]));
         command.args(["--listen", &self.address, "--store", &self.store, "--data"]).arg(data).stdout(Stdio::piped());
-        let mut child = self.spawn(command, "scheduler");
+        command.args(&self.setup.scheduler);
+        let mut child = self.spawn(command, SCHEDULER);
         let mut line = String::new();
         BufReader::new(child.0.stdout.take().unwrap()).read_line(&mut line).unwrap();
         let address = line.trim().strip_prefix("listening on http://");
-        self.address = address.unwrap_or_else(|| panic!("no scheduler: {}", self.log("scheduler"))).to_owned();
-        self.scheduler = Some(child);
+        self.address = address.unwrap_or_else(|| panic!("no scheduler: {}", self.log(SCHEDULER))).to_owned();
+        self.processes.insert(SCHEDULER.to_owned(), child);
     }
 
     /// Starts a node with the bundled checkpoint and waits until the farm knows it.
@@ -67,32 +99,79 @@ impl Farm {
 
     /// As [`Farm::start_node`], with more arguments.
     pub fn start_node_with(&mut self, name: &str, devices: u32, more: &[&str]) {
-        let model = format!("mochi-tiny={}", repository().join("assets/mochi-tiny").display());
-        let data = self.folder.path().join(name);
-        let mut command = self.program("farm-node");
-        command.args(["join", "--scheduler", &self.address, "--name", name, "--store", &self.store]);
-        command.args(["--devices", &format!("cpu:{devices}"), "--threads", "1", "--model", &model, "--data"]).arg(data);
-        command.args(more);
-        let child = self.spawn(command, name);
-        self.nodes.insert(name.to_owned(), child);
+        self.spawn_node(name, None, devices, more);
         wait_until(READY, &format!("{name} joins"), || {
             let nodes = self.json(&["nodes"]);
             nodes["nodes"].as_array().is_some_and(|all| all.iter().any(|n| n["node"] == name && n["alive"] == true))
         });
     }
 
+    /// Starts a node, on a host if there is a network, and waits for nothing.
+    pub fn spawn_node(&mut self, name: &str, host: Option<usize>, devices: u32, more: &[&str]) {
+        let model = format!("mochi-tiny={}", repository().join("assets/mochi-tiny").display());
+        let mut command = self.program("farm-node", host);
+        command.args(["join", "--scheduler", &self.address, "--name", name, "--store", &self.store]);
+        command.args(self.secret().into_iter().flat_map(|secret| ["--secret-file".into(), secret]));
+        command.args(["--devices", &format!("cpu:{devices}"), "--threads", "1", "--model", &model]);
+        command.arg("--data").arg(self.folder.path().join(name)).args(more);
+        let child = self.spawn(command, name);
+        self.processes.insert(name.to_owned(), child);
+    }
+
     /// `kill -9`.
     pub fn kill_scheduler(&mut self) {
-        self.scheduler = None;
+        self.kill_node(SCHEDULER);
     }
 
     /// `kill -9`.
     pub fn kill_node(&mut self, name: &str) {
-        assert!(self.nodes.remove(name).is_some(), "{name} does not run");
+        assert!(self.processes.remove(name).is_some(), "{name} does not run");
+    }
+
+    /// Sends a signal to a process, which has to be there.
+    pub fn signal(&self, name: &str, signal: libc::c_int) {
+        // SAFETY: a signal to a child that has not been waited for.
+        let sent = unsafe { libc::kill(self.processes[name].0.id() as libc::pid_t, signal) };
+        assert_eq!(sent, 0, "{name} does not run");
+    }
+
+    /// Processes that have ended, though nobody has killed them.
+    pub fn ended(&mut self) -> Vec<String> {
+        let ended = |process: &mut Process| process.0.try_wait().unwrap().is_some();
+        self.processes.iter_mut().filter_map(|(name, process)| ended(process).then(|| name.clone())).collect()
+    }
+
+    /// The most memory that each process has had, in bytes.
+    pub fn peak_memory(&self) -> Vec<(&str, u64)> {
+        let peak = |process: &Process| {
+            let status = std::fs::read_to_string(format!("/proc/{}/status", process.0.id())).ok()?;
+            let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+            Some(line.trim().strip_suffix(" kB")?.parse::<u64>().ok()? << 10)
+        };
+        // One that has ended has none.
+        self.processes.iter().filter_map(|(name, process)| Some((&name[..], peak(process)?))).collect()
+    }
+
+    /// Queues a prompt file of these lines.
+    pub fn submit(&self, lines: &str) {
+        let file = self.file("prompts.jsonl", lines);
+        let output = self.farmctl(&["submit", file.to_str().unwrap()]);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    }
+
+    /// All jobs, in detail and in the order of their submission, once they are done.
+    pub fn done(&self, within: Duration) -> Vec<Value> {
+        let jobs = || self.json(&["list"])["jobs"].as_array().cloned().unwrap_or_default();
+        wait_until(within, "all clips are done", || {
+            let jobs = jobs();
+            assert!(jobs.iter().all(|job| job["state"] != "failed"), "{jobs:#?}");
+            !jobs.is_empty() && jobs.iter().all(|job| job["state"] == "done")
+        });
+        jobs().iter().map(|job| self.json(&["show", job["job"].as_str().unwrap()])).collect()
     }
 
     pub fn farmctl(&self, args: &[&str]) -> Output {
-        self.program("farmctl").args(args).stdin(Stdio::null()).output().unwrap()
+        self.program("farmctl", None).args(args).stdin(Stdio::null()).output().unwrap()
     }
 
     /// What a `farmctl` command prints with `--json`; null if it fails.
@@ -117,9 +196,21 @@ impl Farm {
         std::fs::read_to_string(self.folder.path().join(format!("{name}.log"))).unwrap_or_default()
     }
 
-    fn program(&self, name: &str) -> Command {
-        let mut command = Command::new(programs().join(name));
-        command.envs(self.environment.iter().cloned()).env("FARM_SCHEDULER", &self.address);
+    /// A farm that can be reached from elsewhere has a secret.
+    fn secret(&self) -> Option<PathBuf> {
+        self.setup.network.is_some().then(|| self.folder.path().join("secret"))
+    }
+
+    /// A program, on the network's last host if none is named.
+    fn program(&self, name: &str, host: Option<usize>) -> Command {
+        let program = programs().join(name);
+        let mut command = match &self.setup.network {
+            Some(network) => network.command(host.unwrap_or(network.hosts() - 1), &program),
+            None => Command::new(program),
+        };
+        let environment = self.setup.environment.iter().map(|(name, value)| (name, value));
+        command.envs(environment).env("FARM_SCHEDULER", &self.address);
+        command.envs(self.secret().map(|secret| ("FARM_SECRET_FILE", secret)));
         // A test that is killed leaves nothing behind.
         // SAFETY: only prctl is called between fork and exec.
         unsafe {

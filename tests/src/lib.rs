@@ -1,8 +1,10 @@
 //! What several tests over real processes and servers need.
 
 pub mod clip;
+pub mod dice;
 pub mod farm;
 pub mod network;
+pub mod proxy;
 pub mod s3;
 
 use std::path::{Path, PathBuf};

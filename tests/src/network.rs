@@ -1,9 +1,14 @@
 //! Hosts on one network, as network namespaces of this machine. Takes root and `ip`.
 
+use std::fs::File;
+use std::io;
+use std::net::Ipv4Addr;
+use std::os::fd::AsRawFd;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 
-/// Hosts `0..count` at `10.77.0.(i + 1)` on a switch. Gone when dropped.
+/// Hosts `0..count` on a switch, each with two addresses: `10.77.0.(i + 1)` and `10.77.0.(i + 101)`. Gone when dropped.
 pub struct Network {
     name: String,
     hosts: usize,
@@ -25,22 +30,42 @@ impl Network {
             ip(&["netns", "add", &namespace])?;
             ip(&["-n", &switch, "link", "add", &port, "type", "veth", "peer", "name", "eth0", "netns", &namespace])?;
             ip(&["-n", &switch, "link", "set", &port, "master", "switch", "up"])?;
-            ip(&["-n", &namespace, "addr", "add", &format!("{}/24", network.address(host)), "dev", "eth0"])?;
+            for address in [network.address(host), network.second_address(host)] {
+                ip(&["-n", &namespace, "addr", "add", &format!("{address}/24"), "dev", "eth0"])?;
+            }
             ip(&["-n", &namespace, "link", "set", "eth0", "up"])?;
             ip(&["-n", &namespace, "link", "set", "lo", "up"])?;
         }
         Ok(network)
     }
 
-    pub fn address(&self, host: usize) -> String {
-        format!("10.77.0.{}", host + 1)
+    pub fn hosts(&self) -> usize {
+        self.hosts
+    }
+
+    pub fn address(&self, host: usize) -> Ipv4Addr {
+        Ipv4Addr::new(10, 77, 0, 1 + host as u8)
+    }
+
+    pub fn second_address(&self, host: usize) -> Ipv4Addr {
+        Ipv4Addr::new(10, 77, 0, 101 + host as u8)
     }
 
     /// A command that runs `program` on a host. The process that is started becomes the program.
-    pub fn command(&self, host: usize, program: &std::path::Path) -> Command {
+    pub fn command(&self, host: usize, program: &Path) -> Command {
         let mut command = Command::new("ip");
         command.args(["netns", "exec", &self.namespace(host)]).arg(program);
         command
+    }
+
+    /// Takes the calling thread to a host: sockets that it opens from now on, and threads that it starts, are there.
+    pub fn enter(&self, host: usize) -> io::Result<()> {
+        let namespace = File::open(Path::new("/run/netns").join(self.namespace(host)))?;
+        // SAFETY: a call with an open file, which changes nothing but this thread.
+        match unsafe { libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWNET) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
     }
 
     /// Pulls the host's cable, or puts it back.

@@ -9,29 +9,12 @@ use serde_json::Value;
 
 const LIMIT: Duration = Duration::from_secs(240);
 
-fn submit(farm: &Farm, lines: &str) {
-    let file = farm.file("prompts.jsonl", lines);
-    let output = farm.farmctl(&["submit", file.to_str().unwrap()]);
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-}
-
-/// All jobs, in detail, once they are done.
-fn done(farm: &Farm) -> Vec<Value> {
-    let jobs = || farm.json(&["list"])["jobs"].as_array().cloned().unwrap_or_default();
-    wait_until(LIMIT, "all clips are done", || {
-        let jobs = jobs();
-        assert!(jobs.iter().all(|job| job["state"] != "failed"), "{jobs:#?}");
-        !jobs.is_empty() && jobs.iter().all(|job| job["state"] == "done")
-    });
-    jobs().iter().map(|job| farm.json(&["show", job["job"].as_str().unwrap()])).collect()
-}
-
 /// Submits one line to a farm with one node of so many devices, and returns the result.
 fn rendered_on(devices: u32, line: &str) -> Value {
     let mut farm = Farm::start(None, Vec::new());
     farm.start_node("only", devices);
-    submit(&farm, line);
-    done(&farm).remove(0)["result"].clone()
+    farm.submit(line);
+    farm.done(LIMIT).remove(0)["result"].clone()
 }
 
 /// How many devices rendered the clip, as its result says it in two ways.
@@ -56,9 +39,9 @@ fn a_long_queue_is_rendered_by_small_groups_side_by_side() {
     const CLIPS: usize = 12;
     let mut farm = Farm::start(None, Vec::new());
     let line = |n| format!(r#"{{"prompt": "a red ball", "num_inference_steps": 8, "seed": {n}}}"#);
-    submit(&farm, &(0..CLIPS).map(line).collect::<Vec<_>>().join("\n"));
+    farm.submit(&(0..CLIPS).map(line).collect::<Vec<_>>().join("\n"));
     farm.start_node("only", 4);
-    let jobs = done(&farm);
+    let jobs = farm.done(LIMIT);
     assert_eq!(jobs.len(), CLIPS);
     let sizes: Vec<usize> = jobs.iter().map(|job| devices(&job["result"])).collect();
     assert!(sizes[..8].iter().all(|size| *size == 1), "{sizes:?}");
@@ -93,7 +76,7 @@ fn a_clip_whose_node_is_killed_goes_on_at_its_latest_latent_with_fewer_devices()
     let mut farm = Farm::start(None, Vec::new());
     let every = ["--checkpoint-steps", "50"];
     farm.start_node_with("victim", 4, &every);
-    submit(&farm, line);
+    farm.submit(line);
     let mut job = String::new();
     let mut seen = 0;
     wait_until(LIMIT, "the clip is past its second checkpoint", || {
@@ -111,7 +94,7 @@ fn a_clip_whose_node_is_killed_goes_on_at_its_latest_latent_with_fewer_devices()
     assert!(latest + EVERY >= seen, "at step {seen} the latest checkpoint is of step {latest}");
 
     farm.start_node_with("heir", 3, &every);
-    let detail = done(&farm).remove(0);
+    let detail = farm.done(LIMIT).remove(0);
     let result = &detail["result"];
     assert_eq!(result["node"], "heir");
     assert!((2..4).contains(&devices(result)), "{result:#}");

@@ -7,6 +7,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
+use farm_tests::dice::Dice;
 use farm_tests::network::Network;
 use farm_tests::{programs, repository, wait_until};
 use sha2::{Digest, Sha256};
@@ -25,16 +26,6 @@ const STUCK: Duration = Duration::from_secs(60);
 /// Faults of this run: `FARM_FAULTS`, or one of each kind.
 fn faults() -> usize {
     std::env::var("FARM_FAULTS").map_or(3, |count| count.parse().expect("FARM_FAULTS is a number"))
-}
-
-/// Numbers that look random, the same in every run.
-struct Dice(u64);
-
-impl Dice {
-    fn roll(&mut self, sides: usize) -> usize {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 33) as usize % sides
-    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -161,7 +152,7 @@ fn a_group_that_loses_a_rank_names_it_and_the_rest_finish_the_same_clip() {
         }
     };
     let folder = tempfile::tempdir().unwrap();
-    let mut dice = Dice(20);
+    let mut dice = Dice::new(20);
     let (mut tried, mut clips, mut redone_most, mut told_latest) = (0, 0, 0, Duration::ZERO);
     while tried < faults() {
         let scene = Scene { network: &network, folder: folder.path(), seed: clips, port: 7800 };

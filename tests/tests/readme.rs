@@ -15,7 +15,8 @@ use std::time::{Duration, Instant};
 use farm_tests::{programs, repository};
 
 /// The documents with commands.
-const WALKS: [&str; 4] = ["README.md", "docs/prompt-file.md", "docs/farmctl.md", "docs/parallelism.md"];
+const WALKS: [&str; 5] =
+    ["README.md", "docs/prompt-file.md", "docs/farmctl.md", "docs/parallelism.md", "docs/tiles.md"];
 /// A job's short id in the documents; a real one takes its place.
 const SAMPLE_JOB: &str = "5a0c31f2";
 /// Where the documents have the scheduler. The one that runs takes its place.
@@ -44,6 +45,11 @@ fn the_page_on_farmctl_works_as_written() {
 #[test]
 fn the_page_on_parallelism_works_as_written() {
     Walk::new().run(WALKS[3]);
+}
+
+#[test]
+fn the_page_on_tiles_works_as_written() {
+    Walk::new().run(WALKS[4]);
 }
 
 #[test]

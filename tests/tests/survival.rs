@@ -8,12 +8,6 @@ use serde_json::Value;
 
 const LIMIT: Duration = Duration::from_secs(240);
 
-fn submit(farm: &Farm, lines: &str) {
-    let file = farm.file("prompts.jsonl", lines);
-    let output = farm.farmctl(&["submit", file.to_str().unwrap()]);
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-}
-
 fn jobs(farm: &Farm) -> Vec<Value> {
     farm.json(&["list"])["jobs"].as_array().cloned().unwrap_or_default()
 }
@@ -33,10 +27,7 @@ fn rendered_by(farm: &Farm, node: &str) -> Option<String> {
 fn a_clip_whose_node_is_killed_is_rendered_elsewhere() {
     let mut farm = Farm::start(None, Vec::new());
     farm.start_node("victim", 1);
-    submit(
-        &farm,
-        r#"{"prompt": "a red ball moving left on a black background", "num_inference_steps": 500, "seed": 1}"#,
-    );
+    farm.submit(r#"{"prompt": "a red ball moving left on a black background", "num_inference_steps": 500, "seed": 1}"#);
     let mut job = None;
     wait_until(LIMIT, "the clip denoises", || {
         job = rendered_by(&farm, "victim");
@@ -67,7 +58,7 @@ fn two_hundred_clips_are_each_accepted_once_though_a_node_and_the_scheduler_are_
             )
         })
         .collect();
-    submit(&farm, &lines.join("\n"));
+    farm.submit(&lines.join("\n"));
 
     wait_until(LIMIT, "20 clips are done and node one renders", || {
         in_state(&farm, "done") >= 20 && rendered_by(&farm, "one").is_some()

@@ -22,6 +22,9 @@ use crate::parallel::shard::Split;
 /// Chunks that are decoded and not encoded yet, at most.
 const WINDOW: u32 = 2;
 
+/// A tile is not decoded twice for a delay shorter than this.
+const HEDGE_AFTER: Duration = Duration::from_secs(1);
+
 /// How long what is waited for.
 #[derive(Clone, Copy, Debug)]
 pub struct Patience {
@@ -139,6 +142,8 @@ pub struct Crew {
     /// For the step that is open, by tile.
     given: Vec<Option<Given>>,
     opened: Instant,
+    /// When a tile gave last.
+    latest: Instant,
     /// The longest that a step was open.
     longest: Duration,
     /// When the first tile was assigned.
@@ -166,6 +171,7 @@ impl Crew {
             log: Vec::new(),
             given: vec![None; tiles],
             opened: now,
+            latest: now,
             longest: Duration::ZERO,
             began: None,
             catching_up: Duration::ZERO,
@@ -216,7 +222,7 @@ impl Crew {
         let heard = match message {
             FromHand::Given { number, step, busy_ms, sums, edges } => {
                 member.busy = Duration::from_millis(busy_ms);
-                self.give(number, step, sums, edges)
+                self.give(number, step, sums, edges, now)
             }
             FromHand::Frames { number, chunk, pixels } => self.take_frames(number, chunk, pixels, out),
             FromHand::Failed { message } => Err(format!("its device failed: {message}")),
@@ -226,7 +232,7 @@ impl Crew {
         }
     }
 
-    fn give(&mut self, number: u32, step: u32, sums: Sums, edges: Option<Edges>) -> Result<(), String> {
+    fn give(&mut self, number: u32, step: u32, sums: Sums, edges: Option<Edges>, now: Instant) -> Result<(), String> {
         let open = self.log.len() as u32;
         let given = self.given.get_mut(number as usize).ok_or_else(|| format!("there is no tile {number}"))?;
         if step < open || (step == open && given.is_some()) {
@@ -241,6 +247,7 @@ impl Crew {
             return Err(format!("the edges of tile {number} at step {step} are not as this mode has them"));
         }
         *given = Some(Given { sums, edges: edges.map(Arc::new) });
+        self.latest = now;
         Ok(())
     }
 
@@ -446,9 +453,24 @@ impl Crew {
             for hand in blamed.map(|(hand, _)| *hand).collect::<Vec<_>>() {
                 self.refuse(hand, &format!("step {open} has waited for it for {} s", waited.as_secs()), now, out);
             }
-        } else if let Some((tile, hand)) = self.late(&missing) {
+        } else if let Some((tile, hand)) = self.late(&missing).or_else(|| self.silent(&missing, now)) {
             self.hedge(tile, hand, out);
         }
+    }
+
+    /// A tile that keeps the others waiting, since the last of them came to this step, for as long as it took them and as
+    /// another hand would need to decode it from the start; and one that has nothing else to do.
+    fn silent(&self, missing: &[u32], now: Instant) -> Option<(u32, HandId)> {
+        let so_far = self.opened.saturating_duration_since(self.began?);
+        let took = self.latest.saturating_duration_since(self.opened);
+        let kept = now.saturating_duration_since(self.latest.max(self.opened));
+        if self.shape.plan.mode == Mode::Exact || kept < HEDGE_AFTER.max(so_far).max(took).max(self.catching_up) {
+            return None;
+        }
+        let holders = |tile: &u32| self.members.values().filter(|member| member.tiles.contains(tile)).count();
+        let tile = *missing.iter().find(|tile| holders(tile) == 1)?;
+        let idle = self.members.iter().filter(|(_, member)| !member.tiles.iter().any(|own| missing.contains(own)));
+        idle.min_by_key(|(_, member)| member.tiles.len()).map(|(hand, _)| (tile, *hand))
     }
 
     /// A tile whose hand works more than twice as long for each of its tiles as the median does, where another that

@@ -263,6 +263,7 @@ impl World {
         self.tell(Event::Tick);
         self.now = now;
         self.crew.opened = now;
+        self.crew.latest = now;
         self.crew.longest = Duration::ZERO;
         self.crew.catching_up = Duration::ZERO;
         if let Phase::Gathering { until, .. } = &mut self.crew.phase {
@@ -457,6 +458,22 @@ fn a_hand_at_half_the_pace_gets_a_second_beside_it() {
     }
     assert_eq!((assigned(&world, 0), assigned(&world, 1)), (vec![0], vec![1, 0]));
     assert_eq!(world.crew.on(Event::Tick, world.now), [], "one second hand is enough");
+}
+
+#[test]
+fn a_silent_hand_is_not_waited_for_longer_than_another_needs_for_its_tile() {
+    let mut world = decoding(2, 2);
+    let pass = |world: &mut World, span| {
+        world.now += span;
+        world.tell(Event::Tick);
+        assigned(world, 1).len()
+    };
+    assert_eq!(pass(&mut world, 3 * HEDGE_AFTER), 1, "nobody has done this step yet");
+    let given = FromHand::Given { number: 1, step: 0, busy_ms: 5, sums: sums(&world.shape, 1, 0), edges: None };
+    world.tell(Event::Message(1, given));
+    assert_eq!(pass(&mut world, 2 * HEDGE_AFTER), 1, "it has taken the other longer than that");
+    assert_eq!(pass(&mut world, HEDGE_AFTER), 2, "nothing is done yet: starting over costs nothing");
+    assert_eq!((pass(&mut world, 9 * HEDGE_AFTER), world.crew.counters().hedges), (2, 1), "one second hand is enough");
 }
 
 #[test]

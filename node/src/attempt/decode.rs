@@ -26,8 +26,6 @@ use crate::device_thread::{Decode, Monitor};
 use crate::encode::{FrameSink, Mp4Sink};
 use crate::link;
 
-/// A scheduler that has not said by then who decodes is away; one of the lease's own devices begins.
-const ALONE_AFTER: Duration = Duration::from_secs(5);
 /// Devices of other nodes that may join a decode.
 const MAX_HELPERS: usize = 256;
 
@@ -85,7 +83,7 @@ impl ClipDecode<'_> {
         let remote = arrive.clone();
         let welcome = async {
             while let Some(joined) = open.joined.recv().await {
-                if remote.send(Arrival { name: joined.peer, link: joined.link }).await.is_err() {
+                if remote.send(Arrival { name: joined.name, link: joined.link }).await.is_err() {
                     break;
                 }
             }
@@ -97,7 +95,7 @@ impl ClipDecode<'_> {
             while let Some(round) = asked.recv().await {
                 let wanted = HandsWanted { round, tiles, url: url.clone(), token: token.clone() };
                 (self.workshop.want_hands)(self.start.key, wanted);
-                let Hands { keep, helpers, .. } = answer(round, &mut answers, &lease).await;
+                let Hands { keep, helpers, .. } = answer(round, &mut answers, &lease, self.workshop.alone_after).await;
                 // What is not kept is given back here.
                 lease.retain(|device, _| keep.contains(device));
                 let kept = std::mem::take(&mut lease);
@@ -146,7 +144,7 @@ impl ClipDecode<'_> {
 }
 
 /// Who decodes, as the scheduler says, or as has to do without it.
-async fn answer(round: u32, answers: &mut mpsc::Receiver<Hands>, lease: &Lease) -> Hands {
+async fn answer(round: u32, answers: &mut mpsc::Receiver<Hands>, lease: &Lease, alone_after: Duration) -> Hands {
     let of_round = async {
         loop {
             match answers.recv().await {
@@ -162,7 +160,7 @@ async fn answer(round: u32, answers: &mut mpsc::Receiver<Hands>, lease: &Lease) 
     if alone.is_empty() {
         return of_round.await;
     }
-    match timeout(ALONE_AFTER, of_round).await {
+    match timeout(alone_after, of_round).await {
         Ok(hands) => hands,
         Err(_) => {
             tracing::warn!("no word from the scheduler on who decodes; a device of the lease begins");

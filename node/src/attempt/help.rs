@@ -35,7 +35,8 @@ async fn try_help(
     let failure = |error: &dyn std::fmt::Display| Failure::new(FailureKind::Device, error);
     let spec: RenderSpec = serde_json::from_str(&help.spec_json).map_err(|error| failure(&error))?;
     workshop.model(&help.model, &help.model_hash)?;
-    let joined = workshop.data.join(&help.url, &help.token, max_bytes(&spec), max_message(&spec)).await;
+    let name = format!("{} {}", workshop.node, help.device);
+    let joined = workshop.data.join(&help.url, &help.token, &name, max_bytes(&spec), max_message(&spec)).await;
     let joined = joined.map_err(|error| failure(&error))?;
     let stored = match joined.latent {
         Ok(bytes) => bytes,

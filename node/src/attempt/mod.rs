@@ -12,7 +12,7 @@ mod result;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use farm_core::api::{DecodeRecord, JobResult, StageSeconds};
@@ -49,6 +49,8 @@ pub struct Workshop {
     pub models: HashMap<String, Offered>,
     /// Steps between two latent checkpoints of a clip; 0 for none.
     pub checkpoint_steps: u32,
+    /// A scheduler that has not said by then who decodes is away; one of the lease's own devices begins.
+    pub alone_after: Duration,
     /// Lets other nodes' devices join decodes, and this node's join others'.
     pub data: DataPlane,
     /// Takes lines for jobs' logs.

@@ -4,7 +4,6 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, bail, ensure};
 use farm_core::engine::cpu::CpuEngine;
@@ -15,12 +14,12 @@ use farm_core::model::vae::VaeDecoder;
 use farm_core::model::weights::Loader;
 use farm_core::model::weights::checkpoint::Checkpoint;
 use farm_core::tiles::plan::Tiling;
-use farm_core::tiles::shape::Shape;
 
 use crate::command::target::{Kind, Target, open_sink};
 use crate::command::watch::{Show, progress_bar, stop_on_signals};
+use crate::decode::local::{self, LocalDecode};
+use crate::decode::shape;
 use crate::decode::stitcher::StitchError;
-use crate::decode::{local, shape};
 use crate::devices::Devices;
 
 #[derive(clap::Args)]
@@ -46,12 +45,6 @@ pub struct Args {
     pub threads: Option<NonZeroUsize>,
 }
 
-/// A latent `[C, T, h, w]`.
-pub struct Latent<'a> {
-    pub values: &'a [f32],
-    pub size: [usize; 4],
-}
-
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let target = Target::create(&args.out)?;
     ensure!(target.kind != Kind::Latent, "{} has to end in .mp4 or .rgb", args.out.display());
@@ -75,9 +68,16 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     eprintln!("{} in {}x{} tiles", plan.mode.as_str(), plan.grid[0], plan.grid[1]);
     let stop = stop_on_signals()?;
     let bar = progress_bar();
-    let devices = [args.devices.cpus, threads];
-    let latent = Latent { values: &latent.values, size: latent.size };
-    let outcome = in_tiles(decoder, latent, shape, devices, &target, &stop, &mut Show::new(bar.clone()))?;
+    let work = LocalDecode {
+        decoder,
+        latent: &latent.values,
+        size: latent.size,
+        shape,
+        devices: args.devices.cpus,
+        threads,
+        stop,
+    };
+    let outcome = in_tiles(work, &target, &mut Show::new(bar.clone()))?;
     bar.finish_and_clear();
     match outcome {
         Err(ModelError::Stopped) => return Ok(ExitCode::from(130)),
@@ -87,27 +87,18 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Decodes into the target on `devices` devices of `threads` threads.
-pub fn in_tiles(
-    decoder: Arc<VaeDecoder<CpuEngine>>,
-    latent: Latent<'_>,
-    shape: Arc<Shape>,
-    devices: [usize; 2],
-    target: &Target,
-    stop: &Arc<AtomicBool>,
-    show: &mut Show,
-) -> anyhow::Result<Result<(), ModelError>> {
-    let [height, width] = shape.frame_size();
+/// Decodes into the target.
+pub fn in_tiles(work: LocalDecode<'_>, target: &Target, show: &mut Show) -> anyhow::Result<Result<(), ModelError>> {
+    let [height, width] = work.shape.frame_size();
     let (kind, path) = (target.kind, target.unfinished.path().to_owned());
     let sink = Box::new(move || {
         let sink = open_sink(kind, &path, width as u32, height as u32)?;
         sink.ok_or_else(|| std::io::Error::other("a latent is not a file of frames"))
     });
-    let total = shape.frames.iter().sum();
+    let total = work.shape.frames.iter().sum();
     let mut progress = |done| show.progress(Progress { stage: Stage::Decode, done, total, eta_seconds: None });
     progress(0);
-    let Latent { values, size } = latent;
-    Ok(match local::decode(decoder, values, size, shape, devices, sink, stop, Box::new(progress))? {
+    Ok(match local::decode(work, sink, Box::new(progress))? {
         Ok(_) => Ok(()),
         Err(StitchError::Stopped) => Err(ModelError::Stopped),
         Err(error) => bail!("{error}"),

@@ -35,6 +35,9 @@ use crate::session::state::Offer;
 /// What a node that was told to stop has to leave the farm; then it ends anyway.
 const STOP_PATIENCE: Duration = Duration::from_millis(900);
 
+/// What a decode waits for the scheduler to say who does it.
+const ALONE_AFTER: Duration = Duration::from_secs(5);
+
 #[derive(clap::Args)]
 pub struct Args {
     /// Where the scheduler listens
@@ -153,6 +156,7 @@ async fn join(args: Args) -> anyhow::Result<ExitCode> {
             devices,
             models,
             checkpoint_steps,
+            alone_after: ALONE_AFTER,
             data: data_plane,
             // These fail only when the process ends.
             log: {

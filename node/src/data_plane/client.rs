@@ -28,12 +28,15 @@ use super::channel::{Channel, Hold, Lost, Source, Stream};
 use super::counters::{Count, Counting};
 use super::server::hex;
 use super::{
-    CALL_TIME, CONNECTION_WINDOW, CONTENT_SHA256, DEPTH, Hand, MAX_HEAD, Patience, RESUMES, STREAM_WINDOW, with_causes,
+    CALL_TIME, CONNECTION_WINDOW, CONTENT_SHA256, DEPTH, HAND_NAME, Hand, MAX_HEAD, Patience, RESUMES, STREAM_WINDOW,
+    with_causes,
 };
 use crate::link;
 
 /// What is read of a server's reason to refuse.
 const MAX_REASON: usize = 512;
+/// Times that a first request is made again.
+const RETRIES: usize = 2;
 /// A hand that is refused this often in a row when it comes back has no place any more. Once may be a request that was
 /// damaged on its way.
 const MAX_REFUSALS: u32 = 3;
@@ -105,10 +108,12 @@ struct Target {
     /// `host:port`, for people.
     peer: String,
     token: String,
+    /// Of the hand.
+    name: String,
 }
 
 impl Target {
-    fn new(url: &str, token: &str, tls: bool) -> Result<Self, JoinError> {
+    fn new(url: &str, token: &str, name: &str, tls: bool) -> Result<Self, JoinError> {
         let wrong = |reason: String| JoinError::Url { url: url.to_owned(), reason };
         let uri: Uri = url.parse().map_err(|error: axum::http::uri::InvalidUri| wrong(error.to_string()))?;
         match (uri.scheme_str(), tls) {
@@ -123,14 +128,22 @@ impl Target {
             return Err(wrong("write scheme://host:port/path".into()));
         }
         let peer = uri.authority().map(ToString::to_string).unwrap_or_default();
-        Ok(Self { url: url.trim_end_matches('/').to_owned(), host, port, peer, token: token.to_owned() })
+        Ok(Self {
+            url: url.trim_end_matches('/').to_owned(),
+            host,
+            port,
+            peer,
+            token: token.to_owned(),
+            name: name.to_owned(),
+        })
     }
 
     fn request(&self, method: Method, path: &str, resumes: bool, body: Body) -> Result<Request<Body>, JoinError> {
         let mut request = Request::builder()
             .method(method)
             .uri(format!("{}{path}", self.url))
-            .header(AUTHORIZATION, format!("Bearer {}", self.token));
+            .header(AUTHORIZATION, format!("Bearer {}", self.token))
+            .header(HAND_NAME, &self.name);
         if resumes {
             request = request.header(RESUMES, "1");
         }
@@ -299,13 +312,14 @@ pub(super) async fn join(
     client: &Arc<Client>,
     url: &str,
     token: &str,
+    name: &str,
     max_latent: usize,
     max_message: usize,
 ) -> Result<Hand, JoinError> {
-    let target = Target::new(url, token, client.tls.is_some())?;
+    let target = Target::new(url, token, name, client.tls.is_some())?;
     let hand = Uuid::new_v4();
     let first = || client.stream(&target, hand, false);
-    let stream = first.retry(backoff().with_max_times(3)).when(JoinError::may_pass).await?;
+    let stream = first.retry(backoff().with_max_times(RETRIES)).when(JoinError::may_pass).await?;
     let (link, ends) = link::pair(DEPTH);
     let redial = Redial::new(client.clone(), target.clone(), hand, stream);
     let source = Source::Dialled(Box::new(redial));
@@ -313,7 +327,7 @@ pub(super) async fn join(
     tokio::spawn(Channel::new(target.peer.clone(), ends, source, max_message, patience, counting).run());
 
     let fetch = || client.latent(&target, max_latent);
-    let fetched = fetch.retry(backoff().with_max_times(3)).when(LatentError::may_pass);
+    let fetched = fetch.retry(backoff().with_max_times(RETRIES)).when(LatentError::may_pass);
     let latent = timeout(CALL_TIME, fetched).await.unwrap_or_else(|_| {
         Err(LatentError::Broken {
             peer: target.peer.clone(),
@@ -323,6 +337,7 @@ pub(super) async fn join(
         })
     });
     if let Err(error) = &latent {
+        client.counting.add(Count::MissedLatent);
         tracing::warn!(%error, "a latent was not fetched from its node");
     }
     Ok(Hand { latent, link })

@@ -14,6 +14,8 @@ pub struct Counters {
     pub reconnects: u64,
     /// Channels that ended before both ends were done.
     pub lost_channels: u64,
+    /// Latents that did not come from their node, whatever the reason.
+    pub missed_latents: u64,
     /// Latents that were longer or shorter than announced.
     pub lying_lengths: u64,
     /// Latents whose content was not what was announced.
@@ -29,13 +31,14 @@ pub(super) enum Count {
     Duplicate,
     Reconnect,
     LostChannel,
+    MissedLatent,
     LyingLength,
     WrongHash,
     OverLimit,
 }
 
 #[derive(Default)]
-pub(super) struct Counting([AtomicU64; 8]);
+pub(super) struct Counting([AtomicU64; 9]);
 
 impl Counting {
     pub(super) fn add(&self, count: Count) {
@@ -53,6 +56,7 @@ impl Counting {
             duplicates: self.get(Count::Duplicate),
             reconnects: self.get(Count::Reconnect),
             lost_channels: self.get(Count::LostChannel),
+            missed_latents: self.get(Count::MissedLatent),
             lying_lengths: self.get(Count::LyingLength),
             wrong_hashes: self.get(Count::WrongHash),
             over_limits: self.get(Count::OverLimit),

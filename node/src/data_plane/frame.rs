@@ -10,6 +10,8 @@ use sha2::{Digest, Sha256};
 
 const HEADER: usize = 46;
 const SUMMED: usize = HEADER - 8;
+/// Payloads of this length are always taken: a channel's own are not longer.
+pub(super) const LEAST: usize = 256;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
@@ -21,6 +23,8 @@ pub(super) enum Kind {
     Message,
     /// Numbered as a message is: there are no more.
     End,
+    /// The sender has given the channel up; the payload says why.
+    Lost,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,6 +52,7 @@ impl Frame {
             Kind::Ack => 1,
             Kind::Message => 2,
             Kind::End => 3,
+            Kind::Lost => 4,
         };
         header[1] = u8::from(self.deaf);
         header[2..10].copy_from_slice(&self.taken.to_le_bytes());
@@ -78,7 +83,7 @@ pub(super) struct FrameReader {
 
 impl FrameReader {
     pub(super) fn new(max_payload: usize) -> Self {
-        Self { bytes: BytesMut::new(), header: None, max_payload: max_payload.max(8) }
+        Self { bytes: BytesMut::new(), header: None, max_payload: max_payload.max(LEAST) }
     }
 
     pub(super) fn push(&mut self, bytes: &[u8]) {
@@ -116,6 +121,7 @@ impl FrameReader {
             1 => Kind::Ack,
             2 => Kind::Message,
             3 => Kind::End,
+            4 => Kind::Lost,
             _ => return Err(FrameError::Corrupt("there is no such kind of frame")),
         };
         let u64_at = |at: usize| header[at..].first_chunk().map_or(0, |&bytes| u64::from_le_bytes(bytes));
@@ -139,7 +145,7 @@ mod tests {
     use super::*;
 
     fn frame() -> impl Strategy<Value = Frame> {
-        let kind = prop::sample::select(vec![Kind::Hello, Kind::Ack, Kind::Message, Kind::End]);
+        let kind = prop::sample::select(vec![Kind::Hello, Kind::Ack, Kind::Message, Kind::End, Kind::Lost]);
         (kind, any::<bool>(), any::<u64>(), any::<u64>(), vec(any::<u8>(), 0..40)).prop_map(
             |(kind, deaf, taken, number, payload)| Frame { kind, deaf, taken, number, payload: payload.into() },
         )
@@ -187,9 +193,9 @@ mod tests {
 
     #[test]
     fn a_message_over_the_limit_is_refused_by_its_header() {
-        let frame = Frame { kind: Kind::Message, deaf: false, taken: 0, number: 0, payload: vec![0; 41].into() };
-        let mut reader = FrameReader::new(40);
+        let frame = Frame { kind: Kind::Message, deaf: false, taken: 0, number: 0, payload: vec![0; 401].into() };
+        let mut reader = FrameReader::new(400);
         reader.push(&frame.header());
-        assert_eq!(reader.next(), Err(FrameError::TooLong { bytes: 41 }));
+        assert_eq!(reader.next(), Err(FrameError::TooLong { bytes: 401 }));
     }
 }

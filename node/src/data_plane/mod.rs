@@ -60,6 +60,8 @@ const MAX_HEAD: u32 = 16 << 10;
 const CALL_TIME: Duration = Duration::from_secs(60);
 /// Set by a hand that has joined before.
 const RESUMES: &str = "x-farm-resumes";
+/// What a hand calls itself.
+const HAND_NAME: &str = "x-farm-hand";
 const CONTENT_SHA256: &str = "content-sha256";
 
 #[derive(Clone, Debug)]
@@ -111,8 +113,8 @@ pub struct DataPlane {
 
 /// Seen from the decode: a hand of another node.
 pub struct Joined {
-    /// Address that it has come from.
-    pub peer: String,
+    /// What it calls itself; the address that it has come from, if that is no name.
+    pub name: String,
     pub link: Link<ToHand, FromHand>,
 }
 
@@ -158,10 +160,17 @@ impl DataPlane {
         server::open(&self.shared, latent, max_message, max_hands)
     }
 
-    /// Joins the decode at `url`, of [`OpenDecode`], with a latent of up to `max_latent` bytes and messages from it of up
-    /// to `max_message`.
-    pub async fn join(&self, url: &str, token: &str, max_latent: usize, max_message: usize) -> Result<Hand, JoinError> {
-        client::join(&self.client, url, token, max_latent, max_message).await
+    /// Joins the decode at `url`, of [`OpenDecode`], under a name for people, with a latent of up to `max_latent` bytes and
+    /// messages from it of up to `max_message`.
+    pub async fn join(
+        &self,
+        url: &str,
+        token: &str,
+        name: &str,
+        max_latent: usize,
+        max_message: usize,
+    ) -> Result<Hand, JoinError> {
+        client::join(&self.client, url, token, name, max_latent, max_message).await
     }
 
     pub fn counters(&self) -> Counters {

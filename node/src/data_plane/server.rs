@@ -32,7 +32,9 @@ use uuid::Uuid;
 
 use super::channel::{Channel, Hold, Source, Stream};
 use super::counters::{Count, Counting};
-use super::{CALL_TIME, CONNECTION_WINDOW, CONTENT_SHA256, DEPTH, Joined, MAX_HEAD, Patience, RESUMES, STREAM_WINDOW};
+use super::{
+    CALL_TIME, CONNECTION_WINDOW, CONTENT_SHA256, DEPTH, HAND_NAME, Joined, MAX_HEAD, Patience, RESUMES, STREAM_WINDOW,
+};
 use crate::link;
 
 /// Connections at a time, of all peers and of one address. A hand has one for its channel, and for a moment one more.
@@ -42,6 +44,8 @@ const MAX_CONNECTIONS_OF_PEER: usize = 128;
 const MAX_STREAMS: u32 = 8;
 /// Streams that a channel has not looked at yet.
 const OFFERS: usize = 2;
+/// Bytes of a hand's name. A result has one for each of its hands.
+const MAX_HAND_NAME: usize = 128;
 /// A connection whose channel has ended is closed after this, if its peer does not.
 const AFTER_CHANNEL: Duration = Duration::from_secs(5);
 
@@ -214,6 +218,7 @@ async fn hand(
     let resumes = request.headers().contains_key(RESUMES);
     let hold = Hold::Server { _in_use: caller.in_use };
     let (outgoing, body) = Stream::outgoing();
+    let name = name(request.headers());
     let stream = Stream::new(request.into_body(), outgoing, hold);
     if let Some(offers) = decode.hands.get(&hand) {
         return match offers.try_send(stream) {
@@ -246,7 +251,7 @@ async fn hand(
         shared.patience,
         shared.counting.clone(),
     );
-    room.send(Joined { peer, link });
+    room.send(Joined { name: name.unwrap_or(peer), link });
     decode.hands.insert(hand, offers);
     let seat = Seat { shared: shared.clone(), id, hand };
     tokio::spawn(async move {
@@ -254,6 +259,12 @@ async fn hand(
         channel.run().await;
     });
     Ok(body.into_response())
+}
+
+/// A device of a node, as results name it: `node-b 0`.
+fn name(headers: &HeaderMap) -> Option<String> {
+    let name = headers.get(HAND_NAME)?.to_str().ok()?;
+    (1..=MAX_HAND_NAME).contains(&name.len()).then(|| name.to_owned())
 }
 
 /// A hand's place in a decode; free when its channel ends, however that is.

@@ -18,17 +18,26 @@ use crate::link;
 /// Messages that wait for a hand, or from it.
 pub const DEPTH: usize = 16;
 
-/// Decodes a latent `[C, T, h, w]` on `devices` devices of `threads` compute threads each.
+/// A latent `[C, T, h, w]` and what decodes it.
+pub struct LocalDecode<'a> {
+    pub decoder: Arc<VaeDecoder<CpuEngine>>,
+    pub latent: &'a [f32],
+    pub size: [usize; 4],
+    pub shape: Arc<Shape>,
+    pub devices: usize,
+    /// Of each device.
+    pub threads: usize,
+    pub stop: Arc<AtomicBool>,
+}
+
+/// Decodes into a file. `progress` is told how many frames are encoded.
 pub fn decode(
-    decoder: Arc<VaeDecoder<CpuEngine>>,
-    values: &[f32],
-    size: [usize; 4],
-    shape: Arc<Shape>,
-    [devices, threads]: [usize; 2],
+    work: LocalDecode<'_>,
     sink: OpenSink,
-    stop: &Arc<AtomicBool>,
     progress: Box<dyn FnMut(u32) + Send + '_>,
 ) -> anyhow::Result<Result<Stitched, StitchError>> {
+    let LocalDecode { decoder, latent, size, shape, devices, threads, stop } = work;
+    let stop = &stop;
     // More hands than tiles would have nothing to do.
     let devices = devices.min(shape.plan.tiles.len());
     let (expect, expected) = mpsc::channel(1);
@@ -38,7 +47,7 @@ pub fn decode(
         for device in 0..devices {
             let (crew, link) = link::pair(DEPTH);
             let engine = CpuEngine::new(threads)?;
-            let latent = DitLatent(engine.upload(values, &size)?);
+            let latent = DitLatent(engine.upload(latent, &size)?);
             let decoder = decoder.clone();
             let name = format!("device {device}");
             std::thread::Builder::new().name(name.clone()).spawn_scoped(scope, move || {

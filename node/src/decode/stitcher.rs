@@ -59,9 +59,9 @@ pub enum StitchError {
 /// How a decode went.
 #[derive(Clone, Debug)]
 pub struct Stitched {
-    /// Of everything that is not `encode_seconds`.
+    /// Until the last frames were there.
     pub decode_seconds: f64,
-    /// Blending and encoding, which run beside the decode: their own share.
+    /// Blending and encoding, most of which runs beside the decode.
     pub encode_seconds: f64,
     /// Names of the hands that had a tile.
     pub hands: Vec<String>,
@@ -77,6 +77,7 @@ pub async fn stitch(shape: Arc<Shape>, sink: OpenSink, mut around: Surroundings<
     let (mailbox, mut inbox) = mpsc::channel(MAILBOX);
     let mut encoder = Encoder::start(shape.clone(), sink, mailbox.clone())?;
     let mut crew = Crew::new(shape.clone(), Patience::default(), Instant::now());
+    let mut decode_seconds = 0.0;
     let mut hands = Hands { links: Vec::new(), tasks: JoinSet::new(), mailbox };
     let mut ticks = tokio::time::interval(TICK);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -99,13 +100,15 @@ pub async fn stitch(shape: Arc<Shape>, sink: OpenSink, mut around: Surroundings<
             match action {
                 Action::Send(hand, message) => hands.send(hand, message),
                 Action::Dismiss { hand, reason } => hands.dismiss(hand, reason),
-                Action::Chunk { chunk, tiles } => encoder.take(chunk, tiles),
+                Action::Chunk { chunk, tiles } => {
+                    decode_seconds = began.elapsed().as_secs_f64();
+                    encoder.take(chunk, tiles);
+                }
                 Action::WantHands { round } => (around.want_hands)(round),
                 Action::Note(line) => (around.log)(line),
                 Action::Failed(reason) => return Err(StitchError::Decode(reason)),
                 Action::Finished => {
                     let encode_seconds = encoder.finish().await?;
-                    let decode_seconds = (began.elapsed().as_secs_f64() - encode_seconds).max(0.0);
                     let hands = hands.names();
                     return Ok(Stitched { decode_seconds, encode_seconds, hands, counters: crew.counters() });
                 }

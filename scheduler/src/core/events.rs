@@ -61,8 +61,8 @@ pub struct LiveJob {
     pub failures: u32,
     /// Attempts that ended with their node, likewise.
     pub losses: u32,
-    /// The attempt that the queue store says is running.
-    pub running: Option<LiveAttempt>,
+    /// The attempt that the queue store says is running. Boxed, because most jobs are queued.
+    pub running: Option<Box<LiveAttempt>>,
 }
 
 /// A granted attempt as the queue store knows it.

@@ -427,7 +427,7 @@ impl World {
                 assert_eq!(start.key.attempt.0, row.live.attempt.0 + 1, "attempts count up");
                 row.live.attempt = start.key.attempt;
                 row.live.model = Some(start.model.clone());
-                row.live.running = Some(LiveAttempt {
+                row.live.running = Some(Box::new(LiveAttempt {
                     key: start.key,
                     node: node.clone(),
                     boot: *boot,
@@ -437,7 +437,7 @@ impl World {
                         model_hash: start.model_hash.clone(),
                         spec_json: start.spec_json.clone(),
                     },
-                });
+                }));
                 row.outcomes.push("running");
                 row.state = JobState::Running;
             }

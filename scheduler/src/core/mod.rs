@@ -36,6 +36,8 @@ mod gang_rules;
 #[cfg(test)]
 mod hand_rules;
 #[cfg(test)]
+mod honest;
+#[cfg(test)]
 mod random;
 #[cfg(test)]
 mod rules;

@@ -306,6 +306,8 @@ async fn live_jobs_are_what_a_restart_needs(opener: &dyn Opener) {
         (attempt.key, attempt.devices, attempt.boot),
         (running, vec![DeviceIndex(1), DeviceIndex(3)], BootId(Uuid::from_u128(7)))
     );
+    let clip = (attempt.clip.model.as_str(), attempt.clip.model_hash.as_str(), attempt.clip.spec_json.as_str());
+    assert_eq!(clip, ("m", "h", "{}"), "what helpers of it are told");
     assert_eq!(live[1].running, None);
     let requests = store.requests(&[jobs[2], jobs[1]]).await.unwrap();
     assert_eq!(requests.len(), 2);

@@ -110,7 +110,7 @@ impl<E: Engine> TileStream<E> {
         loop {
             match stop {
                 Stop::Frames(frames) => return Ok(Advance::Frames(frames)),
-                Stop::Norm(at) if matches!(self.frame.mode, Mode::Whole | Mode::Independent) => {
+                Stop::Norm(at) if !self.frame.mode.exchanges() => {
                     let normed = at.norm(&decoder, engine, at.input(), None)?;
                     stop = self.walk.convolve(&decoder, engine, at, normed, Margins::default(), &mut |_, _| ())?;
                 }

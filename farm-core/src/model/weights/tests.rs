@@ -33,18 +33,6 @@ fn published_dit() -> DitConfig {
     }
 }
 
-fn published_vae() -> VaeConfig {
-    VaeConfig {
-        latent_channels: 12,
-        channels: vec![768, 512, 256, 128],
-        layers: vec![3, 6, 4, 3, 3],
-        temporal_expansions: vec![3, 2, 1],
-        spatial_expansions: vec![2, 2, 2],
-        latents_mean: vec![0.0; 12],
-        latents_std: vec![1.0; 12],
-    }
-}
-
 fn published_t5() -> T5Config {
     T5Config {
         vocab_size: 32128,
@@ -170,7 +158,11 @@ fn the_published_sizes_are_counted_from_headers_alone() {
     let dir = tempfile::tempdir().unwrap();
     let original_dir = dir.path().join("original");
     write_hollow(&original_dir.join("dit.safetensors"), "F32", &stored(&names::dit(&published_dit(), &original())));
-    write_hollow(&original_dir.join("decoder.safetensors"), "F32", &stored(&names::vae(&published_vae(), &original())));
+    write_hollow(
+        &original_dir.join("decoder.safetensors"),
+        "F32",
+        &stored(&names::vae(&VaeConfig::mochi1(), &original())),
+    );
     write_hollow_shards(
         &original_dir.join("t5"),
         "model",
@@ -182,7 +174,7 @@ fn the_published_sizes_are_counted_from_headers_alone() {
 
     let hub = dir.path().join("hub");
     let dit = stored(&names::dit(&published_dit(), &Naming::Diffusers));
-    let mut vae = stored(&names::vae(&published_vae(), &Naming::Diffusers));
+    let mut vae = stored(&names::vae(&VaeConfig::mochi1(), &Naming::Diffusers));
     vae.push(("encoder.proj_in.weight".into(), vec![64, 15]));
     write_hollow_shards(&hub.join("transformer"), "diffusion_pytorch_model", ".bf16", "BF16", &dit, 3);
     write_hollow(&hub.join("vae/diffusion_pytorch_model.bf16.safetensors"), "BF16", &vae);
@@ -210,7 +202,7 @@ fn the_published_sizes_are_counted_from_headers_alone() {
         assert_eq!(checkpoint.dit().unwrap().config(), &published_dit());
         assert_eq!(checkpoint.t5().unwrap().config(), &published_t5());
         let vae = checkpoint.vae().unwrap().config();
-        assert_eq!((&vae.channels, &vae.layers), (&published_vae().channels, &published_vae().layers));
+        assert_eq!((&vae.channels, &vae.layers), (&VaeConfig::mochi1().channels, &VaeConfig::mochi1().layers));
         assert_eq!((vae.latents_mean[0], vae.latents_std[11]), (-0.06730895953510081, 0.9274757570805041));
     }
     let bytes = &Checkpoint::inspect(&hub).unwrap().parts[0].bytes_by_dtype;
@@ -263,7 +255,7 @@ fn a_configuration_that_contradicts_the_tensors_is_refused_with_both_values() {
     Checkpoint::open(dir.path()).unwrap();
 
     // A decoder whose projections do not fit the expansions.
-    let vae = VaeConfig { channels: vec![64, 64, 32, 32], layers: vec![1; 5], ..published_vae() };
+    let vae = VaeConfig { channels: vec![64, 64, 32, 32], layers: vec![1; 5], ..VaeConfig::mochi1() };
     write_hollow(
         &dir.path().join("vae/diffusion_pytorch_model.safetensors"),
         "BF16",

@@ -1,6 +1,7 @@
 //! `farm-node bench`: where the time of one clip goes, and how much memory it takes. `bench usp`: what ranks gain.
 //! `bench tiles`: what decodes in tiles lose.
 
+mod decode;
 mod stitch;
 mod tiles;
 mod usp;
@@ -52,6 +53,8 @@ enum Other {
     Usp(usp::Args),
     /// Compare decodes in tiles with the decode of the whole frame
     Tiles(tiles::Args),
+    /// Decode a clip in one and in several processes, and predict it for more
+    Decode(decode::Args),
     /// Time and weigh the stitching of a large clip from made-up tiles
     Stitch(stitch::Args),
 }
@@ -83,6 +86,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     match args.other {
         Some(Other::Usp(args)) => return usp::run(args),
         Some(Other::Tiles(args)) => return tiles::run(args),
+        Some(Other::Decode(args)) => return decode::run(args),
         Some(Other::Stitch(args)) => return stitch::run(args),
         None => {}
     }
@@ -167,6 +171,12 @@ fn print(f: &Figures) {
 }
 
 /// The largest resident size that this process had.
+fn median(values: &[f64]) -> f64 {
+    let mut values = values.to_vec();
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
 fn peak_mib() -> anyhow::Result<f64> {
     let status = std::fs::read_to_string("/proc/self/status").context("peak memory is read from /proc")?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("/proc/self/status has no VmHWM")?;

@@ -21,6 +21,8 @@ use farm_core::parallel::group::RankGroup;
 use farm_core::parallel::topology::Topology;
 use serde::Serialize;
 
+use super::median;
+
 type Tensor = <CpuEngine as SequenceOps>::Tensor;
 
 #[derive(clap::Args)]
@@ -129,12 +131,6 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         );
     }
     Ok(ExitCode::SUCCESS)
-}
-
-fn median(values: &[f64]) -> f64 {
-    let mut values = values.to_vec();
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
 }
 
 /// Seconds of every counted step, of the slowest rank.

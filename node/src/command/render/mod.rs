@@ -27,9 +27,10 @@ use farm_core::tiles::plan::Tiling;
 use self::group::{Clip, Follower};
 use self::resume::{Identity, Saved};
 use crate::command::ClipSize;
-use crate::command::decode::{self, Latent};
+use crate::command::decode;
 use crate::command::target::{Kind, Target};
 use crate::command::watch::{Show, progress_bar, stop_on_signals};
+use crate::decode::local::LocalDecode;
 use crate::decode::shape;
 use crate::encode::FrameSink;
 
@@ -175,9 +176,9 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let outcome = match (outcome, in_tiles, tiles, &target) {
         (Ok(()), Some(values), Some(shape), Some(target)) => {
             let decoder = pipeline.decoder(&CpuEngine::new(threads)?)?;
-            let devices = [args.group.devices.cpus, threads];
-            let latent = Latent { values: &values, size: spec.latent_shape() };
-            decode::in_tiles(decoder, latent, shape, devices, target, &stop, &mut Show::new(bar.clone()))?
+            let (size, devices) = (spec.latent_shape(), args.group.devices.cpus);
+            let work = LocalDecode { decoder, latent: &values, size, shape, devices, threads, stop: stop.clone() };
+            decode::in_tiles(work, target, &mut Show::new(bar.clone()))?
         }
         (outcome, ..) => outcome,
     };

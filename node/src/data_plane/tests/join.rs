@@ -14,7 +14,7 @@ async fn a_wrong_token_is_refused_and_counted() {
     let other = plane.open(Bytes::new(), MAX, 1);
     let peer = address(&plane).to_string();
     for (tried, token) in [&other.token, "", &decode.token[1..]].into_iter().enumerate() {
-        let refused = soon(plane.join(&decode.url, token, 100, MAX)).await.err();
+        let refused = soon(plane.join(&decode.url, token, "a hand", 100, MAX)).await.err();
         assert_eq!(refused, Some(JoinError::Token { peer: peer.clone() }));
         assert_eq!(plane.counters().refused_tokens, tried as u64 + 1);
     }
@@ -25,34 +25,46 @@ async fn what_is_no_decode_here_is_said_so() {
     let plane = plane(patience()).await;
     let decode = plane.open(Bytes::new(), MAX, 1);
     let unknown = format!("{}/v1/decodes/{}", plane.base(), uuid::Uuid::nil());
-    let refused = soon(plane.join(&unknown, &decode.token, 100, MAX)).await.err();
+    let refused = soon(plane.join(&unknown, &decode.token, "a hand", 100, MAX)).await.err();
     assert!(matches!(refused, Some(JoinError::Gone { .. })), "{refused:?}");
     let (url, token) = (decode.url.clone(), decode.token.clone());
     drop(decode);
-    let refused = soon(plane.join(&url, &token, 100, MAX)).await.err();
+    let refused = soon(plane.join(&url, &token, "a hand", 100, MAX)).await.err();
     assert!(matches!(refused, Some(JoinError::Gone { .. })), "{refused:?}");
     let nonsense = format!("{}/v1/decodes/x", plane.base());
-    let refused = soon(plane.join(&nonsense, &token, 100, MAX)).await.err();
+    let refused = soon(plane.join(&nonsense, &token, "a hand", 100, MAX)).await.err();
     assert!(matches!(refused, Some(JoinError::Refused { status: 400, .. })), "{refused:?}");
     for url in ["", "a/b", "ftp://a:1/b", "http://a/b", "http://:1/b", "https://a:1/b", "http://a:1/b?c"] {
-        let refused = soon(plane.join(url, &token, 100, MAX)).await.err();
+        let refused = soon(plane.join(url, &token, "a hand", 100, MAX)).await.err();
         assert!(matches!(refused, Some(JoinError::Url { .. })), "{url}: {refused:?}");
     }
-    let refused = soon(plane.join("http://127.0.0.1:1/v1/decodes/x", "bad\ntoken", 100, MAX)).await.err();
+    let refused = soon(plane.join("http://127.0.0.1:1/v1/decodes/x", "bad\ntoken", "a hand", 100, MAX)).await.err();
     assert!(matches!(refused, Some(JoinError::Unreachable { .. } | JoinError::Url { .. })), "{refused:?}");
+}
+
+#[tokio::test]
+async fn a_hand_is_known_by_its_name_or_else_by_its_address() {
+    let plane = plane(patience()).await;
+    let mut decode = plane.open(Bytes::new(), MAX, 4);
+    for (name, known) in [("node-b 3", true), ("", false), (&"n".repeat(129)[..], false)] {
+        let _hand = soon(plane.join(&decode.url, &decode.token, name, 100, MAX)).await.unwrap();
+        let joined = soon(decode.joined.recv()).await.unwrap();
+        assert_eq!(joined.name == name, known, "{}", joined.name);
+        assert!(known || joined.name.starts_with("127.0.0.1:"), "{}", joined.name);
+    }
 }
 
 #[tokio::test]
 async fn hands_over_the_limit_are_refused_until_one_has_left() {
     let plane = plane(patience()).await;
     let mut decode = plane.open(Bytes::new(), MAX, 2);
-    let join = || async { soon(plane.join(&decode.url, &decode.token, 100, MAX)).await };
+    let join = || async { soon(plane.join(&decode.url, &decode.token, "a hand", 100, MAX)).await };
     let (first, _second) = (join().await.unwrap(), join().await.unwrap());
     assert!(matches!(join().await.err(), Some(JoinError::Full { .. })));
     assert_eq!(plane.counters().over_limits, 1);
     drop((first, soon(decode.joined.recv()).await));
     until(|| plane.hands() == 1).await;
-    assert!(soon(plane.join(&decode.url, &decode.token, 100, MAX)).await.is_ok());
+    assert!(soon(plane.join(&decode.url, &decode.token, "a hand", 100, MAX)).await.is_ok());
 }
 
 #[tokio::test]
@@ -65,7 +77,7 @@ async fn joined_hands_live_on_and_come_back_after_the_decode_is_closed() {
     pair.proxy.set(Weather::Frozen);
     converse(&mut pair, 3).await;
     assert!(pair.joining.counters().reconnects >= 1);
-    let refused = soon(pair.joining.join(&url, &token, 100, MAX)).await.err();
+    let refused = soon(pair.joining.join(&url, &token, "a hand", 100, MAX)).await.err();
     assert!(matches!(refused, Some(JoinError::Gone { .. })), "{refused:?}");
 }
 
@@ -106,7 +118,7 @@ async fn one_peer_cannot_take_all_connections() {
     soon(other.read_exact(&mut settings)).await.unwrap();
     drop(open);
     let join = async {
-        while plane.join(&decode.url, &decode.token, 100, MAX).await.is_err() {
+        while plane.join(&decode.url, &decode.token, "a hand", 100, MAX).await.is_err() {
             tokio::task::yield_now().await;
         }
     };

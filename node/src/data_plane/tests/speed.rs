@@ -12,7 +12,7 @@ const GROUPS: usize = 1024;
 async fn exchanges_and_pixels() {
     let (serving, joining) = (plane(Patience::default()).await, plane(Patience::default()).await);
     let mut decode = serving.open(Bytes::new(), 16 << 20, 1);
-    let mut hand = joining.join(&decode.url, &decode.token, 100, MAX).await.unwrap().link;
+    let mut hand = joining.join(&decode.url, &decode.token, "a hand", 100, MAX).await.unwrap().link;
     let Joined { link: mut crew, .. } = decode.joined.recv().await.unwrap();
 
     let (rounds, big, pixels) = (5000, 200, 1_000_000);

@@ -53,21 +53,24 @@ async fn nodes_of_one_authority_talk_and_others_do_not() {
 
     let mut decode = serving.open(Bytes::from_static(b"latent"), MAX, 4);
     assert!(decode.url.starts_with("https://127.0.0.1:"));
-    let mut hand = soon(joining.join(&decode.url, &decode.token, 100, MAX)).await.unwrap();
+    let mut hand = soon(joining.join(&decode.url, &decode.token, "a hand", 100, MAX)).await.unwrap();
     assert_eq!(hand.latent.unwrap(), &b"latent"[..]);
     let Joined { link: crew, .. } = soon(decode.joined.recv()).await.unwrap();
     crew.to.send(closed(1, 50_000)).await.unwrap();
     assert_eq!(soon(hand.link.from.recv()).await, Some(closed(1, 50_000)));
 
     for other in [&stranger, &posing] {
-        let refused = soon(other.join(&decode.url, &decode.token, 100, MAX)).await.err();
+        let refused = soon(other.join(&decode.url, &decode.token, "a hand", 100, MAX)).await.err();
         assert!(matches!(refused, Some(JoinError::Unreachable { .. })), "{refused:?}");
     }
-    let refused = soon(open.join(&decode.url, &decode.token, 100, MAX)).await.err();
+    let refused = soon(open.join(&decode.url, &decode.token, "a hand", 100, MAX)).await.err();
     assert!(matches!(refused, Some(JoinError::Url { .. })), "{refused:?}");
     let plain = decode.url.replace("https", "http");
-    assert!(matches!(soon(joining.join(&plain, &decode.token, 100, MAX)).await.err(), Some(JoinError::Url { .. })));
-    let refused = soon(open.join(&plain, &decode.token, 100, MAX)).await.err();
+    assert!(matches!(
+        soon(joining.join(&plain, &decode.token, "a hand", 100, MAX)).await.err(),
+        Some(JoinError::Url { .. })
+    ));
+    let refused = soon(open.join(&plain, &decode.token, "a hand", 100, MAX)).await.err();
     assert!(matches!(refused, Some(JoinError::Unreachable { .. })), "{refused:?}");
 }
 

@@ -179,7 +179,7 @@ fn live_job(row: &SqliteRow) -> Result<(JobState, LiveJob), QueueError> {
     let attempt = get_attempt(row, "attempt")?;
     let state = get_state(row, "state")?;
     let running = match state {
-        JobState::Running => Some(live_attempt(row, job, attempt)?),
+        JobState::Running => Some(Box::new(live_attempt(row, job, attempt)?)),
         _ => None,
     };
     let live = LiveJob {
