@@ -6,7 +6,7 @@
 //! | `POST /v1/submissions` | [`OpenSubmission`] → [`SubmissionOpened`] |
 //! | `PUT /v1/submissions/{id}/pages/{n}` | raw bytes of the file from `n · PAGE_BYTES` on, at most [`PAGE_BYTES`]; idempotent → 204 |
 //! | `POST /v1/submissions/{id}/commit` | [`CommitSubmission`] → [`SubmissionReply`]; 422 with [`ApiError`] and `lines` if refused |
-//! | `GET /v1/submissions/{id}` | → [`SubmissionStatus`] |
+//! | `GET /v1/submissions/{id}` | → [`BatchView`] |
 //! | `GET /v1/jobs?state=&submission=&after=&limit=` | → [`JobPage`], oldest first |
 //! | `GET /v1/jobs/{job}` | a full id or a unique ending of one, at least 4 characters → [`JobDetail`] |
 //! | `GET /v1/jobs/{job}/log?after=` | → [`LogPage`] |
@@ -15,14 +15,35 @@
 //! | `GET /v1/nodes` | → [`NodeList`] |
 //! | `POST /v1/cluster` | upgrade to the nodes' session (see `wire::cluster`) |
 //!
+//! | `GET /v1/submissions` | → [`BatchList`] |
+//! | `POST /v1/submissions/{id}/cancel`, `…/pause`, `…/resume` | → [`BatchView`] |
+//! | `POST /v1/jobs/{job}/pause`, `…/resume` | → [`JobView`] |
+//! | `GET /v1/jobs/{job}/why` | → [`WhyView`] |
+//! | `GET /v1/queue` | → [`QueueView`] |
+//! | `POST /v1/queue/pause`, `…/resume` | the whole farm → [`QueueView`] |
+//! | `POST /v1/nodes/{node}/drain`, `…/undrain` | → [`NodeView`] |
+//! | `GET /v1/tenants` | → [`TenantList`] |
+//! | `PUT /v1/tenants/{tenant}` | [`TenantSpec`] → [`TenantView`] |
+//! | `POST /v1/tenants/{tenant}/pause`, `…/resume` | → [`TenantView`] |
+//! | `GET /v1/usage?by=&since=&until=` | → [`UsageList`] |
+//! | `GET /v1/audit?after=` | → [`AuditPage`] |
+//! | `POST /v1/gc` | [`GcRequest`] → [`GcReport`] |
+//!
+//! Who asks may name itself in `x-farm-user`; the audit trail keeps it. A scheduler that stands by answers 503 with
+//! [`ApiError::leader`].
+//!
 //! Errors are [`ApiError`] with a matching status. A scheduler with a secret wants `authorization: Bearer SECRET`.
 
+mod queue;
+
 use std::collections::BTreeMap;
+
+pub use self::queue::*;
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use crate::id::{AttemptNo, DeviceIndex, Epoch, JobId, NodeId, SubmissionId};
+use crate::id::{AttemptNo, DeviceIndex, Epoch, JobId, NodeId, SubmissionId, TenantId};
 use crate::job::spec::{RenderRequest, RenderSpec};
 use crate::job::state::{JobState, Progress};
 use crate::parallel::topology::Topology;
@@ -46,6 +67,9 @@ pub struct ApiError {
     /// How many bad lines there are in all.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub bad_lines: u64,
+    /// Of a scheduler that stands by: the address of the one that leads, if it is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub leader: Option<String>,
 }
 
 fn is_zero(n: &u64) -> bool {
@@ -89,6 +113,15 @@ pub struct OpenSubmission {
     /// For lines that name no priority. Higher goes first; 0 if nobody says.
     #[serde(default)]
     pub priority: Option<i32>,
+    /// Who the jobs are charged to.
+    #[serde(default)]
+    pub tenant: TenantId,
+    /// Ids of jobs or batches that all lines come after.
+    #[serde(default)]
+    pub after: Vec<String>,
+    /// Cancel the rest of the batch when more of its jobs than this have failed.
+    #[serde(default)]
+    pub max_failures: Option<u32>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -127,13 +160,6 @@ pub struct SubmissionReply {
     pub waiting: Option<String>,
 }
 
-/// How a whole submission stands.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct SubmissionStatus {
-    pub submission: SubmissionId,
-    pub jobs: BTreeMap<JobState, u64>,
-}
-
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct JobView {
     pub job: JobId,
@@ -143,6 +169,8 @@ pub struct JobView {
     pub prompt: String,
     pub model: Option<String>,
     pub priority: i32,
+    #[serde(default)]
+    pub tenant: TenantId,
     pub submitted: Timestamp,
     pub finished: Option<Timestamp>,
     pub attempt: AttemptNo,
@@ -182,9 +210,12 @@ pub struct AttemptView {
     pub devices: Vec<DeviceIndex>,
     pub started: Timestamp,
     pub ended: Option<Timestamp>,
-    /// `running`, `completed`, `aborted`, or the kind of failure.
+    /// `running`, `completed`, `aborted`, `interrupted`, or the kind of failure.
     pub outcome: String,
     pub message: Option<String>,
+    /// What it used, once it has ended.
+    #[serde(default)]
+    pub device_seconds: Option<f64>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -218,6 +249,11 @@ pub struct NodeView {
     pub last_heartbeat_seconds: f32,
     /// False while the scheduler waits for a silent node to come back.
     pub alive: bool,
+    #[serde(default)]
+    pub labels: BTreeMap<String, String>,
+    /// Why it gets no new work though it is there: `drained`, `leaving: …`, `in quarantine for 300 s: …`.
+    #[serde(default)]
+    pub closed: Option<String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -40,6 +40,8 @@ fn spec(pipeline: &Pipeline<CpuEngine>, prompt: &str) -> RenderSpec {
         priority: None,
         model: None,
         labels: BTreeMap::new(),
+        after: Vec::new(),
+        require: BTreeMap::new(),
     };
     RenderSpec::resolve(&request, pipeline.defaults(), 7).unwrap()
 }

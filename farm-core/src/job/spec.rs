@@ -13,6 +13,9 @@ pub const MAX_SIZE: u32 = 4096;
 pub const MAX_FRAMES: u32 = 6001;
 pub const MAX_STEPS: u32 = 1000;
 pub const MAX_GUIDANCE: f64 = 100.0;
+pub const MAX_PRIORITY: i32 = 1000;
+/// Entries of `after`.
+pub const MAX_AFTER: usize = 32;
 pub const MAX_LABELS: usize = 32;
 pub const MAX_LABEL_BYTES: usize = 256;
 
@@ -64,6 +67,13 @@ pub struct RenderRequest {
     pub model: Option<String>,
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub labels: BTreeMap<String, String>,
+    /// What the clip waits for: names (`id`) of lines of the same file, or ids of jobs or batches of the farm. It starts
+    /// when all of them are done.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub after: Vec<String>,
+    /// Labels that the node has to have.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub require: BTreeMap<String, String>,
 }
 
 /// A checkpoint's own generation defaults: `generation_config.json` in the model folder.

@@ -104,6 +104,8 @@ pub enum FailureKind {
     Device,
     /// Object storage refused or was unreachable; another try may work.
     Store,
+    /// The device had too little memory for the clip. Another try gets more devices, or decodes in smaller tiles.
+    OutOfMemory,
     /// The node went away or restarted. Counted apart from the failures that are the job's own.
     NodeLost,
 }
@@ -114,6 +116,7 @@ impl FailureKind {
             Self::Input => "input",
             Self::Device => "device",
             Self::Store => "store",
+            Self::OutOfMemory => "out_of_memory",
             Self::NodeLost => "node_lost",
         }
     }

@@ -136,6 +136,24 @@ impl Tiling {
     pub const AUTO: Self = Self { choice: Choice::Auto, memory: None };
     pub const WHOLE: Self = Self { choice: Choice::Whole, memory: None };
 
+    /// For devices on which the decode has run out of memory `times` over: tiles of half the area each time, to a point.
+    pub fn smaller(self, times: u32) -> Self {
+        if times == 0 {
+            return self;
+        }
+        let (mode, tile, overlap) = match self.choice {
+            Choice::Auto | Choice::Whole => (Mode::Shared, TILE, OVERLAP),
+            Choice::Tiles { mode, tile, overlap } => (mode, tile, overlap),
+        };
+        let least = (2 * overlap).max(MIN_TILE);
+        let mut tile = tile;
+        for _ in 0..times {
+            let side = usize::from(tile[1] > tile[0]);
+            tile[side] = (tile[side] / 2).max(least.min(tile[side]));
+        }
+        Self { choice: Choice::Tiles { mode, tile, overlap }, ..self }
+    }
+
     /// The tiles of a latent of `[height, width]`. `bytes_per_pixel` is what decoding takes for each latent pixel of a
     /// tile; it is looked at only where memory is limited.
     pub fn plan(self, latent: [usize; 2], bytes_per_pixel: u64) -> Result<TilePlan, String> {

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::id::{BootId, Epoch, NodeId};
 
 /// Version of everything below. A peer of another version is refused by name, never misread.
-pub const PROTOCOL: u8 = 3;
+pub const PROTOCOL: u8 = 4;
 
 /// Largest encoded envelope. ractor_cluster kills a session without a word at 16 MiB; we stay far below and check
 /// before sending.

@@ -20,6 +20,9 @@ pub enum ToNode {
     Start(Box<StartAttempt>),
     /// Stop the attempt and report nothing for it.
     Abort { key: AttemptKey, reason: String },
+    /// Hand the attempt back: store its latent at the next step border and report `Interrupted`. Past the last step, and
+    /// in a decode or upload, it runs to its end. Repeated while heartbeats list the attempt; a repeat is a no-op.
+    Yield { key: AttemptKey, reason: String },
     /// Answer to `WantHands`: of the attempt's own devices decode on `keep` and give the others back; `helpers` more,
     /// of other nodes or of this one, have been told to join.
     Hands { key: AttemptKey, round: u32, keep: Vec<DeviceIndex>, helpers: u32 },

@@ -1,5 +1,7 @@
 //! Node → scheduler.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 use crate::id::{AttemptKey, AttemptNo, DeviceIndex};
@@ -17,6 +19,9 @@ pub enum ToScheduler {
     WantHands { key: AttemptKey, round: u32, tiles: u32, url: String, token: String },
     /// The end of an attempt. Kept in the node's outbox and repeated until `Acknowledged`.
     Report { number: u64, report: AttemptReport },
+    /// The node stops soon, because a person or its cloud says so: no new work. Its attempts are handed back one by one.
+    /// Repeated until the node is gone.
+    Leaving { reason: String },
     /// A line for the job's log. Best effort.
     Log { key: AttemptKey, line: String },
 }
@@ -33,9 +38,25 @@ pub struct Registration {
     pub store: String,
     /// What the devices are for.
     pub roles: Roles,
+    /// What jobs may require of the node that renders them, for example `gpu` = `h100`.
+    pub labels: BTreeMap<String, String>,
+    /// What the node found of its own process before this one, if that did not end in good order.
+    pub crash: Option<Crash>,
     /// Attempts that survived a lost session or a scheduler restart.
     pub running: Vec<RunningAttempt>,
     pub helping: Vec<Helping>,
+}
+
+/// A process of the node that died while it ran attempts, by the evidence that it left on the node's disk.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Crash {
+    /// What it ran when it died.
+    pub attempts: Vec<AttemptKey>,
+    /// For people, for example `signal 11 (SIGSEGV)`.
+    pub cause: String,
+    /// The process did it itself: a fatal signal, a panic, too little memory. Else it was killed from outside, or its
+    /// machine went down, which says nothing of its attempts.
+    pub own_fault: bool,
 }
 
 /// What a node's devices are for; at least one of both.
@@ -104,6 +125,11 @@ pub enum AttemptOutcome {
         result_json: String,
         /// For example that the prompt was cut to 255 tokens.
         warnings: Vec<String>,
+    },
+    /// Handed back on purpose: the node leaves, or the scheduler asked for it. Its latent is stored as of `step`, 0 if
+    /// there is none yet.
+    Interrupted {
+        step: u32,
     },
     Failed {
         kind: FailureKind,

@@ -1,8 +1,11 @@
 //! What follows from an event. The shell commits `changes` in one transaction, and only then sends and answers.
 
-use farm_core::id::{AttemptKey, AttemptNo, BootId, DeviceIndex, JobId, NodeId};
+use farm_core::api::TenantSpec;
+use farm_core::id::{AttemptKey, AttemptNo, BootId, DeviceIndex, JobId, NodeId, TenantId};
 use farm_core::job::state::FailureKind;
 use farm_core::wire::to_node::{StartAttempt, ToNode};
+
+use super::events::{Counts, Scope};
 
 /// In three lists rather than one, because their order is fixed: commit, then send, then load.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -26,22 +29,77 @@ pub struct Send {
 /// row is in another: the core's picture would be wrong, and a wrong picture must not be acted on.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Change {
-    /// Queued → running; a new attempt row.
-    Started { start: Box<StartAttempt>, node: NodeId, boot: BootId },
-    /// A running attempt's row gets its end.
-    AttemptEnded { key: AttemptKey, outcome: Outcome, message: Option<String> },
+    /// Queued → running; a new attempt row. `device` names its devices; `base` is the seconds that it would take by the
+    /// devices' rates alone, before what was measured of such attempts is taken into account.
+    Started {
+        start: Box<StartAttempt>,
+        node: NodeId,
+        boot: BootId,
+        device: String,
+        base: f64,
+    },
+    /// A running attempt's row gets its end, and the ledger what its devices and its helpers were held for.
+    AttemptEnded {
+        key: AttemptKey,
+        outcome: Outcome,
+        message: Option<String>,
+        device_ms: u64,
+    },
     /// Running → done. `result_json` is the manifest, checked to be this job's.
-    Done { job: JobId, result_json: String, warnings: Vec<String> },
+    Done {
+        job: JobId,
+        result_json: String,
+        warnings: Vec<String>,
+    },
     /// Running → queued.
-    Requeued { job: JobId, failures: u32, losses: u32 },
+    Requeued {
+        job: JobId,
+        counts: Counts,
+    },
+    /// New evidence against a queued or running job.
+    Counted {
+        job: JobId,
+        counts: Counts,
+    },
     /// Queued or running → failed.
-    Failed { job: JobId, reason: String },
+    Failed {
+        job: JobId,
+        reason: String,
+    },
     /// Queued or running → cancelled.
-    Cancelled { job: JobId },
+    Cancelled {
+        job: JobId,
+    },
     /// Failed or cancelled → queued, by a user.
-    Retried { job: JobId },
+    Retried {
+        job: JobId,
+    },
+    Paused {
+        scope: Scope,
+        paused: bool,
+    },
+    Drained {
+        node: NodeId,
+        drained: bool,
+    },
+    /// A tenant's row, new or changed.
+    Tenant {
+        tenant: TenantId,
+        spec: TenantSpec,
+    },
+    /// A line of the audit trail.
+    Audit {
+        by: String,
+        action: &'static str,
+        subject: String,
+        detail: String,
+    },
     /// A line for the job's log.
-    Log { job: JobId, attempt: Option<AttemptNo>, line: String },
+    Log {
+        job: JobId,
+        attempt: Option<AttemptNo>,
+        line: String,
+    },
 }
 
 /// How an attempt ended.
@@ -49,6 +107,7 @@ pub enum Change {
 pub enum Outcome {
     Completed,
     Aborted,
+    Interrupted,
     Failed(FailureKind),
 }
 
@@ -57,6 +116,7 @@ impl Outcome {
         match self {
             Self::Completed => "completed",
             Self::Aborted => "aborted",
+            Self::Interrupted => "interrupted",
             Self::Failed(kind) => kind.as_str(),
         }
     }

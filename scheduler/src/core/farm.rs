@@ -1,22 +1,30 @@
 //! The state of the farm and the one way to change it ([`Farm::step`]).
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
-use farm_core::id::{AttemptKey, AttemptNo, BootId, DeviceIndex, Epoch, JobId, NodeId};
+use farm_core::id::{AttemptKey, AttemptNo, BootId, DeviceIndex, Epoch, JobId, NodeId, SubmissionId, TenantId};
 use farm_core::job::spec::GenerationDefaults;
-use farm_core::job::state::{FailureKind, Progress};
+use farm_core::job::state::Progress;
 use farm_core::parallel::cost::{ModelShape, Site};
+use farm_core::parallel::topology::Topology;
 use farm_core::tiles::plan::Tiling;
 use farm_core::wire::to_node::{HelpDecode, StartAttempt, ToNode};
 use farm_core::wire::to_scheduler::{DeviceInfo, Roles, ToScheduler};
 
-use super::effects::{Change, Effects, Outcome};
-use super::events::{Clip, Event, LiveJob, LoadedRequest, Time};
-use super::forecast::Forecasts;
+use super::batch::{Batch, Dependencies};
+use super::class::{ClassIx, Classes};
+use super::effects::Effects;
+use super::events::{Clip, Counts, Event, Saved, SavedTenant, SavedUsage, Time};
+use super::fit::Fits;
+use super::health::Health;
 use super::help::Want;
+use super::rates::Rates;
+use super::reserve::Reservations;
+use super::stock::{Filed, GroupIx, Stock};
+use super::tenant::{Place, Tenant, TenantIx};
 
 /// Spans and counts that the rules use. The defaults are the product's; tests use smaller ones.
 #[derive(Clone, Debug)]
@@ -38,12 +46,23 @@ pub struct Limits {
     pub start: Duration,
     /// A tick this late means that this process stood still; the silence of that span is not the nodes'.
     pub pause: Duration,
-    /// Attempts that a device or the store may fail before the job fails.
+    /// An attempt that says the same of its progress for this long, and for ten times as long as it was expected to take,
+    /// hangs.
+    pub stuck: Duration,
+    /// Attempts that devices may fail before the job fails.
     pub failures: u32,
-    /// Attempts that may end with their node before the job fails: it may be the job that kills them.
+    /// Attempts that the store may fail. It is mostly the store's trouble, and passes.
+    pub store_failures: u32,
+    /// Attempts that may run out of memory.
+    pub memory_failures: u32,
+    /// Attempts that may end with their node before the job fails.
     pub losses: u32,
-    /// Wait after the first failure; doubles with each.
+    /// Nodes that may die of the job, by the evidence that they leave.
+    pub kills: u32,
+    /// Wait after the first failure of a device; doubles with each.
     pub backoff: Duration,
+    /// Likewise of the store.
+    pub store_backoff: Duration,
 }
 
 impl Default for Limits {
@@ -57,36 +76,65 @@ impl Default for Limits {
             unlisted: Duration::from_secs(8),
             start: Duration::from_secs(30),
             pause: Duration::from_secs(2),
+            stuck: Duration::from_secs(10 * 60),
             failures: 3,
+            store_failures: 10,
+            memory_failures: 4,
             losses: 10,
+            kills: 2,
             backoff: Duration::from_secs(2),
+            store_backoff: Duration::from_secs(5),
         }
     }
 }
-
-/// A place in the queue: higher priority first, then earlier submission.
-pub(super) type Rank = (Reverse<i32>, u64, JobId);
 
 #[derive(Clone, Debug)]
 pub(super) struct Job {
     pub seq: u64,
     pub priority: i32,
-    pub model: Option<Arc<str>>,
+    pub tenant: TenantIx,
+    pub class: ClassIx,
+    pub batches: Vec<SubmissionId>,
+    /// A user paused this very job.
+    pub paused: bool,
+    pub submitted_ms: i64,
     pub attempt: AttemptNo,
-    pub failures: u32,
-    pub losses: u32,
+    pub counts: Counts,
+    /// The node whose devices failed it last; another is better.
+    pub avoid: Option<NodeId>,
     pub phase: Phase,
+}
+
+impl Job {
+    pub fn place(&self, id: JobId) -> Place {
+        (Reverse(self.priority), self.submitted_ms, self.seq, id)
+    }
 }
 
 #[derive(Clone, Debug)]
 pub(super) enum Phase {
+    /// For nothing but devices.
     Waiting,
+    /// Paused, or after jobs that are not done.
+    Held,
     /// Waiting for a moment after a failure.
     Delayed {
         until: Time,
         cause: Box<str>,
     },
+    /// Has its devices; its request is on the way.
+    Picked(Box<Pick>),
     Running(Box<Lease>),
+}
+
+/// Devices that are lent to a job whose attempt starts as soon as its request is there.
+#[derive(Clone, Debug)]
+pub(super) struct Pick {
+    pub node: NodeId,
+    pub devices: Vec<DeviceIndex>,
+    pub topology: Topology,
+    pub model: Arc<str>,
+    pub bill: Bill,
 }
 
 /// Devices lent to an attempt.
@@ -101,8 +149,41 @@ pub(super) struct Lease {
     pub clip: Clip,
     pub confirmation: Confirmation,
     pub progress: Option<Progress>,
+    /// When the progress was last another.
+    pub moved: Time,
     /// The newest answer to its wish for devices that decode.
     pub hands: Option<Hands>,
+    /// Devices that decode for it.
+    pub helpers: Vec<(NodeId, DeviceIndex)>,
+    pub bill: Bill,
+    pub yielding: Option<Yield>,
+}
+
+/// What an attempt uses and was expected to use.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Bill {
+    /// Devices of the gang at its start.
+    pub size: usize,
+    /// Since when its devices are counted by this process.
+    pub since: Time,
+    /// Device time of devices that are given back, of helpers that have ended, and of the time before this process.
+    pub used: Duration,
+    /// Wall time before this process.
+    pub before: Duration,
+    /// Seconds by the devices' rates alone.
+    pub base: f64,
+    /// Predicted seconds from start to end.
+    pub expected: Option<f64>,
+    /// Device-seconds that its tenant was charged at `since`.
+    pub charged: f64,
+}
+
+/// The attempt was told to store its latent and to hand itself back.
+#[derive(Clone, Debug)]
+pub(super) struct Yield {
+    pub reason: Box<str>,
+    /// For a job with more right to the devices.
+    pub preempted: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -129,8 +210,16 @@ pub(super) struct Node {
     pub devices: Vec<Device>,
     /// Without it nothing is predicted, and a clip gets one device.
     pub site: Option<Site>,
-    pub models: BTreeMap<Arc<str>, NodeModel>,
+    pub models: Arc<BTreeMap<Arc<str>, NodeModel>>,
     pub roles: Roles,
+    pub labels: BTreeMap<String, String>,
+    /// Its kind, and where it is filed there.
+    pub group: GroupIx,
+    pub filed: Option<Filed>,
+    /// The model that it ran last.
+    pub warm: Option<Arc<str>>,
+    /// It has said that it stops soon, and why.
+    pub leaving: Option<String>,
     /// Jobs whose attempts it runs, with devices or without.
     pub leases: BTreeSet<JobId>,
     pub last_seen: Time,
@@ -158,15 +247,26 @@ pub(super) enum Slot {
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Help {
     pub key: AttemptKey,
+    pub since: Time,
     /// The command, and when it was given, until the node lists the help.
     pub awaited: Option<(Time, HelpDecode)>,
 }
 
-#[derive(Clone, Debug)]
-pub(super) struct NodeModel {
+#[derive(Clone, Debug, PartialEq)]
+pub struct NodeModel {
     pub hash: String,
     pub defaults: GenerationDefaults,
     pub shape: ModelShape,
+}
+
+/// A model that nodes have registered.
+#[derive(Clone, Debug)]
+pub(super) struct KnownModel {
+    pub hash: String,
+    pub defaults: GenerationDefaults,
+    /// Nodes that have it, and those that render with it.
+    pub nodes: usize,
+    pub renderers: usize,
 }
 
 /// Messages that changed nothing, counted.
@@ -187,21 +287,40 @@ pub struct Farm {
     pub(super) store: String,
     /// How clips are decoded.
     pub(super) tiling: Tiling,
+    /// Milliseconds since 1970 at the clock's zero.
+    pub(super) wall_ms: i64,
+    /// Somebody paused the whole farm.
+    pub(super) paused: bool,
     /// Queued and running jobs.
     pub(super) jobs: HashMap<JobId, Job>,
-    /// Waiting jobs by the model they name.
-    pub(super) queues: BTreeMap<Option<Arc<str>>, BTreeSet<Rank>>,
+    pub(super) classes: Classes,
+    /// The default tenant is the first.
+    pub(super) tenants: Vec<Tenant>,
+    pub(super) tenant_ix: HashMap<TenantId, TenantIx>,
+    /// Those with queued or running jobs.
+    pub(super) batches: BTreeMap<SubmissionId, Batch>,
+    pub(super) dependencies: Dependencies,
     /// Delayed jobs by the moment they may go on.
     pub(super) delayed: BTreeSet<(Time, JobId)>,
+    /// Jobs that have their devices and wait for their requests, in order.
+    pub(super) picked: Vec<JobId>,
     pub(super) nodes: BTreeMap<NodeId, Node>,
     pub(super) boots: HashMap<BootId, NodeId>,
+    pub(super) stock: Stock,
+    pub(super) models: BTreeMap<Arc<str>, KnownModel>,
+    /// Nodes that start nothing until somebody says so, joined or not.
+    pub(super) drained: BTreeSet<NodeId>,
+    pub(super) health: BTreeMap<NodeId, Health>,
+    pub(super) reservations: Reservations,
     /// Running jobs of nodes that have not come back since this scheduler started.
     pub(super) orphans: BTreeSet<JobId>,
     pub(super) window_ends: Time,
-    pub(super) loaded: HashMap<JobId, LoadedRequest>,
-    /// Jobs that could not start for want of devices of one node, and how many they need.
-    pub(super) short: BTreeMap<JobId, usize>,
-    pub(super) forecasts: Forecasts,
+    pub(super) fits: Fits,
+    pub(super) rates: Rates,
+    /// Clips that were finished, by minute of the clock, for an hour.
+    pub(super) finished: VecDeque<(u64, u64)>,
+    /// When running attempts were last looked at for some to give way.
+    pub(super) preempted: Time,
     pub(super) now: Time,
     pub(super) last_tick: Time,
     /// Something changed that may let a queued job start.
@@ -210,39 +329,86 @@ pub struct Farm {
 }
 
 impl Farm {
-    /// The farm as the queue store left it. `epoch` is this reign's; `store` is the normalised URL for results.
+    /// The farm as the queue store left it. `epoch` is this reign's; `store` is the normalised URL for results;
+    /// `wall_ms` is what the wall clock shows, in milliseconds since 1970, when the farm's own clock is at `now`.
     pub fn restore(
         limits: Limits,
         epoch: Epoch,
         store: String,
         tiling: Tiling,
-        live: impl IntoIterator<Item = LiveJob>,
+        saved: Saved,
+        wall_ms: i64,
         now: Time,
     ) -> Self {
+        let Saved { tenants, batches, jobs, drained, paused, usage, measured } = saved;
         let mut farm = Self {
             window_ends: now + limits.window,
             limits,
             epoch,
             store,
             tiling,
-            jobs: HashMap::new(),
-            queues: BTreeMap::new(),
+            wall_ms: wall_ms.saturating_sub(now.0.as_millis() as i64),
+            paused,
+            jobs: HashMap::with_capacity(jobs.len()),
+            classes: Classes::default(),
+            tenants: Vec::new(),
+            tenant_ix: HashMap::new(),
+            batches: BTreeMap::new(),
+            dependencies: Dependencies::default(),
             delayed: BTreeSet::new(),
+            picked: Vec::new(),
             nodes: BTreeMap::new(),
             boots: HashMap::new(),
+            stock: Stock::default(),
+            models: BTreeMap::new(),
+            drained: drained.into_iter().collect(),
+            health: BTreeMap::new(),
+            reservations: Reservations::default(),
             orphans: BTreeSet::new(),
-            loaded: HashMap::new(),
-            short: BTreeMap::new(),
-            forecasts: Forecasts::default(),
+            fits: Fits::default(),
+            rates: Rates::restore(measured),
+            finished: VecDeque::new(),
+            preempted: now,
             now,
             last_tick: now,
             replan: true,
             counters: Counters::default(),
         };
-        for job in live {
+        farm.tenant(&TenantId::default());
+        for SavedTenant { tenant, spec, paused } in tenants {
+            let ix = farm.tenant(&tenant);
+            let tenant = farm.tenant_mut(ix);
+            (tenant.spec, tenant.paused) = (spec, paused);
+        }
+        for SavedUsage { tenant, hour, device_ms } in usage {
+            // In the middle of its hour.
+            let at = farm.clock() + ((hour - farm.hour()) as f64 * 3600.0).min(0.0);
+            let ix = farm.tenant(&tenant);
+            farm.tenant_mut(ix).usage.remember(hour, device_ms as f64 / 1000.0, at);
+        }
+        for batch in batches {
+            farm.batches.insert(batch.submission, Batch::new(batch));
+        }
+        for job in jobs {
             farm.admit_job(job);
         }
         farm
+    }
+
+    /// Seconds on the farm's clock.
+    pub(super) fn clock(&self) -> f64 {
+        self.now.0.as_secs_f64()
+    }
+
+    /// Milliseconds since 1970. The wall clock of this process's start plus the time since then: steps of the wall
+    /// clock change nothing.
+    pub(super) fn wall(&self) -> i64 {
+        self.wall_ms.saturating_add(self.now.0.as_millis() as i64)
+    }
+
+    /// Hours since 1970.
+    pub(super) fn hour(&self) -> i64 {
+        self.wall().div_euclid(3_600_000)
     }
 
     /// Applies one event. `now` may run backwards a little between callers; the farm's own time does not.
@@ -252,15 +418,10 @@ impl Farm {
         match event {
             Event::FromNode(envelope) => self.on_message(*envelope, &mut fx),
             Event::SessionClosed(boot) => self.on_session_closed(boot, &mut fx),
-            Event::Submitted(jobs) => jobs.into_iter().for_each(|job| self.admit_job(job)),
-            Event::Cancel(job) => self.on_cancel(job, &mut fx),
-            Event::Retry(job) => self.on_retry(job, &mut fx),
-            Event::Loaded(requests) => self.on_loaded(requests),
+            Event::Submitted(submitted) => self.on_submitted(submitted, &mut fx),
+            Event::Wish { wish, by } => self.on_wish(wish, by, &mut fx),
+            Event::Loaded(requests) => self.on_loaded(requests, &mut fx),
             Event::Tick => self.on_tick(&mut fx),
-        }
-        if self.replan {
-            self.replan = false;
-            self.place(&mut fx);
         }
         fx
     }
@@ -275,9 +436,6 @@ impl Farm {
             // Its state here is gone: this scheduler restarted or gave the node up. Reports stay in the outbox.
             return fx.send(&node, boot, ToNode::Reregister);
         };
-        if self.now.since(known.last_seen) >= self.limits.silent || known.session_closed.is_some() {
-            self.replan = true;
-        }
         known.last_seen = self.now;
         known.session_closed = None;
         match registration {
@@ -290,6 +448,7 @@ impl Farm {
                 self.on_listed(&node, seq, running, &helping, fx);
             }
             ToScheduler::Report { number, report } => self.on_report(&node, boot, number, report, fx),
+            ToScheduler::Leaving { reason } => self.on_leaving(&node, shortened(reason), fx),
             ToScheduler::Log { key, line } => {
                 if self.lease(&key).is_some_and(|lease| lease.node == node) {
                     fx.log(key.job, Some(key.attempt), shortened(line));
@@ -315,6 +474,9 @@ impl Farm {
             && until <= self.now
         {
             self.delayed.pop_first();
+            if let Some(job) = self.jobs.get_mut(&job) {
+                job.phase = Phase::Held;
+            }
             self.wait(job);
         }
         let lost: Vec<(NodeId, String)> =
@@ -327,6 +489,7 @@ impl Farm {
                 self.lose_lease(job, "did not come back after the scheduler's restart", fx);
             }
         }
+        self.plan(fx);
     }
 
     /// If this process stood still, nobody was silent: all clocks that count silence are moved on by that span.
@@ -365,116 +528,6 @@ impl Farm {
         (closed >= self.limits.closed_ttl).then(|| format!("left {} s ago", closed.as_secs()))
     }
 
-    fn on_cancel(&mut self, id: JobId, fx: &mut Effects) {
-        let Some(job) = self.jobs.get(&id) else { return };
-        if let Phase::Running(lease) = &job.phase {
-            let (key, node, boot) = (lease.key, lease.node.clone(), lease.boot);
-            let reason = "cancelled".to_owned();
-            fx.changes.push(Change::AttemptEnded { key, outcome: Outcome::Aborted, message: Some(reason.clone()) });
-            fx.send(&node, boot, ToNode::Abort { key, reason });
-            self.release(id, Slot::Stopping(key), fx);
-        }
-        self.forget(id);
-        fx.changes.push(Change::Cancelled { job: id });
-        fx.log(id, None, "cancelled");
-    }
-
-    fn on_retry(&mut self, job: LiveJob, fx: &mut Effects) {
-        if self.jobs.contains_key(&job.job) {
-            return;
-        }
-        fx.changes.push(Change::Retried { job: job.job });
-        fx.log(job.job, None, "queued again by a user");
-        self.admit_job(LiveJob { failures: 0, losses: 0, running: None, ..job });
-    }
-
-    fn on_loaded(&mut self, requests: Vec<LoadedRequest>) {
-        self.replan |= !requests.is_empty();
-        self.loaded.extend(requests.into_iter().map(|request| (request.job, request)));
-    }
-
-    /// A job from the store, queued or running.
-    fn admit_job(&mut self, live: LiveJob) {
-        let id = live.job;
-        let job = Job {
-            seq: live.seq,
-            priority: live.priority,
-            model: live.model.map(|name| self.intern(name)),
-            attempt: live.attempt,
-            failures: live.failures,
-            losses: live.losses,
-            phase: Phase::Waiting,
-        };
-        if self.jobs.contains_key(&id) {
-            return;
-        }
-        self.jobs.insert(id, job);
-        match live.running {
-            None => self.wait(id),
-            Some(attempt) => {
-                let lease = Lease {
-                    key: attempt.key,
-                    node: attempt.node,
-                    boot: attempt.boot,
-                    devices: attempt.devices,
-                    clip: attempt.clip,
-                    confirmation: Confirmation::Listed,
-                    progress: None,
-                    hands: None,
-                };
-                if let Some(job) = self.jobs.get_mut(&id) {
-                    job.phase = Phase::Running(Box::new(lease));
-                }
-                self.orphans.insert(id);
-            }
-        }
-    }
-
-    /// One copy of each model name for all the jobs that name it.
-    fn intern(&self, name: String) -> Arc<str> {
-        let name: Arc<str> = name.into();
-        match self.queues.get_key_value(&Some(name.clone())) {
-            Some((Some(known), _)) => known.clone(),
-            _ => name,
-        }
-    }
-
-    /// Puts a job in the queue.
-    pub(super) fn wait(&mut self, id: JobId) {
-        let Some(job) = self.jobs.get_mut(&id) else { return };
-        job.phase = Phase::Waiting;
-        let rank = (Reverse(job.priority), job.seq, id);
-        self.queues.entry(job.model.clone()).or_default().insert(rank);
-        self.replan = true;
-    }
-
-    /// Takes a job out of the queue, if it is there.
-    pub(super) fn unqueue(&mut self, id: JobId) {
-        let Some(job) = self.jobs.get(&id) else { return };
-        match job.phase {
-            Phase::Waiting => {
-                let rank = (Reverse(job.priority), job.seq, id);
-                if let Some(queue) = self.queues.get_mut(&job.model) {
-                    queue.remove(&rank);
-                    if queue.is_empty() {
-                        self.queues.remove(&job.model);
-                    }
-                }
-            }
-            Phase::Delayed { until, .. } => {
-                self.delayed.remove(&(until, id));
-            }
-            Phase::Running(_) => {}
-        }
-    }
-
-    /// Drops a job that is neither queued nor running any more.
-    pub(super) fn forget(&mut self, id: JobId) {
-        self.unqueue(id);
-        self.orphans.remove(&id);
-        self.jobs.remove(&id);
-    }
-
     /// The lease of exactly this attempt.
     pub(super) fn lease(&self, key: &AttemptKey) -> Option<&Lease> {
         match &self.jobs.get(&key.job)?.phase {
@@ -488,39 +541,6 @@ impl Farm {
             Phase::Running(lease) if lease.key == *key => Some(lease),
             _ => None,
         }
-    }
-
-    /// Ends a running job's lease: `slot` is what its devices become, and who helps is told to stop.
-    pub(super) fn release(&mut self, id: JobId, slot: Slot, fx: &mut Effects) {
-        let Some(Job { phase: Phase::Running(lease), .. }) = self.jobs.get(&id) else { return };
-        let key = lease.key;
-        if let Some(node) = self.nodes.get_mut(&lease.node) {
-            node.leases.remove(&id);
-            for device in node.devices.iter_mut().filter(|device| device.slot == Slot::Leased(id)) {
-                device.slot = slot.clone();
-            }
-        }
-        self.replan = true;
-        self.dismiss_helpers(key, fx);
-    }
-
-    /// The attempt of a running job ended with its node.
-    pub(super) fn lose_lease(&mut self, id: JobId, why: &str, fx: &mut Effects) {
-        let Some(Job { phase: Phase::Running(lease), .. }) = self.jobs.get(&id) else { return };
-        let (key, message) = (lease.key, format!("node {} {why}", lease.node));
-        self.fail_attempt(key, FailureKind::NodeLost, message, fx);
-    }
-
-    /// A node is gone, and with it all that it ran.
-    pub(super) fn lose_node(&mut self, id: &NodeId, why: &str, fx: &mut Effects) {
-        let Some(node) = self.nodes.remove(id) else { return };
-        self.boots.remove(&node.boot);
-        fx.note(format!("node {id} is lost: {why}"));
-        for job in node.leases {
-            self.lose_lease(job, why, fx);
-        }
-        // One model fewer may leave exactly one.
-        self.replan = true;
     }
 
     /// Heard of lately, with a session.
@@ -543,11 +563,6 @@ impl Node {
     /// Whether clips of this model are started here.
     pub(super) fn can_render(&self, model: &str) -> bool {
         self.roles.denoise && self.models.contains_key(model)
-    }
-
-    /// The models whose clips are started here.
-    pub(super) fn rendered_models(&self) -> impl Iterator<Item = (&Arc<str>, &NodeModel)> {
-        self.models.iter().filter(|_| self.roles.denoise)
     }
 
     /// The lowest first.

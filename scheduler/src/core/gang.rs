@@ -23,7 +23,7 @@ pub enum Grant {
 /// What there is to share out.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Load {
-    /// Free devices of each node that could take the clip. A group is on one node.
+    /// How many of the nodes that could take the clip have `i` devices free, at index i. A group is on one node.
     pub free: Vec<usize>,
     /// Clips that want these devices, the one in question too.
     pub waiting: usize,
@@ -32,12 +32,16 @@ pub struct Load {
 impl Load {
     /// Devices of the largest group that can be had.
     fn most(&self) -> usize {
-        self.free.iter().copied().max().unwrap_or(0)
+        self.free.iter().rposition(|nodes| *nodes > 0).unwrap_or(0)
+    }
+
+    fn devices(&self) -> usize {
+        self.free.iter().enumerate().map(|(free, nodes)| nodes * free).sum()
     }
 
     /// Seconds until all clips that wait are done in groups of `size`, if there is any such group.
     fn finish(&self, size: usize, seconds: &[Option<f64>]) -> Option<f64> {
-        let groups: usize = self.free.iter().map(|free| free / size).sum();
+        let groups: usize = self.free.iter().enumerate().map(|(free, nodes)| nodes * (free / size)).sum();
         let rounds = (groups > 0).then(|| self.waiting.max(1).div_ceil(groups))?;
         Some(rounds as f64 * time(seconds, size)?)
     }
@@ -57,7 +61,7 @@ pub fn grant(start: &Load, now: &Load, seconds: &[Option<f64>]) -> Grant {
     if most == 0 {
         return Grant::Needs(1);
     }
-    let enough = now.waiting <= now.free.iter().sum();
+    let enough = now.waiting <= now.devices();
     let of_round = if enough { None } else { start.best(seconds).filter(|size| *size <= most) };
     match of_round.or_else(|| now.best(seconds)) {
         Some(size) => Grant::Devices(size),
@@ -85,7 +89,9 @@ mod tests {
     }
 
     fn load(free: &[usize], waiting: usize) -> Load {
-        Load { free: free.to_vec(), waiting }
+        let mut nodes = vec![0; free.iter().max().map_or(0, |most| most + 1)];
+        free.iter().for_each(|free| nodes[*free] += 1);
+        Load { free: nodes, waiting }
     }
 
     /// The first of a round.

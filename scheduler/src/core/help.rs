@@ -3,14 +3,15 @@
 //! this is ever a row: a scheduler that starts anew learns it from the nodes, and a helper that is lost is the
 //! attempt's business, which gives its tiles to others.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
+use std::time::Duration;
 
 use farm_core::id::{AttemptKey, BootId, DeviceIndex, NodeId};
 use farm_core::wire::to_node::{HelpDecode, ToNode};
 use farm_core::wire::to_scheduler::Helping;
 
 use super::effects::{Effects, devices_text};
-use super::farm::{Farm, Hands, Help, Lease, Slot};
+use super::farm::{Farm, Hands, Help, Lease, Node, Slot};
 use super::hands::{self, Stock, hands};
 
 /// Longest URL or token that is passed on.
@@ -66,11 +67,12 @@ impl Farm {
             };
             fx.send(id, node.boot, ToNode::Help(Box::new(help.clone())));
             let awaited = Some((self.now, help));
-            node.devices[device.0 as usize].slot = Slot::Helping(Box::new(Help { key, awaited }));
+            node.devices[device.0 as usize].slot = Slot::Helping(Box::new(Help { key, since: self.now, awaited }));
         }
         let hands = Hands { round, keep, helpers: helpers.len() as u32 };
         if let Some(lease) = self.lease_mut(&key) {
             lease.hands = Some(hands.clone());
+            lease.helpers.extend(helpers);
         }
         hands
     }
@@ -83,32 +85,45 @@ impl Farm {
             wanted: Vec::new(),
             own: lease.devices.clone(),
             own_decode: self.nodes.get(&lease.node).is_some_and(|node| node.roles.decode),
-            own_wanted: self.waiting_for(&lease.node) > 0,
+            own_wanted: self.nodes.get(&lease.node).is_some_and(|node| self.is_wanted(node)),
         };
         if url.is_empty() || url.len() > MAX_ADDRESS || token.len() > MAX_ADDRESS {
             return stock;
         }
+        let mut wanted = HashMap::new();
         let own = self.nodes.get_key_value(&lease.node);
         let others = self.nodes.iter().filter(|(id, _)| **id != lease.node);
         for (id, node) in own.into_iter().chain(others) {
             let has_model = node.models.get(lease.clip.model.as_str()).map(|model| &model.hash);
-            if !node.roles.decode || !self.is_alive(node) || has_model != Some(&lease.clip.model_hash) {
+            if !node.roles.decode || !self.is_alive(node) || self.closed(id, node).is_some() || has_model != Some(&lease.clip.model_hash) {
                 continue;
             }
-            let devices = match (node.roles.denoise, self.waiting_for(id)) {
+            let wanted = *wanted.entry(node.group).or_insert_with(|| self.is_wanted(node));
+            let devices = match (node.roles.denoise, wanted) {
                 (false, _) => &mut stock.decoders,
-                (true, 0) => &mut stock.spare,
-                (true, _) => &mut stock.wanted,
+                (true, false) => &mut stock.spare,
+                (true, true) => &mut stock.wanted,
             };
             devices.extend(node.free_devices().map(|device| (id.clone(), device)));
         }
         stock
     }
 
+    /// Whether a job waits that the node could take.
+    fn is_wanted(&self, node: &Node) -> bool {
+        let only_model = self.only_model();
+        !self.paused
+            && self.classes.waiting().any(|(class, _)| {
+                let class = self.classes.get(class);
+                class.model.as_ref().or(only_model.as_ref()).is_some_and(|model| node.can_render(model))
+            })
+    }
+
     /// A registered node lists the devices that help.
     pub(super) fn on_helping(&mut self, id: &NodeId, boot: BootId, helping: &[Helping], fx: &mut Effects) {
         let listed: HashSet<(AttemptKey, DeviceIndex)> = helping.iter().map(|help| (help.key, help.device)).collect();
         self.chase_helpers(id, boot, &listed, fx);
+        let (now, mut adopted) = (self.now, Vec::new());
         for Helping { key, device } in helping {
             let running = self.lease(key).is_some();
             let Some(node) = self.nodes.get_mut(id) else { return };
@@ -119,7 +134,8 @@ impl Farm {
                 }
                 // Lent by the scheduler that was here before, or given up too early: it is busy at any rate.
                 Some(slot @ Slot::Free) => {
-                    *slot = Slot::Helping(Box::new(Help { key: *key, awaited: None }));
+                    *slot = Slot::Helping(Box::new(Help { key: *key, since: now, awaited: None }));
+                    adopted.push((*key, *device));
                     true
                 }
                 _ => false,
@@ -127,6 +143,11 @@ impl Farm {
             if !known || !running {
                 self.counters.strays_dismissed += 1;
                 fx.send(id, boot, ToNode::Dismiss { key: *key, device: *device });
+            }
+        }
+        for (key, device) in adopted {
+            if let Some(lease) = self.lease_mut(&key) {
+                lease.helpers.push((id.clone(), device));
             }
         }
     }
@@ -159,20 +180,41 @@ impl Farm {
                 None => ended.push(i),
             }
         }
-        let Some(node) = self.nodes.get_mut(id) else { return };
         for i in ended {
-            node.devices[i].slot = Slot::Free;
-            self.replan = true;
+            self.end_help(id, i);
+        }
+    }
+
+    /// A device has stopped helping.
+    fn end_help(&mut self, id: &NodeId, index: usize) {
+        let Some(node) = self.nodes.get_mut(id) else { return };
+        let slot = std::mem::replace(&mut node.devices[index].slot, Slot::Free);
+        self.replan = true;
+        let (Slot::Helping(help), now) = (slot, self.now) else { return };
+        if let Some(lease) = self.lease_mut(&help.key) {
+            let helper = (id.clone(), DeviceIndex(index as u32));
+            if lease.helpers.contains(&helper) {
+                lease.helpers.retain(|known| *known != helper);
+                lease.bill.used += now.since(help.since);
+            }
+        }
+    }
+
+    /// How long a device has helped the attempt, if it does.
+    pub(super) fn helper_time(&self, key: &AttemptKey, (id, device): &Place) -> Duration {
+        match self.nodes.get(id).and_then(|node| node.devices.get(device.0 as usize)).map(|device| &device.slot) {
+            Some(Slot::Helping(help)) if help.key == *key => self.now.since(help.since),
+            _ => Duration::ZERO,
         }
     }
 
     /// The attempt has ended. Its helpers would notice, but where the network is cut that takes long.
-    pub(super) fn dismiss_helpers(&self, key: AttemptKey, fx: &mut Effects) {
-        for (id, node) in &self.nodes {
-            for (i, device) in node.devices.iter().enumerate() {
-                if matches!(&device.slot, Slot::Helping(help) if help.key == key) {
-                    fx.send(id, node.boot, ToNode::Dismiss { key, device: DeviceIndex(i as u32) });
-                }
+    pub(super) fn dismiss_helpers(&self, key: AttemptKey, helpers: &[Place], fx: &mut Effects) {
+        for (id, device) in helpers {
+            let Some(node) = self.nodes.get(id) else { continue };
+            let slot = node.devices.get(device.0 as usize).map(|device| &device.slot);
+            if matches!(slot, Some(Slot::Helping(help)) if help.key == key) {
+                fx.send(id, node.boot, ToNode::Dismiss { key, device: *device });
             }
         }
     }

@@ -4,12 +4,15 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
 
 use farm_core::id::{AttemptKey, BootId, DeviceIndex, JobId, NodeId};
+use farm_core::job::spec::{MAX_LABEL_BYTES, MAX_LABELS};
 use farm_core::parallel::cost::{ModelShape, Site};
 use farm_core::wire::to_node::ToNode;
-use farm_core::wire::to_scheduler::{Registration, RunningAttempt};
+use farm_core::wire::to_scheduler::{Crash, Registration, Roles, RunningAttempt};
 
-use super::effects::Effects;
-use super::farm::{Confirmation, Device, Farm, Job, Node, NodeModel, Phase, Slot};
+use super::effects::{Change, Effects};
+use super::farm::{Confirmation, Device, Farm, Job, KnownModel, Node, NodeModel, Phase, Slot, shortened};
+use super::jobs::End;
+use super::stock::{Spec, coarse};
 
 const MAX_NAME: usize = 128;
 const MAX_DEVICES: usize = 256;
@@ -39,6 +42,7 @@ impl Farm {
                 return fx.send(&id, boot, ToNode::Refused { reason });
             }
         };
+        let fresh = self.nodes.get(&id).is_none_or(|known| known.boot != boot);
         if let Some(known) = self.nodes.get(&id) {
             if known.boot != boot {
                 self.lose_node(&id, "restarted", fx);
@@ -47,11 +51,24 @@ impl Farm {
             }
         }
         let (devices, leases, heartbeat) = match self.nodes.remove(&id) {
-            Some(known) => (known.devices, known.leases, known.heartbeat),
+            Some(mut known) => {
+                self.withdraw(&id, &mut known);
+                (known.devices, known.leases, known.heartbeat)
+            }
             None => (registration.devices.iter().map(Device::new).collect(), BTreeSet::new(), 0),
         };
         let (devices_count, names) = (devices.len(), models.keys().map(|m| m.to_string()).collect::<Vec<_>>());
         let roles = registration.roles.names().join(" and ");
+        self.count_models(&models, registration.roles);
+        let models = Arc::new(models);
+        let spec = Spec {
+            devices: devices_count,
+            device: devices.first().map(|device: &Device| device.name.as_str()).unwrap_or_default().into(),
+            site: site.map(coarse),
+            models: models.clone(),
+            roles: registration.roles,
+        };
+        let group = self.stock.join(&id, spec);
         let node = Node {
             boot,
             version: registration.version,
@@ -59,6 +76,11 @@ impl Farm {
             site,
             models,
             roles: registration.roles,
+            labels: registration.labels,
+            group,
+            filed: None,
+            warm: None,
+            leaving: None,
             leases,
             last_seen: self.now,
             session_closed: None,
@@ -69,8 +91,80 @@ impl Farm {
         fx.note(format!("node {id} joined: {devices_count} devices to {roles}, models {}", names.join(", ")));
         fx.send(&id, boot, ToNode::Welcome { heartbeat_ms: self.limits.heartbeat.as_millis() as u64 });
         self.adopt_orphans(&id, boot, &registration.running, fx);
+        if fresh && let Some(crash) = registration.crash {
+            self.on_crash(&id, crash, fx);
+        }
         self.on_listed(&id, seq, registration.running, &registration.helping, fx);
+        if self.drained.contains(&id) {
+            self.empty_node(&id, "its node is drained", fx);
+        }
         self.replan = true;
+    }
+
+    fn count_models(&mut self, models: &BTreeMap<Arc<str>, NodeModel>, roles: Roles) {
+        for (name, model) in models {
+            let known = self.models.entry(name.clone()).or_insert_with(|| KnownModel {
+                hash: model.hash.clone(),
+                defaults: model.defaults.clone(),
+                nodes: 0,
+                renderers: 0,
+            });
+            known.nodes += 1;
+            known.renderers += usize::from(roles.denoise);
+        }
+    }
+
+    /// Takes a node that is leaving the table out of what is kept beside it.
+    pub(super) fn withdraw(&mut self, id: &NodeId, node: &mut Node) {
+        self.stock.file(id, node.group, &mut node.filed, None);
+        self.stock.leave(id, node.group);
+        for name in node.models.keys() {
+            if let Some(known) = self.models.get_mut(name) {
+                known.nodes -= 1;
+                known.renderers -= usize::from(node.roles.denoise);
+                if known.nodes == 0 {
+                    self.models.remove(name);
+                }
+            }
+        }
+    }
+
+    /// The node has said that it stops soon.
+    pub(super) fn on_leaving(&mut self, id: &NodeId, reason: String, fx: &mut Effects) {
+        let Some(node) = self.nodes.get_mut(id) else { return };
+        if node.leaving.is_none() {
+            fx.note(format!("node {id} is leaving: {reason}"));
+        }
+        node.leaving = Some(reason);
+        self.reservations.drop_node(id);
+    }
+
+    /// What the node found of its process before this one. A job that was there when nodes died of their own, as often as
+    /// the limit says, is parked.
+    fn on_crash(&mut self, id: &NodeId, crash: Crash, fx: &mut Effects) {
+        let cause = shortened(crash.cause);
+        fx.note(format!("node {id}: its process before this one died: {cause}"));
+        if !crash.own_fault {
+            return;
+        }
+        for key in crash.attempts.iter().take(MAX_DEVICES) {
+            let limit = self.limits.kills;
+            let Some(job) = self.jobs.get_mut(&key.job) else { continue };
+            // Heard of already, or not of this job's time in the queue.
+            if key.attempt.0 <= job.counts.killed_at || key.attempt > job.attempt {
+                continue;
+            }
+            job.counts.kills += 1;
+            job.counts.killed_at = key.attempt.0;
+            let (counts, kills) = (job.counts, job.counts.kills);
+            fx.changes.push(Change::Counted { job: key.job, counts });
+            fx.log(key.job, Some(key.attempt), format!("node {id} died while it ran this: {cause}"));
+            if kills >= limit {
+                self.stop(key.job, "its nodes die", fx);
+                let reason = format!("poison: {kills} nodes died while they ran it, last {id}: {cause}; its log has all");
+                self.end(key.job, End::Failed(reason), fx);
+            }
+        }
     }
 
     /// Attempts of the time before this scheduler started: those of this very process go on, those of an earlier
@@ -95,13 +189,15 @@ impl Farm {
                 continue;
             }
             let Some(node) = self.nodes.get_mut(id) else { return };
-            let Some(Job { phase: Phase::Running(lease), .. }) = self.jobs.get_mut(&job) else { continue };
+            let Some(Job { phase: Phase::Running(lease), tenant, .. }) = self.jobs.get_mut(&job) else { continue };
             if lease.devices.iter().any(|device| device.0 as usize >= node.devices.len()) {
                 self.lose_lease(job, "came back with other devices", fx);
                 continue;
             }
             let has = |device: &DeviceIndex| listed(key).is_none_or(|attempt| attempt.devices.contains(device));
+            let before = lease.devices.len();
             lease.devices.retain(|device| has(device) && node.devices[device.0 as usize].slot == Slot::Free);
+            self.tenants[tenant.0 as usize].devices -= (before - lease.devices.len()) as u32;
             for device in &lease.devices {
                 node.devices[device.0 as usize].slot = Slot::Leased(job);
             }
@@ -135,6 +231,7 @@ impl Farm {
         {
             return Err(format!("node {id} is already joined by another process that is alive; choose another --name"));
         }
+        check_labels(&registration.labels)?;
         let site = registration.site_json.as_deref().map(read_site).transpose()?;
         Ok(Admitted { site, models: self.admit_models(id, registration)? })
     }
@@ -151,22 +248,25 @@ impl Farm {
             if !names.insert(&model.name) {
                 return Err(format!("model {} is registered twice", model.name));
             }
-            let others = self.nodes.iter().filter(|(other, _)| *other != id);
-            for (other, node) in others {
-                if let Some(known) = node.models.get(model.name.as_str())
-                    && known.hash != model.hash
-                {
-                    return Err(format!(
-                        "model {} has hash {:.12} here but {:.12} on node {other}; give one of them another name",
-                        model.name, model.hash, known.hash
-                    ));
-                }
+            let own = self.nodes.get(id).is_some_and(|node| node.models.contains_key(model.name.as_str()));
+            if let Some(known) = self.models.get(model.name.as_str())
+                && known.hash != model.hash
+                && known.nodes > usize::from(own)
+            {
+                let holds = |(other, node): &(&NodeId, &Node)| {
+                    *other != id && node.models.contains_key(model.name.as_str())
+                };
+                let other = self.nodes.iter().find(holds).map(|(other, _)| other.to_string()).unwrap_or_default();
+                return Err(format!(
+                    "model {} has hash {:.12} here but {:.12} on node {other}; give one of them another name",
+                    model.name, model.hash, known.hash
+                ));
             }
             let defaults = serde_json::from_str(&model.defaults_json)
                 .map_err(|error| format!("generation defaults of model {} do not parse: {error}", model.name))?;
             let shape =
                 read_shape(&model.shape_json).map_err(|error| format!("shape of model {}: {error}", model.name))?;
-            models.insert(Arc::from(model.name.as_str()), NodeModel { hash: model.hash.clone(), defaults, shape });
+            models.insert(self.intern(&model.name), NodeModel { hash: model.hash.clone(), defaults, shape });
         }
         Ok(models)
     }
@@ -186,6 +286,14 @@ fn read_shape(json: &str) -> Result<ModelShape, String> {
         Some(size) => Err(format!("a size of {size} is not in 1..={MAX_MODEL_SIZE}")),
         None => Ok(shape),
     }
+}
+
+fn check_labels(labels: &BTreeMap<String, String>) -> Result<(), String> {
+    let fits = |text: &str| text.len() <= MAX_LABEL_BYTES && !text.chars().any(char::is_control);
+    if labels.len() > MAX_LABELS || labels.iter().any(|(name, value)| !fits(name) || !fits(value)) {
+        return Err(format!("a node has at most {MAX_LABELS} labels, each of {MAX_LABEL_BYTES} bytes without control characters"));
+    }
+    Ok(())
 }
 
 /// Names appear in logs, tables and messages.

@@ -5,13 +5,14 @@ use std::time::Duration;
 
 use farm_core::api::JobResult;
 use farm_core::id::{AttemptKey, AttemptNo, BootId, DeviceIndex, JobId, NodeId};
-use farm_core::job::state::FailureKind;
+use farm_core::job::state::{FailureKind, Stage};
 use farm_core::store::key;
 use farm_core::wire::to_node::ToNode;
 use farm_core::wire::to_scheduler::{AttemptOutcome, AttemptReport, Helping, RunningAttempt};
 
 use super::effects::{Change, Effects, Outcome};
-use super::farm::{Confirmation, Farm, Job, Phase, Slot, shortened};
+use super::farm::{Bill, Confirmation, Farm, Job, Phase, Slot, shortened};
+use super::jobs::End;
 
 /// Longest wait between two attempts.
 const MAX_BACKOFF: Duration = Duration::from_secs(60);
@@ -43,30 +44,67 @@ impl Farm {
 
     fn on_running(&mut self, id: &NodeId, boot: BootId, running: Vec<RunningAttempt>, fx: &mut Effects) {
         let listed: HashSet<AttemptKey> = running.iter().map(|attempt| attempt.key).collect();
+        let (now, stuck, mut hanging) = (self.now, self.limits.stuck, Vec::new());
         self.free_stopped(id, &running);
         for attempt in running {
             match self.lease_mut(&attempt.key).filter(|lease| lease.node == *id && lease.boot == boot) {
                 Some(lease) => {
                     lease.confirmation = Confirmation::Listed;
-                    lease.progress = Some(attempt.progress);
+                    if lease.progress != Some(attempt.progress) {
+                        (lease.progress, lease.moved) = (Some(attempt.progress), now);
+                    }
+                    if let Some(yielding) = &lease.yielding {
+                        fx.send(id, boot, ToNode::Yield { key: attempt.key, reason: yielding.reason.to_string() });
+                    }
+                    if now.since(lease.moved) >= patience(&lease.bill, stuck) {
+                        hanging.push(attempt.key);
+                    }
                     // What is given back is never lent to the attempt again, so a lease only shrinks.
                     let kept = |device: &DeviceIndex| attempt.devices.contains(device);
                     let (held, given_back) = std::mem::take(&mut lease.devices).into_iter().partition(kept);
                     lease.devices = held;
-                    self.take_back(id, given_back);
+                    self.take_back(&attempt.key, id, given_back);
                 }
                 None => {
                     self.counters.strays_aborted += 1;
+                    // Its devices are not idle before the node says so.
+                    if let Some(node) = self.nodes.get_mut(id) {
+                        for device in &attempt.devices {
+                            if let Some(device) = node.devices.get_mut(device.0 as usize)
+                                && device.slot == Slot::Free
+                            {
+                                device.slot = Slot::Stopping(attempt.key);
+                            }
+                        }
+                    }
                     let reason = "not leased to this node".to_owned();
                     fx.send(id, boot, ToNode::Abort { key: attempt.key, reason });
                 }
             }
         }
         self.chase_unlisted(id, boot, &listed, fx);
+        for key in hanging {
+            self.hang(key, fx);
+        }
+    }
+
+    /// An attempt that does not get on is given up; its devices are free once its node does not list it any more.
+    fn hang(&mut self, key: AttemptKey, fx: &mut Effects) {
+        let Some(lease) = self.lease(&key) else { return };
+        let (node, boot) = (lease.node.clone(), lease.boot);
+        let silent = self.now.since(lease.moved).as_secs();
+        fx.send(&node, boot, ToNode::Abort { key, reason: format!("no progress for {silent} s") });
+        let message = format!("no progress on node {node} for {silent} s");
+        self.end_attempt(key, FailureKind::Device, message, Slot::Stopping(key), fx);
     }
 
     /// Devices that an attempt has given back before its end.
-    fn take_back(&mut self, id: &NodeId, devices: Vec<DeviceIndex>) {
+    fn take_back(&mut self, key: &AttemptKey, id: &NodeId, devices: Vec<DeviceIndex>) {
+        let (now, count) = (self.now, devices.len() as u32);
+        if let Some(Job { phase: Phase::Running(lease), tenant, .. }) = self.jobs.get_mut(&key.job) {
+            lease.bill.used += now.since(lease.bill.since) * count;
+            self.tenants[tenant.0 as usize].devices -= count;
+        }
         let Some(node) = self.nodes.get_mut(id) else { return };
         for device in devices {
             node.devices[device.0 as usize].slot = Slot::Free;
@@ -151,58 +189,126 @@ impl Farm {
                     }
                 }
             }
+            AttemptOutcome::Interrupted { step } => self.take_job_back(key, step, fx),
             AttemptOutcome::Failed { kind, message } => self.fail_attempt(key, kind, shortened(message), fx),
         }
     }
 
     fn complete(&mut self, key: AttemptKey, result_json: String, warnings: Vec<String>, fx: &mut Effects) {
-        self.release(key.job, Slot::Free, fx);
-        self.forget(key.job);
-        fx.changes.push(Change::AttemptEnded { key, outcome: Outcome::Completed, message: None });
+        self.learn(&key);
+        if let Some(lease) = self.lease(&key)
+            && let Some(health) = self.health.get_mut(&lease.node.clone())
+        {
+            health.succeeded();
+        }
+        let minute = self.now.0.as_secs() / 60;
+        match self.finished.back_mut().filter(|(at, _)| *at == minute) {
+            Some((_, clips)) => *clips += 1,
+            None => self.finished.push_back((minute, 1)),
+        }
+        while self.finished.front().is_some_and(|(at, _)| at + 60 <= minute) {
+            self.finished.pop_front();
+        }
         for warning in &warnings {
             fx.log(key.job, Some(key.attempt), format!("warning: {warning}"));
         }
-        fx.log(key.job, Some(key.attempt), "done");
-        fx.changes.push(Change::Done { job: key.job, result_json, warnings });
+        self.release(key.job, Slot::Free, Outcome::Completed, None, fx);
+        self.end(key.job, End::Done { result_json, warnings }, fx);
+    }
+
+    /// How long it took teaches predictions.
+    fn learn(&mut self, key: &AttemptKey) {
+        let Some(Job { phase: Phase::Running(lease), class, .. }) = self.jobs.get(&key.job) else { return };
+        // An attempt that went on with another's latent took less.
+        let first = key.attempt.0 == 1;
+        let device = self.nodes.get(&lease.node).and_then(|node| node.devices.first());
+        if let (Some(device), true) = (device, first) {
+            let class = self.classes.get(*class);
+            let seconds = (lease.bill.before + self.now.since(lease.bill.since)).as_secs_f64();
+            let (base, model) = (lease.bill.base, self.intern(&lease.clip.model));
+            self.rates.learn(&model, &device.name.as_str().into(), Some(class.ask), base, seconds);
+        }
+    }
+
+    /// Handed back on purpose: no failure of anybody.
+    fn take_job_back(&mut self, key: AttemptKey, step: u32, fx: &mut Effects) {
+        let Some(lease) = self.lease(&key) else { return };
+        let yielding = lease.yielding.clone();
+        let why = yielding.as_ref().map_or("its node leaves", |yielding| &yielding.reason);
+        let message = format!("handed back after {step} steps: {why}");
+        fx.log(key.job, Some(key.attempt), message.clone());
+        self.release(key.job, Slot::Free, Outcome::Interrupted, Some(message), fx);
+        let Some(job) = self.jobs.get_mut(&key.job) else { return };
+        job.counts.preemptions += u32::from(yielding.is_some_and(|yielding| yielding.preempted));
+        fx.changes.push(Change::Requeued { job: key.job, counts: job.counts });
+        self.wait(key.job);
     }
 
     /// A running attempt ended without a clip: its devices are free, and its job fails or goes back to the queue.
     pub(super) fn fail_attempt(&mut self, key: AttemptKey, kind: FailureKind, message: String, fx: &mut Effects) {
-        self.release(key.job, Slot::Free, fx);
-        self.orphans.remove(&key.job);
+        self.end_attempt(key, kind, message, Slot::Free, fx);
+    }
+
+    fn end_attempt(&mut self, key: AttemptKey, kind: FailureKind, message: String, slot: Slot, fx: &mut Effects) {
+        let Some(lease) = self.lease(&key) else { return };
+        let (node, size) = (lease.node.clone(), lease.bill.size);
+        let stage = lease.progress.map(|progress| progress.stage);
+        fx.log(key.job, Some(key.attempt), format!("attempt failed by {}: {message}", cause(kind)));
+        self.release(key.job, slot, Outcome::Failed(kind), Some(message.clone()), fx);
+        if kind == FailureKind::Device {
+            let health = self.health.entry(node.clone()).or_default();
+            if health.failed(key.job, &message, self.now) {
+                fx.note(format!("node {node} is in quarantine: {message}"));
+                self.reservations.drop_node(&node);
+            }
+        }
+        let largest = self.largest_node();
         let limits = self.limits.clone();
         let Some(job) = self.jobs.get_mut(&key.job) else { return };
+        let counts = &mut job.counts;
+        let wait = |first: Duration, count: u32| (first * (1 << (count - 1).min(16))).min(MAX_BACKOFF);
         let verdict = match kind {
             FailureKind::Input => Verdict::Fail(message.clone()),
-            FailureKind::Device | FailureKind::Store => {
-                job.failures += 1;
-                if job.failures >= limits.failures {
-                    Verdict::Fail(format!("failed {} times, last by {}: {message}", job.failures, cause(kind)))
+            FailureKind::Device => {
+                counts.device += 1;
+                job.avoid = Some(node);
+                match counts.device >= limits.failures {
+                    true => Verdict::Fail(format!("devices failed it {} times, last: {message}", counts.device)),
+                    false => Verdict::Delay(wait(limits.backoff, counts.device)),
+                }
+            }
+            FailureKind::Store => {
+                counts.store += 1;
+                match counts.store >= limits.store_failures {
+                    true => Verdict::Fail(format!("the store failed it {} times, last: {message}", counts.store)),
+                    false => Verdict::Delay(wait(limits.store_backoff, counts.store)),
+                }
+            }
+            FailureKind::OutOfMemory => {
+                counts.memory += 1;
+                let decode = matches!(stage, Some(Stage::Decode));
+                if decode {
+                    counts.smaller_tiles += 1;
                 } else {
-                    let doublings = (job.failures - 1).min(16);
-                    Verdict::Delay((limits.backoff * (1 << doublings)).min(MAX_BACKOFF))
+                    counts.least_devices = counts.least_devices.max(2 * size as u32);
+                }
+                let too_large = !decode && counts.least_devices as usize > largest;
+                match counts.memory >= limits.memory_failures || too_large {
+                    true => Verdict::Fail(format!("ran out of memory {} times, last: {message}", counts.memory)),
+                    false => Verdict::Requeue,
                 }
             }
             FailureKind::NodeLost => {
-                job.losses += 1;
-                if job.losses >= limits.losses {
-                    Verdict::Fail(format!("lost its node {} times, last: {message}", job.losses))
-                } else {
-                    Verdict::Requeue
+                counts.losses += 1;
+                match counts.losses >= limits.losses {
+                    true => Verdict::Fail(format!("lost its node {} times, last: {message}", counts.losses)),
+                    false => Verdict::Requeue,
                 }
             }
         };
-        let (failures, losses) = (job.failures, job.losses);
-        fx.log(key.job, Some(key.attempt), format!("attempt failed by {}: {message}", cause(kind)));
-        let ended = Change::AttemptEnded { key, outcome: Outcome::Failed(kind), message: Some(message.clone()) };
-        fx.changes.push(ended);
-        let requeued = Change::Requeued { job: key.job, failures, losses };
+        let requeued = Change::Requeued { job: key.job, counts: job.counts };
         match verdict {
-            Verdict::Fail(reason) => {
-                self.forget(key.job);
-                fx.log(key.job, None, format!("failed: {reason}"));
-                fx.changes.push(Change::Failed { job: key.job, reason });
-            }
+            Verdict::Fail(reason) => self.end(key.job, End::Failed(reason), fx),
             Verdict::Delay(wait) => {
                 let until = self.now + wait;
                 job.phase = Phase::Delayed { until, cause: message.into() };
@@ -210,10 +316,16 @@ impl Farm {
                 fx.changes.push(requeued);
             }
             Verdict::Requeue => {
-                self.wait(key.job);
                 fx.changes.push(requeued);
+                self.wait(key.job);
             }
         }
+    }
+
+    /// Devices of the largest node that starts clips.
+    fn largest_node(&self) -> usize {
+        let groups = self.stock.groups().filter(|(_, group)| group.spec.roles.denoise);
+        groups.map(|(_, group)| group.spec.devices).max().unwrap_or(0)
     }
 }
 
@@ -223,11 +335,18 @@ enum Verdict {
     Requeue,
 }
 
+/// How long an attempt may say the same of its progress.
+fn patience(bill: &Bill, stuck: Duration) -> Duration {
+    let expected = bill.expected.and_then(|seconds| Duration::try_from_secs_f64(10.0 * seconds).ok());
+    expected.unwrap_or_default().max(stuck)
+}
+
 fn cause(kind: FailureKind) -> &'static str {
     match kind {
         FailureKind::Input => "its input",
         FailureKind::Device => "its device",
         FailureKind::Store => "the store",
+        FailureKind::OutOfMemory => "want of memory",
         FailureKind::NodeLost => "the loss of its node",
     }
 }

@@ -68,6 +68,8 @@ impl Farm {
                     .collect(),
                 last_heartbeat_seconds: self.now.since(node.last_seen).as_secs_f32(),
                 alive: self.is_alive(node),
+                labels: BTreeMap::new(),
+                closed: None,
             })
             .collect()
     }

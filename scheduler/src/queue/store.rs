@@ -3,15 +3,16 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use farm_core::api::{AttemptView, JobResult, LogPage, SubmissionReply};
-use farm_core::id::{AttemptNo, Epoch, JobId, NodeId, SubmissionId};
+use farm_core::api::{AttemptView, AuditPage, BatchView, JobResult, LogPage, OpenSubmission, SubmissionReply};
+use farm_core::id::{AttemptNo, Epoch, JobId, NodeId, SubmissionId, TenantId};
 use farm_core::job::spec::RenderRequest;
 use farm_core::job::state::JobState;
 use futures::future::BoxFuture;
 use jiff::Timestamp;
+use uuid::Uuid;
 
 use crate::core::effects::Change;
-use crate::core::events::{LiveJob, LoadedRequest};
+use crate::core::events::{LiveJob, LoadedRequest, Saved, Submitted};
 
 /// Log lines kept for each job; older ones go.
 pub const MAX_LOG_LINES: i64 = 1000;
@@ -19,6 +20,9 @@ pub const MAX_LOG_LINES: i64 = 1000;
 pub const MAX_OPEN_SUBMISSIONS: i64 = 64;
 /// An upload older than this that was never committed is dropped when room is needed, in milliseconds.
 pub const STALE_SUBMISSION_MS: i64 = 60 * 60 * 1000;
+
+/// A leader that has not beaten for this long is deposed by whoever stands by.
+pub const LEADER_TTL: Duration = Duration::from_secs(5);
 
 #[derive(Debug, thiserror::Error)]
 pub enum QueueError {
@@ -32,6 +36,9 @@ pub enum QueueError {
     Corrupt(String),
     #[error("{0} uploads are under way; commit one or try again later")]
     TooManySubmissions(i64),
+    /// The submission cannot be; nothing was written. For its sender.
+    #[error("{0}")]
+    Refused(String),
     #[error("queue store did not answer within {} s", .0.as_secs())]
     Timeout(Duration),
     #[error("queue store: {0}")]
@@ -51,12 +58,26 @@ pub struct NewJob {
     pub seed: u64,
     pub priority: i32,
     pub model: Option<String>,
+    pub after: Vec<NewDependency>,
+}
+
+/// What a line comes after.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NewDependency {
+    /// Another line: an index into [`Batch::jobs`]. There are no cycles.
+    Line(usize),
+    /// A job or a batch of the farm. It is refused if there is none, or if it has failed or was cancelled.
+    Id(Uuid),
 }
 
 /// A whole submission, to be committed at once.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Batch {
     pub submission: SubmissionId,
+    pub tenant: TenantId,
+    /// The tenant's limit of jobs that wait or run. More are refused.
+    pub max_queued: Option<u64>,
+    pub max_failures: Option<u32>,
     pub jobs: Vec<NewJob>,
     /// `new`, `existing` and `requeued` are filled in by the commit.
     pub reply: SubmissionReply,
@@ -65,8 +86,8 @@ pub struct Batch {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Committed {
     pub reply: SubmissionReply,
-    /// Jobs that are queued now and were not before. Empty if the submission was committed earlier.
-    pub queued: Vec<LiveJob>,
+    /// Empty if the submission was committed earlier.
+    pub submitted: Submitted,
 }
 
 /// An upload.
@@ -74,6 +95,10 @@ pub struct Committed {
 pub struct Submission {
     pub model: Option<String>,
     pub priority: Option<i32>,
+    pub tenant: TenantId,
+    /// As the user wrote them.
+    pub after: Vec<String>,
+    pub max_failures: Option<u32>,
     /// Set once it is committed.
     pub reply: Option<SubmissionReply>,
 }
@@ -85,6 +110,7 @@ pub struct JobRecord {
     pub request: RenderRequest,
     pub seed: u64,
     pub priority: i32,
+    pub tenant: TenantId,
     pub model: Option<String>,
     pub state: JobState,
     pub reason: Option<String>,
@@ -106,13 +132,87 @@ pub struct JobFilter {
     pub limit: u32,
 }
 
-/// Writes are durable when their future ends. There is one writer, the scheduler that began the newest epoch.
-pub trait QueueStore: Send + Sync {
-    /// Begins a new reign.
-    fn begin_epoch(&self) -> Stored<'_, Epoch>;
+/// Who leads.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Leader {
+    /// Where farmctl and nodes reach it.
+    pub address: String,
+    pub epoch: Epoch,
+    /// Since it last said that it is there, by the store's clock.
+    pub silent: Duration,
+}
 
-    /// Every queued and running job, in order of submission.
-    fn live_jobs(&self) -> Stored<'_, Vec<LiveJob>>;
+/// How usage is summed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum UsageBy {
+    Tenant,
+    /// UTC.
+    Day,
+    /// By the value that the jobs have for this label.
+    Label(String),
+}
+
+/// A sum of ended attempts on devices of one kind.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Used {
+    /// As [`farm_core::api::UsageRow::name`].
+    pub name: String,
+    /// Name of the devices.
+    pub device: String,
+    pub attempts: u64,
+    pub clips: u64,
+    pub device_ms: u64,
+    /// Of those, what attempts without a clip used.
+    pub lost_device_ms: u64,
+}
+
+/// How long what has ended is kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Retention {
+    /// Latents, and objects of attempts that were not accepted, after the job's end.
+    pub leftovers: Duration,
+    /// Log lines, likewise.
+    pub logs: Duration,
+    /// Rows of ended jobs, their attempts and their log. Clips stay; usage stays in the ledger.
+    pub jobs: Duration,
+    /// Lines of the audit trail, and the ledger's hours.
+    pub audit: Duration,
+}
+
+/// An ended job whose objects may hold something that nobody needs. Whatever is not this attempt's clip and the manifest
+/// may go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Leftover {
+    pub job: JobId,
+    /// Its newest attempt: others have lower numbers.
+    pub attempts: AttemptNo,
+    /// Of a job that is done.
+    pub accepted: Option<AttemptNo>,
+}
+
+/// Rows that were removed, or would be.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Pruned {
+    pub logs: u64,
+    pub jobs: u64,
+    pub audit: u64,
+}
+
+/// Writes are durable when their future ends. There is one writer, the scheduler that began the newest epoch: every
+/// write checks that in its transaction.
+pub trait QueueStore: Send + Sync {
+    /// Begins a new reign, if nobody else leads; `None` if somebody does, and then it is to be asked again soon. A leader
+    /// that has been silent for [`LEADER_TTL`] is deposed. `address` is where this process is reached.
+    fn campaign<'a>(&'a self, address: &'a str) -> Stored<'a, Option<Epoch>>;
+
+    /// The leader is there. To be called every second.
+    fn beat(&self, epoch: Epoch) -> Stored<'_, ()>;
+
+    /// The newest leader, if there ever was one.
+    fn leader(&self) -> Stored<'_, Option<Leader>>;
+
+    /// All that planning needs. Hours of usage before `since_hour` are left out.
+    fn load(&self, since_hour: i64) -> Stored<'_, Saved>;
 
     /// Applies all changes or none.
     fn apply<'a>(&'a self, epoch: Epoch, changes: &'a [Change], at: Timestamp) -> Stored<'a, ()>;
@@ -123,13 +223,7 @@ pub trait QueueStore: Send + Sync {
     /// One job as the core keeps it, whatever its state.
     fn live_job(&self, job: JobId) -> Stored<'_, Option<(JobState, LiveJob)>>;
 
-    fn open_submission(
-        &self,
-        submission: SubmissionId,
-        model: Option<String>,
-        priority: Option<i32>,
-        at: Timestamp,
-    ) -> Stored<'_, ()>;
+    fn open_submission(&self, submission: SubmissionId, open: OpenSubmission, at: Timestamp) -> Stored<'_, ()>;
 
     fn submission(&self, submission: SubmissionId) -> Stored<'_, Option<Submission>>;
 
@@ -145,8 +239,26 @@ pub trait QueueStore: Send + Sync {
     /// the first reply.
     fn commit_submission(&self, epoch: Epoch, batch: Batch, at: Timestamp) -> Stored<'_, Committed>;
 
-    /// Jobs of a submission by state.
-    fn submission_counts(&self, submission: SubmissionId) -> Stored<'_, BTreeMap<JobState, u64>>;
+    /// A committed submission as a batch; `eta_seconds` and `summary` are left empty.
+    fn batch(&self, submission: SubmissionId) -> Stored<'_, Option<BatchView>>;
+
+    /// The newest batches, newest first.
+    fn batches(&self, limit: u32) -> Stored<'_, Vec<BatchView>>;
+
+    /// What ended attempts used in hours from `since` to before `until`.
+    fn usage(&self, by: UsageBy, since: Timestamp, until: Timestamp) -> Stored<'_, Vec<Used>>;
+
+    /// Lines of the audit trail with a number above `after`.
+    fn audit(&self, after: u64, limit: u32) -> Stored<'_, AuditPage>;
+
+    /// Jobs that ended longer ago than `retention.leftovers` and are not marked clean, oldest first.
+    fn leftovers(&self, retention: Retention, at: Timestamp, limit: u32) -> Stored<'_, Vec<Leftover>>;
+
+    /// Their objects are gone.
+    fn mark_clean<'a>(&'a self, epoch: Epoch, jobs: &'a [JobId]) -> Stored<'a, ()>;
+
+    /// Removes old rows, a bounded number at a time, or counts them. A row that a live one refers to stays.
+    fn prune(&self, epoch: Epoch, retention: Retention, at: Timestamp, dry_run: bool) -> Stored<'_, Pruned>;
 
     /// All jobs by state.
     fn counts(&self) -> Stored<'_, BTreeMap<JobState, u64>>;

@@ -11,11 +11,11 @@ use serde_json::value::RawValue;
 
 use super::MAX_LINE_BYTES;
 use crate::job::spec::{
-    self, GuidanceScale, MAX_FRAMES, MAX_GUIDANCE, MAX_LABEL_BYTES, MAX_LABELS, MAX_SIZE, MAX_STEPS, RenderRequest,
-    SIZE_STEP,
+    self, GuidanceScale, MAX_AFTER, MAX_FRAMES, MAX_GUIDANCE, MAX_LABEL_BYTES, MAX_LABELS, MAX_PRIORITY, MAX_SIZE,
+    MAX_STEPS, RenderRequest, SIZE_STEP,
 };
 
-const KEYS: [&str; 12] = [
+const KEYS: [&str; 14] = [
     "prompt",
     "negative_prompt",
     "width",
@@ -28,6 +28,8 @@ const KEYS: [&str; 12] = [
     "priority",
     "model",
     "labels",
+    "after",
+    "require",
 ];
 
 /// Characters of the user's text that an error repeats.
@@ -127,6 +129,8 @@ impl<'a> Line<'a> {
                 priority: fields.priority,
                 model: fields.model,
                 labels: fields.labels,
+                after: fields.after,
+                require: fields.require,
             }),
         };
         Parsed { request, id }
@@ -152,9 +156,17 @@ impl<'a> Line<'a> {
             "guidance_scale" => fields.guidance_scale = Some(self.guidance(entry)?),
             "seed" => fields.seed = Some(self.integer(entry, 0..=u64::MAX)?),
             "id" => fields.id = Some(self.name(entry)?),
-            "priority" => fields.priority = Some(self.integer(entry, i32::MIN..=i32::MAX)?),
+            "priority" => {
+                let priority = self.integer(entry, 0..=MAX_PRIORITY)?;
+                if !(0..=MAX_PRIORITY).contains(&priority) {
+                    return Err(self.bad(entry.value, format!("priority {priority} is not in 0..={MAX_PRIORITY}")));
+                }
+                fields.priority = Some(priority);
+            }
             "model" => fields.model = Some(self.name(entry)?),
             "labels" => fields.labels = self.labels(entry)?,
+            "after" => fields.after = self.after(entry)?,
+            "require" => fields.require = self.labels(entry)?,
             _ => {
                 let hint = match nearest_key(key) {
                     Some(near) => format!(", did you mean \"{near}\"?"),
@@ -187,6 +199,22 @@ impl<'a> Line<'a> {
             return Ok(name);
         };
         Err(self.bad(entry.value, reason))
+    }
+
+    /// Names of lines or ids of jobs and batches: one, or a list.
+    fn after(self, entry: &RawEntry<'a>) -> Result<Vec<String>, Bad> {
+        let list: Vec<&RawValue> = match kind(entry.value) {
+            Kind::String => return Ok(vec![self.name(entry)?]),
+            Kind::List => self.typed(entry.value)?,
+            found => return Err(self.wrong_type(entry, "a string or a list of strings", found)),
+        };
+        if list.len() > MAX_AFTER {
+            let reason = format!("\"after\" has {} entries, at most {MAX_AFTER} are allowed", list.len());
+            return Err(self.bad(entry.value, reason));
+        }
+        list.into_iter()
+            .map(|value| self.name(&RawEntry { key: Cow::Borrowed("after"), raw_key: entry.raw_key, value }))
+            .collect()
     }
 
     /// A whole number that `T` holds. The range is for the words only: callers check it with a better reason.
@@ -371,6 +399,8 @@ struct Fields {
     priority: Option<i32>,
     model: Option<String>,
     labels: BTreeMap<String, String>,
+    after: Vec<String>,
+    require: BTreeMap<String, String>,
 }
 
 struct Entries<'a> {

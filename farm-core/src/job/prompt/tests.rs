@@ -28,7 +28,7 @@ fn refused(line: &str, column: u64, reason: &str) {
 #[test]
 fn every_key_is_read() {
     let line = r#"{"prompt":"a","negative_prompt":"b","width":96,"height":64,"num_frames":13,"num_inference_steps":2,
-        "guidance_scale":[1,2.5],"seed":18446744073709551615,"id":"c","priority":-3,"model":"m","labels":{"k":"v"}}"#;
+        "guidance_scale":[1,2.5],"seed":18446744073709551615,"id":"c","priority":3,"model":"m","labels":{"k":"v"}}"#;
     let file = read(line.replace('\n', ""));
     let expected = RenderRequest {
         prompt: "a".into(),
@@ -40,9 +40,11 @@ fn every_key_is_read() {
         guidance_scale: Some(GuidanceScale::PerStep(vec![1.0, 2.5])),
         seed: Some(u64::MAX),
         id: Some("c".into()),
-        priority: Some(-3),
+        priority: Some(3),
         model: Some("m".into()),
         labels: BTreeMap::from([("k".to_owned(), "v".to_owned())]),
+        after: Vec::new(),
+        require: BTreeMap::new(),
     };
     assert_eq!(file, PromptFile { requests: vec![(1, expected)], errors: vec![], bad_lines: 0 });
 }

@@ -384,6 +384,8 @@ impl Survey<'_> {
             priority: None,
             model: None,
             labels: BTreeMap::new(),
+            after: Vec::new(),
+            require: BTreeMap::new(),
         };
         RenderSpec::resolve(&request, &defaults, 0).map_err(|error| CheckpointError::file(&path, error.to_string()))?;
         self.configs.insert(GENERATION_CONFIG.into(), bytes);

@@ -211,6 +211,8 @@ fn request(args: &Args) -> RenderRequest {
         priority: None,
         model: None,
         labels: BTreeMap::new(),
+        after: Vec::new(),
+        require: BTreeMap::new(),
     }
 }
 
