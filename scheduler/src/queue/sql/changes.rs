@@ -96,6 +96,8 @@ impl Writer<'_> {
         for change in group {
             rows.push(&row(change)?);
         }
+        let state = self.dialect.state();
+        let live = format!("{state} IN ('queued', 'running')");
         match kind {
             Kind::Started => self.start(&rows, group).await,
             Kind::AttemptEnded => self.end_attempts(&rows, group).await,
@@ -103,34 +105,36 @@ impl Writer<'_> {
                 let columns = [Text("job"), Text("result"), Text("warnings"), Integer("accepted")];
                 let set =
                     "state = 'done', result = v.result, warnings = v.warnings, accepted = v.accepted, finished = $2";
-                let fits = "jobs.state = 'running' AND EXISTS (SELECT 1 FROM attempts a WHERE a.job = jobs.seq \
-                            AND a.attempt = jobs.attempt AND a.outcome = 'completed')";
-                self.update_jobs(&rows, group, "done", &columns, set, fits).await
+                let fits = format!(
+                    "{state} = 'running' AND EXISTS (SELECT 1 FROM attempts a WHERE a.job = jobs.seq \
+                     AND a.attempt = jobs.attempt AND a.outcome = 'completed')"
+                );
+                self.update_jobs(&rows, group, "done", &columns, set, &fits).await
             }
             Kind::Requeued => {
                 let (columns, set) = ([Text("job"), Text("counts")], "state = 'queued', counts = v.counts");
-                let fits = format!("jobs.state = 'running' AND {IDLE}");
+                let fits = format!("{state} = 'running' AND {IDLE}");
                 self.update_jobs(&rows, group, "queued", &columns, set, &fits).await
             }
             Kind::Counted => {
                 let (columns, set) = ([Text("job"), Text("counts")], "counts = v.counts");
-                self.update_jobs(&rows, group, "counted", &columns, set, "jobs.state IN ('queued', 'running')").await
+                self.update_jobs(&rows, group, "counted", &columns, set, &live).await
             }
             Kind::Failed => {
                 let (columns, set) =
                     ([Text("job"), Text("reason")], "state = 'failed', reason = v.reason, finished = $2");
-                let fits = format!("jobs.state IN ('queued', 'running') AND {IDLE}");
+                let fits = format!("{live} AND {IDLE}");
                 self.update_jobs(&rows, group, "failed", &columns, set, &fits).await
             }
             Kind::Cancelled => {
                 let (columns, set) = ([Text("job")], "state = 'cancelled', finished = $2");
-                let fits = format!("jobs.state IN ('queued', 'running') AND {IDLE}");
+                let fits = format!("{live} AND {IDLE}");
                 self.update_jobs(&rows, group, "cancelled", &columns, set, &fits).await
             }
             Kind::Retried => {
                 let set = "state = 'queued', reason = NULL, finished = NULL, counts = '{}', clean = 0";
-                let fits = "jobs.state IN ('failed', 'cancelled')";
-                self.update_jobs(&rows, group, "queued again", &[Text("job")], set, fits).await
+                let fits = format!("{state} IN ('failed', 'cancelled')");
+                self.update_jobs(&rows, group, "queued again", &[Text("job")], set, &fits).await
             }
             Kind::Audit => {
                 let v = self.dialect.rows(&[Text("who"), Text("action"), Text("subject"), Text("detail")]);
@@ -160,8 +164,8 @@ impl Writer<'_> {
         ];
         let set = "state = 'running', attempt = v.attempt, node = v.node, model = v.model, model_hash = v.model_hash, \
                    spec = v.spec, reason = NULL";
-        let fits = "jobs.state = 'queued' AND jobs.attempt = v.attempt - 1";
-        self.update_jobs(rows, group, "started", &columns, set, fits).await?;
+        let fits = format!("{} = 'queued' AND jobs.attempt = v.attempt - 1", self.dialect.state());
+        self.update_jobs(rows, group, "started", &columns, set, &fits).await?;
         let insert = format!(
             "INSERT INTO attempts (job, attempt, epoch, node, boot, devices, device, model, tenant, base, started, outcome) \
              SELECT j.seq, v.attempt, v.epoch, v.node, v.boot, v.devices, v.device, v.model, j.tenant, v.base, $2, 'running' \

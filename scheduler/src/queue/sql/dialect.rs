@@ -49,6 +49,15 @@ impl Dialect {
         }
     }
 
+    /// A job's state, in a condition on rows that are found by their ids. SQLite would rather walk along the index of all
+    /// jobs in that state.
+    pub(super) fn state(self) -> &'static str {
+        match self {
+            Self::Sqlite => "+jobs.state",
+            Self::Postgres => "jobs.state",
+        }
+    }
+
     /// Begins a transaction that writes.
     pub(super) fn begin_write(self) -> &'static str {
         match self {

@@ -80,7 +80,9 @@ impl SqlQueue {
             Location::Postgres(_) => {
                 let owner = format!("farm-scheduler {}", Uuid::new_v4().simple());
                 let session = postgres_session(&owner, Duration::from_secs(120));
-                let writer = pool(WRITERS, session.clone()).connect(&url).await.map_err(opened)?;
+                // Writes look rows up by their keys, a thousand at most, whatever the planner believes of young tables.
+                let by_key = "SET enable_seqscan = off; SET enable_hashjoin = off; SET enable_mergejoin = off;";
+                let writer = pool(WRITERS, format!("{session} {by_key}")).connect(&url).await.map_err(opened)?;
                 sqlx::migrate!("./migrations/postgres").run(&writer).await?;
                 let readers = pool(READERS, session).connect(&url).await.map_err(opened)?;
                 Ok(Self { dialect: Dialect::Postgres, writer, readers, seat: Seat::contested(url, owner) })
