@@ -14,7 +14,7 @@ use crate::args::Submit;
 use crate::board::Board;
 use crate::client::Client;
 use crate::error::{Error, Status};
-use crate::follow;
+use crate::follow::{self, persist};
 use crate::output::{self, clean, plural};
 
 /// From this size on, an upload is worth a bar.
@@ -36,11 +36,19 @@ pub async fn run(client: &Client, args: Submit) -> Result<Status, Error> {
         fetch::create_folder(dir)?;
     }
 
-    let open = OpenSubmission { model: args.model, priority: args.priority };
+    let open = OpenSubmission {
+        model: args.model,
+        priority: args.priority,
+        tenant: args.tenant.unwrap_or_default(),
+        after: args.after,
+        max_failures: args.max_failures,
+    };
     let submission = client.open_submission(&open).await?.submission;
-    let bytes = upload(client, submission, &mut input, length, &args.file).await?;
+    // Pages and commits may be sent again: from here on the file survives a scheduler that restarts or hands over.
+    let persistent = &client.impatient();
+    let bytes = upload(persistent, submission, &mut input, length, &args.file).await?;
     let commit = CommitSubmission { bytes, skip_invalid: args.skip_invalid, again: args.again };
-    let reply = match client.commit(submission, &commit).await {
+    let reply = match persist(note, async || persistent.commit(submission, &commit).await).await {
         Ok(reply) => reply,
         Err(error) => {
             if let Error::Refused { answer, .. } = &error
@@ -55,7 +63,7 @@ pub async fn run(client: &Client, args: Submit) -> Result<Status, Error> {
         output::json(&reply)?;
     } else {
         print_bad_lines(&shown_name, &reply.lines, reply.bad_lines);
-        eprintln!("{}", summary(&reply));
+        output::line(&summary(&reply))?;
     }
     if !args.wait && args.out.is_none() {
         return Ok(Status::Ok);
@@ -74,8 +82,9 @@ async fn wait(client: &Client, submission: SubmissionId, out: Option<&Path>, jso
         Some(outcome) => Ok(outcome.report(json)),
         None => {
             eprintln!(
-                "stopped waiting; the farm goes on with the jobs. `farmctl watch` shows them, `farmctl list` names them, \
-                 `farmctl cancel ID...` stops them"
+                "stopped waiting; the farm goes on with the jobs. `farmctl watch {id}` shows them, `farmctl list --batch {id}` \
+                 names them, `farmctl cancel {id}` stops them",
+                id = submission.short()
             );
             Ok(Status::Interrupted)
         }
@@ -105,7 +114,8 @@ async fn upload(
                 "split it into several files of whole lines",
             ));
         }
-        client.put_page(submission, number, Bytes::from(page)).await?;
+        let page = Bytes::from(page);
+        persist(note, async || client.put_page(submission, number, page.clone()).await).await?;
         if io::stderr().is_terminal() && length.unwrap_or(sent) >= BAR_BYTES {
             bar.get_or_insert_with(|| upload_bar(length)).set_position(sent);
         }
@@ -114,6 +124,10 @@ async fn upload(
         bar.finish_and_clear();
     }
     Ok(sent)
+}
+
+fn note(text: &str) {
+    eprintln!("{text}");
 }
 
 fn upload_bar(length: Option<u64>) -> ProgressBar {
@@ -156,7 +170,7 @@ fn summary(reply: &SubmissionReply) -> String {
     if reply.bad_lines > 0 {
         parts.push(format!("{} skipped", plural(reply.bad_lines, "bad line")));
     }
-    let mut text = parts.join(", ");
+    let mut text = format!("batch     {}  {}", reply.submission.short(), parts.join(", "));
     if let Some(waiting) = &reply.waiting {
         text += &format!("; waiting: {}", clean(waiting));
     }
@@ -187,7 +201,7 @@ mod tests {
         };
         assert_eq!(
             summary(&reply),
-            "1 job queued, 2 known from before (--again makes new ones), 3 queued again, 4 bad lines skipped; \
+            "batch     00000000  1 job queued, 2 known from before (--again makes new ones), 3 queued again, 4 bad lines skipped; \
              waiting: no node has registered model x"
         );
     }
