@@ -63,10 +63,10 @@ fn draw_table(frame: &mut Frame, area: Rect, snapshot: &Snapshot, look: &mut Loo
         Tab::Running => {
             (&["job", "tenant", "node", "progress", "left"], &[Fill(2), Fill(1), Fill(1), Length(24), Length(10)])
         }
-        Tab::Waiting => (&["job", "tenant", "prio", "why"], &[Fill(2), Fill(1), Length(4), Fill(4)]),
+        Tab::Waiting => (&["job", "tenant", "prio", "why"], &[Fill(2), Fill(1), Length(4), Fill(6)]),
         Tab::Tenants => (
-            &["tenant", "share", "devices", "queued", "running", "24 h", ""],
-            &[Fill(1), Length(7), Length(9), Length(9), Length(9), Length(15), Length(6)],
+            &["tenant", "share", "usage", "devices", "queued", "running", "24 h", ""],
+            &[Fill(1), Length(6), Length(9), Length(8), Length(7), Length(7), Length(13), Length(6)],
         ),
     };
     // Only what can be seen is made: a farm may have 80,000 devices.
@@ -150,6 +150,7 @@ fn tenant_row(view: &TenantView) -> Row<'_> {
     let row = Row::new([
         plain(view.tenant.as_str()),
         Span::from(view.spec.share.to_string()),
+        Span::from(format!("{:.0}", view.usage)),
         Span::from(of(view.devices.to_string(), quota.devices.map(|n| n.to_string()))),
         Span::from(view.queued.to_string()),
         Span::from(view.running.to_string()),

@@ -10,7 +10,7 @@ pub fn lines(snapshot: &Snapshot) -> Vec<String> {
         node.devices.iter().map(|device| {
             let progress = device.progress.as_ref().map(output::progress).unwrap_or_default();
             let state = match (node.alive, &node.closed) {
-                (false, _) => format!("silent for {}", output::duration(node.last_heartbeat_seconds)),
+                (false, _) => format!("silent {}", output::duration(node.last_heartbeat_seconds)),
                 (true, closed) => closed.clone().unwrap_or_default(),
             };
             [node.node.to_string(), device.name.clone(), output::device_job(device), progress, state]
@@ -33,12 +33,16 @@ pub fn lines(snapshot: &Snapshot) -> Vec<String> {
         [
             view.tenant.to_string(),
             view.spec.share.to_string(),
+            format!("{:.0}", view.usage),
             view.devices.to_string(),
             view.queued.to_string(),
             view.running.to_string(),
             format!("{:.0}", view.day),
         ]
     });
-    section(output::table(["tenant", "share", "devices", "queued", "running", "device-seconds in 24 h"], tenants));
+    section(output::table(
+        ["tenant", "share", "usage", "devices", "queued", "running", "device-seconds in 24 h"],
+        tenants,
+    ));
     lines
 }

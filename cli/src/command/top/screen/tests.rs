@@ -109,35 +109,84 @@ fn picture(width: u16, height: u16, look: &mut Look, trouble: Option<&str>) -> V
 }
 
 #[test]
-fn devices_on_a_usual_terminal() {
-    let shown = picture(80, 14, &mut Look::default(), None);
-    for line in &shown {
-        eprintln!("{line}");
-    }
-    panic!();
+fn devices_on_a_small_terminal() {
+    assert_eq!(
+        picture(80, 14, &mut Look::default(), None),
+        [
+            "farm 0.1.0 at 10.0.0.1:7070, epoch 7: 3 nodes, 2 of 6 devices busy",
+            "12 queued, 1 running · 41 clips/h · queue empty in about 13 min",
+            "waiting: after other jobs 8, not their turn 3, devices busy 1",
+            " devices 6 │ running 1 │ waiting 12 │ tenants 1",
+            "NODE           DEVICE     JOB            PROGRESS                 STATE",
+            "node-1         cpu:0      00000001       █████░░░░░ denoise 12/24",
+            "node-1         cpu:1      helps 00000001 █████░░░░░ denoise 12/24",
+            "node-2         cpu:0      idle                                    drained",
+            "node-2         cpu:1      idle                                    drained",
+            "node-3         cpu:0      idle                                    silent 7 s",
+            "node-3         cpu:1      idle                                    silent 7 s",
+            "",
+            "",
+            "q leaves · ←→ other table · ↑↓ rows",
+        ]
+    );
 }
 
 #[test]
-fn waiting_jobs_say_why() {
-    let shown = picture(80, 10, &mut Look { tab: Tab::Waiting, ..Look::default() }, None);
-    for line in &shown {
-        eprintln!("{line}");
-    }
-    let shown = picture(80, 8, &mut Look { tab: Tab::Running, ..Look::default() }, Some("no scheduler answers at a:1"));
-    for line in &shown {
-        eprintln!("{line}");
-    }
-    let shown = picture(80, 8, &mut Look { tab: Tab::Tenants, ..Look::default() }, None);
-    for line in &shown {
-        eprintln!("{line}");
-    }
+fn an_old_picture_says_so() {
+    let shown = picture(80, 7, &mut Look { tab: Tab::Running, ..Look::default() }, Some("no scheduler answers at a:1"));
+    assert_eq!(
+        shown[4..],
+        [
+            "JOB                   TENANT      NODE       PROGRESS                 LEFT",
+            "00000001              films       node-1     █████░░░░░ denoise 12/24 70 s",
+            "no scheduler answers at a:1",
+        ]
+    );
+}
+
+#[test]
+fn the_marked_job_is_in_sight_with_its_reason() {
     let mut look = Look { tab: Tab::Waiting, ..Look::default() };
     look.table.select(Some(7));
     let shown = picture(80, 9, &mut look, None);
-    for line in &shown {
-        eprintln!("{line}");
-    }
-    panic!();
+    assert_eq!(
+        shown[4..8],
+        [
+            "JOB              TENANT   PRIO WHY",
+            "00000007         films    100  devices are busy, and 3 jobs of films go first",
+            "shot-8           films    100  devices are busy, and 3 jobs of films go first",
+            "00000009         films    100  devices are busy, and 3 jobs of films go first",
+        ]
+    );
+    // One up: the mark moves, the rows stay.
+    look.table.select(Some(6));
+    assert_eq!(picture(80, 9, &mut look, None)[5..8], shown[5..8]);
+    look.table.select(Some(0));
+    assert!(picture(80, 9, &mut look, None)[5].starts_with("shot-2 "));
+}
+
+#[test]
+fn tenants_show_what_they_have_and_may_have() {
+    let shown = picture(80, 7, &mut Look { tab: Tab::Tenants, ..Look::default() }, None);
+    assert_eq!(
+        shown[4..6],
+        [
+            "TENANT            SHARE  USAGE     DEVICES  QUEUED  RUNNING 24 H",
+            "films             2      99        2/4      12      1       1234",
+        ]
+    );
+}
+
+#[test]
+fn text_of_a_farm_cannot_control_the_terminal() {
+    let mut snapshot = snapshot();
+    snapshot.nodes.nodes[0].node = NodeId("a\u{1b}[2Jb".into());
+    snapshot.leader = "\u{202e}".into();
+    let mut terminal = Terminal::new(TestBackend::new(80, 8)).unwrap();
+    terminal.draw(|frame| draw(frame, &snapshot, &mut Look::default(), Some("\u{9b}1m"))).unwrap();
+    let shown = terminal.backend().to_string();
+    assert!(shown.contains("a\u{fffd}[2Jb"), "{shown}");
+    assert!(!shown.contains(['\u{1b}', '\u{202e}', '\u{9b}']), "{shown}");
 }
 
 #[test]
