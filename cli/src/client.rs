@@ -351,7 +351,13 @@ fn id_digits(id: &str) -> Result<String, Error> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use serde_json::json;
+
     use super::*;
+    use crate::pretended::{Pretended, Reply, pretend};
 
     #[test]
     fn ids_are_whole_or_endings_with_or_without_dashes() {
@@ -391,5 +397,55 @@ mod tests {
         assert_eq!((value.to_str().unwrap(), format!("{value:?}").as_str()), ("Bearer hunter2", "Sensitive"));
         std::fs::write(&path, " \n").unwrap();
         assert!(authorization(&path).is_err());
+    }
+
+    /// A scheduler that does what it is asked once, and whose answer to that is lost.
+    async fn forgetful(change: &'static str, state: &'static str) -> Pretended {
+        let done = Arc::new(AtomicBool::new(false));
+        let job = json!({
+            "job": JobId(uuid::Uuid::nil()), "id": null, "state": state, "prompt": "", "model": null, "priority": 0,
+            "submitted": "2026-11-27T08:00:00Z", "finished": null, "attempt": 1, "node": null, "progress": null,
+            "reason": null, "clip": null, "request": {"prompt": ""}, "seed": 1, "attempts": [], "result": null
+        });
+        pretend(move |call, _| match call.ends_with(change) {
+            true if done.swap(true, Ordering::SeqCst) => Reply::Json(409, json!({"error": "cannot be done"})),
+            true => Reply::Broken,
+            false => Reply::Json(200, job.clone()),
+        })
+        .await
+    }
+
+    #[tokio::test]
+    async fn a_change_whose_answer_was_lost_has_happened() {
+        for (change, state, known) in [
+            (Change::Cancel, "cancelled", true),
+            (Change::Retry, "queued", true),
+            // It was done before: the refusal is the answer.
+            (Change::Cancel, "done", false),
+        ] {
+            let scheduler = forgetful(change.verb(), state).await;
+            let client = Client::new(&scheduler.address, None).unwrap();
+            let job = client.job("00000000").await.unwrap().view.job;
+            let outcome = client.change(job, change).await;
+            assert_eq!(outcome.is_ok(), known, "{change:?} {state}: {outcome:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn an_id_names_a_job_or_a_batch() {
+        let batch = json!({
+            "submission": SubmissionId(uuid::Uuid::nil()), "tenant": "default", "submitted": "2026-11-27T08:00:00Z",
+            "jobs": {"queued": 2}, "max_failures": null, "paused": false, "eta_seconds": null, "summary": "2 queued"
+        });
+        let scheduler = pretend(move |call, _| match call {
+            "GET /v1/submissions/0000" => Reply::Json(200, batch.clone()),
+            "GET /v1/jobs/abcd" => Reply::Json(409, json!({"error": "abcd ends several ids"})),
+            _ => Reply::Json(404, json!({"error": "there is none"})),
+        })
+        .await;
+        let client = Client::new(&scheduler.address, None).unwrap();
+        assert!(matches!(client.find("0000").await, Ok(Named::Batch(batch)) if batch.summary == "2 queued"));
+        assert_eq!(client.find("abcd").await.unwrap_err().to_string(), "abcd ends several ids");
+        assert_eq!(client.find("ffff").await.unwrap_err().to_string(), "there is no job and no batch ffff");
     }
 }

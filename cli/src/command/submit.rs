@@ -179,7 +179,15 @@ fn summary(reply: &SubmissionReply) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+    use std::sync::{Arc, Mutex};
+
+    use clap::Parser;
+    use serde_json::json;
+
     use super::*;
+    use crate::args::{Args, Command};
+    use crate::pretended::{Reply, pretend};
 
     #[test]
     fn bad_lines_are_named_and_the_rest_is_counted() {
@@ -204,5 +212,69 @@ mod tests {
             "batch     00000000  1 job queued, 2 known from before (--again makes new ones), 3 queued again, 4 bad lines skipped; \
              waiting: no node has registered model x"
         );
+    }
+
+    /// Two schedulers with one queue. Who leads changes after a page and after the commit, and both answers are lost.
+    #[derive(Default)]
+    struct Queue {
+        leader: usize,
+        pages: BTreeMap<u64, Vec<u8>>,
+        commits: u32,
+    }
+
+    fn answer(queue: &Mutex<Queue>, own: usize, call: &str, body: &[u8]) -> Reply {
+        let mut queue = queue.lock().unwrap();
+        if queue.leader != own {
+            return Reply::Json(503, json!({"error": "stands by"}));
+        }
+        let submission = SubmissionId(uuid::Uuid::nil());
+        if let Some((_, page)) = call.split_once("/pages/") {
+            let known = queue.pages.insert(page.parse().unwrap(), body.to_vec()).is_some();
+            if page == "1" && !known {
+                queue.leader = 1 - own;
+                return Reply::Broken;
+            }
+            return Reply::Json(200, json!(null));
+        }
+        if call.ends_with("/commit") {
+            queue.commits += 1;
+            if queue.commits == 1 {
+                queue.leader = 1 - own;
+                return Reply::Broken;
+            }
+            let bytes: usize = queue.pages.values().map(Vec::len).sum();
+            assert_eq!(serde_json::from_slice::<CommitSubmission>(body).unwrap().bytes, bytes as u64);
+            return Reply::Json(200, json!({"submission": submission, "new": 3, "existing": 0, "requeued": 0}));
+        }
+        assert_eq!(call, "POST /v1/submissions");
+        let open: OpenSubmission = serde_json::from_slice(body).unwrap();
+        assert_eq!(
+            (open.tenant.as_str(), open.after, open.max_failures),
+            ("films", vec!["5a0c31f2".to_owned()], Some(2))
+        );
+        Reply::Json(200, json!({"submission": submission}))
+    }
+
+    #[tokio::test]
+    async fn a_file_survives_two_takeovers() {
+        let queue = Arc::new(Mutex::new(Queue::default()));
+        let scheduler = async |own| {
+            let queue = queue.clone();
+            pretend(move |call, body| answer(&queue, own, call, body)).await
+        };
+        let (one, two) = (scheduler(0).await, scheduler(1).await);
+        let client = Client::new(&format!("{},{}", one.address, two.address), None).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("prompts.jsonl");
+        let content: Vec<u8> = (0..PAGE_BYTES * 5 / 2).map(|at| (at % 251) as u8).collect();
+        std::fs::write(&file, &content).unwrap();
+
+        let line = ["farmctl", "submit", file.to_str().unwrap(), "--tenant", "films"];
+        let line = line.into_iter().chain(["--after", "5a0c31f2", "--max-failures", "2", "--json"]);
+        let Command::Submit(args) = Args::try_parse_from(line).unwrap().command else { panic!("no submit") };
+        assert_eq!(run(&client, args).await.unwrap(), Status::Ok);
+        let queue = queue.lock().unwrap();
+        assert_eq!(queue.pages.values().flatten().copied().collect::<Vec<_>>(), content);
+        assert_eq!((queue.commits, queue.leader), (2, 0));
     }
 }

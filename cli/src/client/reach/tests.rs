@@ -2,89 +2,61 @@
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use axum::Router;
-use axum::extract::State;
-use axum::http::StatusCode as Http;
-use axum::response::{IntoResponse, Response as Reply};
-use tokio::net::TcpListener;
-use tokio::task::JoinHandle;
+use serde_json::json;
 
 use super::*;
+use crate::pretended::{Pretended, Reply, nowhere, pretend};
 
 /// How a pretended scheduler answers calls.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug)]
 enum Role {
     Leads,
     StandsBy {
         leader: Option<String>,
     },
-    /// Takes connections and says nothing, as a stopped process does.
     Frozen,
     /// Does what it is asked and dies before it has said so.
     DiesAnswering,
     Refuses,
 }
 
-#[derive(Clone)]
-struct Pretended {
+struct Running {
     role: Arc<Mutex<Role>>,
     calls: Arc<AtomicU32>,
-}
-
-struct Running {
-    pretended: Pretended,
     address: String,
-    server: JoinHandle<()>,
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        self.server.abort();
-    }
+    _server: Pretended,
 }
 
 impl Running {
-    fn become_(&self, role: Role) {
-        *self.pretended.role.lock().unwrap() = role;
+    fn turn(&self, role: Role) {
+        *self.role.lock().unwrap() = role;
     }
 
     fn calls(&self) -> u32 {
-        self.pretended.calls.load(Ordering::SeqCst)
-    }
-}
-
-async fn answer(State(pretended): State<Pretended>) -> Reply {
-    pretended.calls.fetch_add(1, Ordering::SeqCst);
-    let role = pretended.role.lock().unwrap().clone();
-    let error = |leader: Option<&str>| {
-        let leader = leader.map(|leader| format!(r#","leader":"{leader}""#)).unwrap_or_default();
-        format!(r#"{{"error":"said so"{leader}}}"#)
-    };
-    match role {
-        Role::Leads => "{}".into_response(),
-        Role::StandsBy { leader } => (Http::SERVICE_UNAVAILABLE, error(leader.as_deref())).into_response(),
-        Role::Frozen => pending().await,
-        Role::DiesAnswering => {
-            *pretended.role.lock().unwrap() = Role::StandsBy { leader: None };
-            let broken = futures::stream::once(async { Err::<Bytes, _>(std::io::Error::other("gone")) });
-            axum::body::Body::from_stream(broken).into_response()
-        }
-        Role::Refuses => (Http::CONFLICT, error(None)).into_response(),
+        self.calls.load(Ordering::SeqCst)
     }
 }
 
 async fn start(role: Role) -> Running {
-    let pretended = Pretended { role: Arc::new(Mutex::new(role)), calls: Arc::default() };
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap().to_string();
-    let router = Router::new().fallback(answer).with_state(pretended.clone());
-    let server = tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
-    Running { pretended, address, server }
-}
-
-/// Nobody listens there.
-async fn nowhere() -> String {
-    TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().to_string()
+    let role = Arc::new(Mutex::new(role));
+    let calls = Arc::<AtomicU32>::default();
+    let (its_role, its_calls) = (role.clone(), calls.clone());
+    let server = pretend(move |_, _| {
+        its_calls.fetch_add(1, Ordering::SeqCst);
+        let mut role = its_role.lock().unwrap();
+        match role.clone() {
+            Role::Leads => Reply::Json(200, json!({})),
+            Role::StandsBy { leader } => Reply::Json(503, json!({"error": "said so", "leader": leader})),
+            Role::Frozen => Reply::Silence,
+            Role::DiesAnswering => {
+                *role = Role::StandsBy { leader: None };
+                Reply::Broken
+            }
+            Role::Refuses => Reply::Json(409, json!({"error": "said so"})),
+        }
+    })
+    .await;
+    Running { role, calls, address: server.address.clone(), _server: server }
 }
 
 fn reach(addresses: &[&str]) -> Reach {
@@ -121,8 +93,8 @@ async fn a_standby_names_a_leader_that_is_not_in_the_list() {
 #[tokio::test]
 async fn standbys_that_name_each_other_are_not_asked_for_ever() {
     let (one, two) = (start(Role::Leads).await, start(Role::Leads).await);
-    one.become_(Role::StandsBy { leader: Some(two.address.clone()) });
-    two.become_(Role::StandsBy { leader: Some(one.address.clone()) });
+    one.turn(Role::StandsBy { leader: Some(two.address.clone()) });
+    two.turn(Role::StandsBy { leader: Some(one.address.clone()) });
     let failed = reach(&[&one.address]).impatient().whole(&ask()).await.unwrap_err();
     let Error::Unreachable { tried } = failed.error else { panic!("{failed:?}") };
     assert_eq!(tried, format!("{} (said so), {} (said so)", one.address, two.address));
@@ -134,14 +106,14 @@ async fn a_takeover_is_waited_for() {
     let (old, new) = (start(Role::Leads).await, start(Role::StandsBy { leader: None }).await);
     let reach = reach(&[&old.address, &new.address]);
     assert_eq!(leader(&reach).await, old.address);
-    old.become_(Role::StandsBy { leader: None });
+    old.turn(Role::StandsBy { leader: None });
     let found = async { leader(&reach).await };
     let takeover = async {
         // Both have been asked in vain before the new one leads.
         while new.calls() < 2 {
             tokio::task::yield_now().await;
         }
-        new.become_(Role::Leads);
+        new.turn(Role::Leads);
     };
     let (found, ()) = tokio::join!(found, takeover);
     assert_eq!(found, new.address);
@@ -192,12 +164,12 @@ async fn a_scheduler_that_was_there_is_waited_for_at_its_one_address() {
     let address = leads.address.clone();
     let reach = reach(&[&address]);
     assert_eq!(leader(&reach).await, address);
-    leads.become_(Role::StandsBy { leader: None });
+    leads.turn(Role::StandsBy { leader: None });
     let restart = async {
         while leads.calls() < 3 {
             tokio::task::yield_now().await;
         }
-        leads.become_(Role::Leads);
+        leads.turn(Role::Leads);
     };
     let (found, ()) = tokio::join!(leader(&reach), restart);
     assert_eq!(found, address);
