@@ -32,7 +32,7 @@ impl Sizes {
     fn new(spec: &Spec, shape: &ModelShape, defaults: &GenerationDefaults, ask: Ask) -> Self {
         let clip = clip_shape(ask, defaults);
         let (Some(site), Some(clip)) = (&spec.site, clip) else {
-            let work = clip.map(|clip| TOKEN_STEP * (clip.tokens * clip.steps as usize) as f64);
+            let work = clip.map(|clip| TOKEN_STEP * (clip.tokens * clip.steps) as f64);
             return Self { base: vec![work], topologies: Vec::new(), rated: false };
         };
         let sizes = 1..=spec.devices.min(MAX_RANKS);
@@ -124,27 +124,15 @@ impl Fits {
         let known = self.of_class.get(&ix);
         if known.is_none_or(|known| known.version != stock.version() || known.only_model.as_ref() != only_model) {
             let known = self.find(class.ask, model, stock);
-            self.of_class.insert(
-                ix,
-                Known { version: stock.version(), only_model: only_model.cloned(), sizes: known },
-            );
+            self.of_class.insert(ix, Known { version: stock.version(), only_model: only_model.cloned(), sizes: known });
         }
-        let known = &self.of_class[&ix];
-        let choices: Vec<Choice> = known
-            .sizes
-            .iter()
-            .map(|(group, sizes, load)| {
-                let factor = rates.factor(model, &stock.group(*group).spec.device, class.ask);
-                let factor = if sizes.rated { Some(factor.unwrap_or(1.0)) } else { factor };
-                let seconds = factor.map(|factor| sizes.base.iter().map(|base| Some((*base)? * factor)).collect());
-                Choice { group: *group, sizes: sizes.clone(), seconds: seconds.unwrap_or_default(), load: *load }
-            })
-            .collect();
-        let work = |choice: &Choice| {
-            (1..=choice.seconds.len()).filter_map(|k| Some(k as f64 * choice.seconds_on(k)?)).reduce(f64::min)
-        };
-        let work = choices.iter().filter_map(work).reduce(f64::min).unwrap_or(0.0);
-        Fit { model: Some(model.clone()), choices, work }
+        chosen(class, model, &self.of_class[&ix].sizes, stock, rates)
+    }
+
+    /// As [`Self::fit`], of a class that is not remembered.
+    pub fn fit_anew(&mut self, class: &Class, only_model: Option<&Arc<str>>, stock: &Stock, rates: &Rates) -> Fit {
+        let Some(model) = class.model.as_ref().or(only_model) else { return Fit::default() };
+        chosen(class, model, &self.find(class.ask, model, stock), stock, rates)
     }
 
     fn find(&mut self, ask: Ask, model: &Arc<str>, stock: &Stock) -> Vec<(GroupIx, Arc<Sizes>, f64)> {
@@ -170,6 +158,22 @@ impl Fits {
         }
         found
     }
+}
+
+/// The groups with what is predicted there, and the least work of all.
+fn chosen(class: &Class, model: &Arc<str>, known: &[(GroupIx, Arc<Sizes>, f64)], stock: &Stock, rates: &Rates) -> Fit {
+    let choice = |(group, sizes, load): &(GroupIx, Arc<Sizes>, f64)| {
+        let factor = rates.factor(model, &stock.group(*group).spec.device, class.ask);
+        let factor = if sizes.rated { Some(factor.unwrap_or(1.0)) } else { factor };
+        let seconds = factor.map(|factor| sizes.base.iter().map(|base| Some((*base)? * factor)).collect());
+        Choice { group: *group, sizes: sizes.clone(), seconds: seconds.unwrap_or_default(), load: *load }
+    };
+    let choices: Vec<Choice> = known.iter().map(choice).collect();
+    let work = |choice: &Choice| {
+        (1..=choice.seconds.len()).filter_map(|k| Some(k as f64 * choice.seconds_on(k)?)).reduce(f64::min)
+    };
+    let work = choices.iter().filter_map(work).reduce(f64::min).unwrap_or(0.0);
+    Fit { model: Some(model.clone()), choices, work }
 }
 
 /// Equal for nodes of which the same is predicted.

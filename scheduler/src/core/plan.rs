@@ -141,7 +141,7 @@ impl Farm {
             return;
         }
         self.refile_all();
-        if !std::mem::take(&mut self.replan) || self.paused {
+        if self.is_in_window() || !std::mem::take(&mut self.replan) || self.paused {
             return;
         }
         self.refresh_reservations();
@@ -194,13 +194,17 @@ impl Farm {
     }
 
     /// Where jobs of the class can run.
-    pub(super) fn fit(&mut self, ix: ClassIx) -> Fit {
+    pub(super) fn fit(&self, ix: ClassIx) -> Fit {
         let only_model = self.only_model();
-        let class = self.classes.get(ix).clone();
-        self.fits.fit(ix, &class, only_model.as_ref(), &self.stock, &self.rates)
+        self.fits.borrow_mut().fit(ix, self.classes.get(ix), only_model.as_ref(), &self.stock, &self.rates)
     }
 
-    fn fit_in(&mut self, fits: &mut HashMap<ClassIx, Rc<Fit>>, ix: ClassIx) -> Rc<Fit> {
+    /// Likewise of a class that no job is of.
+    pub(super) fn fit_of(&self, class: &Class) -> Fit {
+        self.fits.borrow_mut().fit_anew(class, self.only_model().as_ref(), &self.stock, &self.rates)
+    }
+
+    fn fit_in(&self, fits: &mut HashMap<ClassIx, Rc<Fit>>, ix: ClassIx) -> Rc<Fit> {
         if let Some(fit) = fits.get(&ix) {
             return fit.clone();
         }
@@ -210,7 +214,7 @@ impl Farm {
     }
 
     /// The tenants that have jobs to start, with the first of each class.
-    fn turns(&mut self, fits: &mut HashMap<ClassIx, Rc<Fit>>) -> BinaryHeap<Turn> {
+    fn turns(&self, fits: &mut HashMap<ClassIx, Rc<Fit>>) -> BinaryHeap<Turn> {
         let mut turns = BinaryHeap::new();
         for i in 0..self.tenants.len() {
             let tenant = &self.tenants[i];
@@ -251,7 +255,8 @@ impl Farm {
             return Err(Blocked::Class);
         };
         let of_tenant = &self.tenants[tenant.0 as usize];
-        let most = of_tenant.quota().devices.map_or(usize::MAX, |most| (most.saturating_sub(of_tenant.devices)) as usize);
+        let most =
+            of_tenant.quota().devices.map_or(usize::MAX, |most| (most.saturating_sub(of_tenant.devices)) as usize);
         // Not blocked for others: the quota is this tenant's.
         if most == 0 || (fit.work > 0.0 && !of_tenant.may_use(fit.work, self.hour())) {
             return Err(Blocked::Quota);
@@ -315,7 +320,8 @@ impl Farm {
         seconds.iter_mut().take(least - 1).for_each(|seconds| *seconds = None);
         let free_most = group.most_free().min(most);
         if free_most == 0 {
-            let possible = |k: &usize| !choice.sizes.rated || choice.sizes.base.get(*k - 1).copied().flatten().is_some();
+            let possible =
+                |k: &usize| !choice.sizes.rated || choice.sizes.base.get(*k - 1).copied().flatten().is_some();
             return Err((least..=group.spec.devices).find(possible).filter(|k| *k > 1));
         }
         let load = |free_of: &dyn Fn(GroupIx) -> Vec<usize>, waiting: usize| {
@@ -357,7 +363,8 @@ impl Farm {
     /// A node that is kept for another job but has devices free, for a job that ends before they are needed.
     fn backfill(&self, fit: &Fit, class: &Class, least: usize, most: usize) -> Option<(NodeId, usize, usize)> {
         for (_, reservation) in self.reservations.iter() {
-            let Some(node) = self.nodes.get(&reservation.node).filter(|node| self.starts_clips(&reservation.node, node))
+            let Some(node) =
+                self.nodes.get(&reservation.node).filter(|node| self.starts_clips(&reservation.node, node))
             else {
                 continue;
             };
@@ -516,6 +523,12 @@ impl Farm {
         names.next().is_none().then(|| first.clone())
     }
 
+    /// This scheduler has just begun, and attempts run of which it has not heard yet: their devices come back with their
+    /// nodes.
+    pub(super) fn is_in_window(&self) -> bool {
+        self.now < self.window_ends && !self.orphans.is_empty()
+    }
+
     /// Nothing but its devices keeps the node from starting clips.
     pub(super) fn is_open(&self, id: &NodeId, node: &Node) -> bool {
         node.roles.denoise && self.is_alive(node) && self.closed(id, node).is_none()
@@ -573,7 +586,7 @@ pub(super) fn head(place: Place, class: ClassIx, work: f64) -> Head {
     Head { place, class, due: place.1 as f64 + 1000.0 * STRETCH * work }
 }
 
-fn has_labels(node: Option<&Node>, class: &Class) -> bool {
+pub(super) fn has_labels(node: Option<&Node>, class: &Class) -> bool {
     let has = |node: &Node| class.require.iter().all(|(name, value)| node.labels.get(name) == Some(value));
     class.require.is_empty() || node.is_some_and(has)
 }

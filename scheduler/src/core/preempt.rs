@@ -105,7 +105,8 @@ impl Farm {
             let fit = self.fit(head.class);
             let size = |group: GroupIx| {
                 let choice = fit.choices.iter().find(|choice| choice.group == group)?;
-                (1..=self.stock.group(group).spec.devices).find(|k| !choice.sizes.rated || choice.seconds_on(*k).is_some())
+                (1..=self.stock.group(group).spec.devices)
+                    .find(|k| !choice.sizes.rated || choice.seconds_on(*k).is_some())
             };
             let possible: Vec<usize> = (0..candidates.len())
                 .filter(|i| {

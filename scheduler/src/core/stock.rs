@@ -85,7 +85,6 @@ impl Group {
     }
 }
 
-
 /// All groups.
 #[derive(Debug, Default)]
 pub struct Stock {
@@ -183,7 +182,8 @@ impl Stock {
 
 /// Rates rounded to steps of a sixteenth of a power of two, downwards: nodes of one make differ by less.
 pub fn coarse(site: Site) -> Site {
-    let round = |rate: f64| if rate.is_normal() && rate > 0.0 { ((rate.log2() * 16.0).floor() / 16.0).exp2() } else { rate };
+    let round =
+        |rate: f64| if rate.is_normal() && rate > 0.0 { ((rate.log2() * 16.0).floor() / 16.0).exp2() } else { rate };
     let link = |link: LinkRates| LinkRates { bandwidth: round(link.bandwidth), latency: round(link.latency) };
     let DeviceRates { linear, attention, memory, bandwidth, value_bytes, shared_weights } = site.device;
     let device = DeviceRates {
