@@ -45,7 +45,7 @@ impl FromStr for JobId {
 }
 
 /// One upload of a prompt file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct SubmissionId(#[serde(with = "as_shown")] pub Uuid);
 
