@@ -30,7 +30,8 @@ const LONG_TIMEOUT: Duration = Duration::from_secs(600);
 /// A clip of any size; each piece of it has [`CALL_TIMEOUT`].
 const CLIP_TIMEOUT: Duration = Duration::from_secs(3600);
 const MAX_SECRET_BYTES: usize = 4096;
-const MAX_USER_BYTES: usize = 128;
+/// More is refused.
+const MAX_USER_BYTES: usize = 64;
 
 #[derive(Clone)]
 pub struct Client {

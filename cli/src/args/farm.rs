@@ -97,10 +97,11 @@ pub struct Usage {
     /// What a row stands for: tenant, day, or label:NAME.
     #[arg(long, value_name = "WHAT", default_value = "tenant")]
     pub by: By,
-    /// Only attempts that ended at this time or later: a date in UTC, or a time as 2026-11-27T08:00:00Z.
+    /// Only attempts that ended at this time or later: a date in UTC, or a time as 2026-11-27T08:00:00Z. Left out: 30
+    /// days before the end.
     #[arg(long, value_name = "TIME", value_parser = moment)]
     pub since: Option<Timestamp>,
-    /// Only attempts that ended before this time.
+    /// Only attempts that ended before this time. Left out: now.
     #[arg(long, value_name = "TIME", value_parser = moment)]
     pub until: Option<Timestamp>,
     /// Print comma-separated values.

@@ -18,11 +18,5 @@ pub async fn run(client: &Client, args: Output) -> Result<Status, Error> {
 }
 
 fn row(batch: &BatchView) -> [String; 4] {
-    let paused = if batch.paused { "paused: " } else { "" };
-    [
-        batch.submission.short(),
-        batch.tenant.to_string(),
-        format!("{:.0}", batch.submitted),
-        format!("{paused}{}", batch.summary),
-    ]
+    [batch.submission.short(), batch.tenant.to_string(), format!("{:.0}", batch.submitted), batch.summary.clone()]
 }

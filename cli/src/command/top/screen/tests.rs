@@ -15,7 +15,7 @@ fn job(number: u128, state: JobState) -> JobView {
     let running = state == JobState::Running;
     JobView {
         job: JobId(Uuid::from_u128(number)),
-        id: (number % 2 == 0).then(|| format!("shot-{number}")),
+        id: number.is_multiple_of(2).then(|| format!("shot-{number}")),
         state,
         prompt: String::new(),
         model: None,
