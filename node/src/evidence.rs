@@ -273,25 +273,28 @@ fn watch_signals(death: libc::c_int) -> io::Result<()> {
     Ok(())
 }
 
-/// Writes one line and lets the signal do what it did before: a fault comes up again as soon as this returns, and a signal
-/// that was sent is sent again. Calls nothing but write, getpid, sigaction and raise, and allocates nothing.
+/// Writes one line and lets the signal do what it would have done: a fault comes up again as soon as this returns, and a
+/// signal that was sent is sent again. Calls nothing but write, getpid, sigaction and raise, and allocates nothing.
 extern "C" fn on_fatal(signal: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
     let death = DEATH.load(Ordering::SeqCst);
     let place = FATAL.iter().position(|(number, _)| *number == signal).unwrap_or(0);
     let line = FATAL[place].1;
     // SAFETY: the kernel gives a valid `info`, whose sender is set where a process has sent the signal; `write` gets whole
-    // strings, and `sigaction` what was there before this handler.
+    // strings, and `sigaction` the default or what was there before this handler.
     unsafe {
         let sent = matches!((*info).si_code, libc::SI_USER | libc::SI_QUEUE | libc::SI_TKILL);
         let outside = if sent && (*info).si_pid() != libc::getpid() { OUTSIDE } else { "" };
         for part in [outside, line] {
             libc::write(death, part.as_ptr().cast(), part.len());
         }
-        if let Some(before) = BEFORE.get() {
-            libc::sigaction(signal, &before[place], std::ptr::null_mut());
-        }
         if sent {
+            // The standard library's handler lets signals that are no faults pass.
+            let mut action: libc::sigaction = std::mem::zeroed();
+            action.sa_sigaction = libc::SIG_DFL;
+            libc::sigaction(signal, &action, std::ptr::null_mut());
             libc::raise(signal);
+        } else if let Some(before) = BEFORE.get() {
+            libc::sigaction(signal, &before[place], std::ptr::null_mut());
         }
     }
 }

@@ -286,7 +286,7 @@ mod tests {
         let mut file = OutboxFile::open(data.path()).unwrap();
         file.forget(1);
         file.forget(3);
-        assert_eq!(reopened(data.path()), []);
+        assert!(reopened(data.path()).is_empty());
         assert_eq!(std::fs::metadata(data.path().join("outbox")).unwrap().len(), 0, "nothing is left behind");
     }
 
@@ -305,7 +305,6 @@ mod tests {
         assert_eq!(file.pending(), [(2, report(2))]);
         std::fs::remove_dir(&blocked).unwrap();
         file.rewrite();
-        assert_eq!(reopened(data.path()), [2]);
         file.keep(3, report(3));
         assert_eq!(reopened(data.path()), [2, 3]);
     }

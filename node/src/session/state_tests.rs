@@ -4,7 +4,7 @@ use farm_core::id::{AttemptNo, DeviceIndex, JobId, NodeId};
 use farm_core::job::state::FailureKind;
 use farm_core::parallel::topology::Topology;
 use farm_core::tiles::plan::Tiling;
-use farm_core::wire::to_scheduler::{DeviceInfo, Roles};
+use farm_core::wire::to_scheduler::{Crash, DeviceInfo, Roles};
 use proptest::prelude::*;
 use uuid::Uuid;
 
