@@ -59,10 +59,12 @@ pub struct Workshop {
     /// Takes lines for jobs' logs.
     pub log: Box<dyn Fn(AttemptKey, String) + Send + Sync>,
     /// Told which attempts hold devices, before they get them and after they have given them back.
-    pub holding: Box<dyn Fn(&[AttemptKey]) + Send + Sync>,
+    pub holding: Box<Holding>,
     /// Asks the scheduler for devices to decode on.
     pub want_hands: Box<dyn Fn(AttemptKey, HandsWanted) + Send + Sync>,
 }
+
+type Holding = dyn Fn(&[AttemptKey]) + Send + Sync;
 
 /// A model that the node has.
 #[derive(Clone)]
