@@ -73,7 +73,7 @@ impl Default for Limits {
             silent: Duration::from_secs(4),
             node_ttl: Duration::from_secs(15),
             closed_ttl: Duration::from_secs(5),
-            window: Duration::from_secs(10),
+            window: Duration::from_secs(8),
             unlisted: Duration::from_secs(8),
             start: Duration::from_secs(30),
             pause: Duration::from_secs(2),

@@ -54,8 +54,4 @@ mod gang_rules;
 #[cfg(test)]
 mod hand_rules;
 #[cfg(test)]
-mod honest;
-#[cfg(test)]
-mod random;
-#[cfg(test)]
 mod rules;

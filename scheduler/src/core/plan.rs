@@ -20,7 +20,7 @@ use super::farm::{Bill, Farm, Job, Node, Phase, Pick, Slot};
 use super::fit::{Choice, Fit};
 use super::gang::{Grant, Load, grant};
 use super::reserve::Reservation;
-use super::stock::GroupIx;
+use super::stock::{Found, GroupIx};
 use super::tenant::{Place, TenantIx};
 
 /// Jobs that start in one tick at most; the next tick goes on.
@@ -265,16 +265,17 @@ impl Farm {
         if let Some(reservation) = self.reservations.get(id).cloned() {
             return self.start_reserved(round, head, &fit, &model, reservation, most);
         }
-        let mut best: Option<(f64, NodeId, usize, usize)> = None;
+        // Soonest done; of equals, where most is free.
+        let mut best: Option<((f64, Reverse<usize>), NodeId, usize, usize)> = None;
         let mut needed = usize::MAX;
         for (i, choice) in fit.choices.iter().enumerate() {
             let found = self.find(round, &fit, choice, &class, &model, (least, most), avoid.as_ref());
             match found {
-                Ok((node, devices, warm)) => {
+                Ok((Found { node, free, warm }, devices)) => {
                     let seconds = choice.seconds_on(devices).unwrap_or(f64::MAX);
-                    let score = seconds + if warm { 0.0 } else { choice.load };
+                    let score = (seconds + if warm { 0.0 } else { choice.load }, Reverse(free));
                     if best.as_ref().is_none_or(|(known, ..)| score < *known) {
-                        best = Some((score, node, devices, i));
+                        best = Some((score, node.clone(), devices, i));
                     }
                 }
                 Err(Some(devices)) => needed = needed.min(devices),
@@ -301,11 +302,11 @@ impl Farm {
         Err(Blocked::Class)
     }
 
-    /// The node of a group for a job, how many devices, and whether it is warm. Else how many devices it would need of one
-    /// node, if nothing but their number is amiss.
+    /// The node of a group for a job, and how many devices. Else how many devices it would need of one node, if nothing but
+    /// their number is amiss.
     #[allow(clippy::too_many_arguments)] // all of one pass over a small table
-    fn find(
-        &self,
+    fn find<'a>(
+        &'a self,
         round: &Round,
         fit: &Fit,
         choice: &Choice,
@@ -313,7 +314,7 @@ impl Farm {
         model: &Arc<str>,
         (least, most): (usize, usize),
         avoid: Option<&NodeId>,
-    ) -> Result<(NodeId, usize, bool), Option<usize>> {
+    ) -> Result<(Found<'a>, usize), Option<usize>> {
         let group = self.stock.group(choice.group);
         let mut seconds = choice.sizes.base.clone();
         // Sizes of which nothing sensible is predicted count as not predicted; relations are those of the rates.
@@ -350,8 +351,8 @@ impl Farm {
         // Fewer devices than granted, where the labels leave no node with so many.
         for devices in (least..=devices).rev() {
             let found = group.find(devices, model, |id| Some(id) != avoid && labelled(id));
-            if let Some((node, warm)) = found.or_else(|| group.find(devices, model, labelled)) {
-                return Ok((node.clone(), devices, warm));
+            if let Some(found) = found.or_else(|| group.find(devices, model, labelled)) {
+                return Ok((found, devices));
             }
             if class.require.is_empty() {
                 break;
