@@ -75,14 +75,27 @@ impl From<QueueError> for End {
 /// One reign, as far as it is known to last.
 pub struct Reign {
     epoch: Epoch,
-    /// When it last said that it is there and was heard; `None` once it is known to be over.
-    beaten: Mutex<Option<Instant>>,
+    lasts: Mutex<Lasts>,
+}
+
+#[derive(Clone, Copy)]
+enum Lasts {
+    /// Nobody else can lead this queue.
+    Always,
+    /// When it last said that it is there and was heard.
+    Since(Instant),
+    Over,
 }
 
 impl Reign {
+    /// Over a queue that only this process can lead.
+    pub fn alone(epoch: Epoch) -> Self {
+        Self { epoch, lasts: Mutex::new(Lasts::Always) }
+    }
+
     /// The store granted it at `since` or later.
-    pub fn new(epoch: Epoch, since: Instant) -> Self {
-        Self { epoch, beaten: Mutex::new(Some(since)) }
+    pub fn contested(epoch: Epoch, since: Instant) -> Self {
+        Self { epoch, lasts: Mutex::new(Lasts::Since(since)) }
     }
 
     pub fn epoch(&self) -> Epoch {
@@ -91,19 +104,26 @@ impl Reign {
 
     /// The store was told at `since` or later that this leader is there.
     pub fn beaten(&self, since: Instant) {
-        *self.beaten.lock().unwrap_or_else(PoisonError::into_inner) = Some(since);
+        self.set(Lasts::Since(since));
     }
 
-    /// Somebody else leads.
+    /// Somebody else leads, or may.
     pub fn over(&self) {
-        *self.beaten.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        self.set(Lasts::Over);
+    }
+
+    fn set(&self, lasts: Lasts) {
+        *self.lasts.lock().unwrap_or_else(PoisonError::into_inner) = lasts;
     }
 
     /// How long nobody may depose it yet. Zero for one that was frozen or cut off from the store for too long: it must
     /// not speak any more, for somebody else may lead.
     pub fn lasts(&self) -> Duration {
-        let beaten = *self.beaten.lock().unwrap_or_else(PoisonError::into_inner);
-        beaten.map_or(Duration::ZERO, |beaten| LEADER_TTL.saturating_sub(beaten.elapsed()))
+        match *self.lasts.lock().unwrap_or_else(PoisonError::into_inner) {
+            Lasts::Always => Duration::MAX,
+            Lasts::Since(beaten) => LEADER_TTL.saturating_sub(beaten.elapsed()),
+            Lasts::Over => Duration::ZERO,
+        }
     }
 }
 

@@ -18,7 +18,7 @@ use tokio::sync::{Mutex, watch};
 
 use crate::actor::{CallError, Scheduler};
 use crate::lead::Standing;
-use crate::queue::store::{Leftover, QueueError, QueueStore, Retention};
+use crate::queue::store::{Leftover, Pruned, QueueError, QueueStore, Retention};
 
 /// How often a leader cleans up by itself.
 const EVERY: Duration = Duration::from_secs(60 * 60);
@@ -87,10 +87,12 @@ impl Gc {
             for _ in 0..STEPS {
                 let Standing::Leads(scheduler) = standing.borrow().clone() else { break };
                 match self.step(&scheduler, false).await {
-                    Ok(done) if done == GcReport::default() => break,
-                    Ok(GcReport { clips, latents, log_rows, job_rows, audit_rows, errors, .. }) => {
-                        tracing::info!(clips, latents, log_rows, job_rows, audit_rows, errors, "cleaned up");
-                        if errors > 0 {
+                    Ok((report, more)) => {
+                        if report != GcReport::default() {
+                            let GcReport { clips, latents, log_rows, job_rows, audit_rows, errors, .. } = report;
+                            tracing::info!(clips, latents, log_rows, job_rows, audit_rows, errors, "cleaned up");
+                        }
+                        if !more || report.errors > 0 {
                             break;
                         }
                     }
@@ -104,8 +106,8 @@ impl Gc {
         }
     }
 
-    /// Removes a bounded number of objects and rows, or only counts them.
-    pub async fn step(&self, scheduler: &Scheduler, dry_run: bool) -> Result<GcReport, GcError> {
+    /// Removes a bounded number of objects and rows, or only counts them. True if there may be more to do.
+    pub async fn step(&self, scheduler: &Scheduler, dry_run: bool) -> Result<(GcReport, bool), GcError> {
         let _turn = self.turn.lock().await;
         let begun = Instant::now();
         let mut report = GcReport { dry_run, ..GcReport::default() };
@@ -121,7 +123,8 @@ impl Gc {
         }
         let pruned = scheduler.prune(self.keep, dry_run).await??;
         (report.log_rows, report.job_rows, report.audit_rows) = (pruned.logs, pruned.jobs, pruned.audit);
-        Ok(report)
+        let more = leftovers.len() == JOBS as usize || pruned != Pruned::default();
+        Ok((report, more))
     }
 
     /// Gives the jobs that hold nothing superfluous any more.

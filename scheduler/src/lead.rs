@@ -96,7 +96,8 @@ impl Candidate {
                 outcome = attempt => outcome,
             };
             match outcome {
-                Ok(Some(epoch)) => return Ok(Some(Reign::new(epoch, begun))),
+                Ok(Some(epoch)) if self.is_shared => return Ok(Some(Reign::contested(epoch, begun))),
+                Ok(Some(epoch)) => return Ok(Some(Reign::alone(epoch))),
                 Ok(None) => trouble.clear(),
                 Err(error) if !self.is_shared => return Err(error).context("cannot begin with this queue"),
                 Err(error) => {
@@ -122,14 +123,15 @@ impl Candidate {
     }
 
     async fn reign(&self, reign: Arc<Reign>, standing: &watch::Sender<Standing>, stop: &CancellationToken) -> End {
+        if !self.is_shared {
+            return self.lead(&reign, standing, stop).await;
+        }
         // From here on, for a long queue takes longer to read than a leader may be silent.
-        let beats = tokio::spawn(beat(self.store.clone(), reign.clone()));
-        let end = tokio::select! {
+        let beats = beat(&*self.store, &reign);
+        tokio::select! {
             ended = self.lead(&reign, standing, stop) => ended,
-            () = deposed(&reign) => End::Superseded,
-        };
-        beats.abort();
-        end
+            () = beats => End::Superseded,
+        }
     }
 
     async fn lead(&self, reign: &Arc<Reign>, standing: &watch::Sender<Standing>, stop: &CancellationToken) -> End {
@@ -173,35 +175,29 @@ impl Drop for StopOnDrop {
     }
 }
 
-/// Tells the store each second that the leader is there, until it says that it is not.
-async fn beat(store: Arc<dyn QueueStore>, reign: Arc<Reign>) {
-    loop {
-        let begun = Instant::now();
-        match within(reign.lasts(), store.beat(reign.epoch())).await {
-            Ok(()) => {
-                reign.beaten(begun);
-                tokio::time::sleep(BEAT).await;
-            }
-            Err(QueueError::Superseded(_)) => reign.over(),
-            Err(error) => {
-                tracing::warn!(%error, "cannot tell the queue that this scheduler leads");
-                tokio::time::sleep(BEAT_AGAIN).await;
-            }
-        }
-        if reign.lasts().is_zero() {
-            return;
-        }
-    }
-}
-
-/// Ends when the reign does not last any more.
-async fn deposed(reign: &Reign) {
+/// Tells the store each second that the leader is there. Ends with the reign.
+async fn beat(store: &dyn QueueStore, reign: &Reign) {
     loop {
         let lasts = reign.lasts();
         if lasts.is_zero() {
             return;
         }
-        tokio::time::sleep(lasts.min(BEAT_AGAIN)).await;
+        let begun = Instant::now();
+        let wait = match within(lasts, store.beat(reign.epoch())).await {
+            Ok(()) => {
+                reign.beaten(begun);
+                BEAT
+            }
+            Err(QueueError::Superseded(_) | QueueError::LeadLost(_)) => {
+                reign.over();
+                return;
+            }
+            Err(error) => {
+                tracing::warn!(%error, "cannot tell the queue that this scheduler leads");
+                BEAT_AGAIN.min(reign.lasts())
+            }
+        };
+        tokio::time::sleep(wait).await;
     }
 }
 

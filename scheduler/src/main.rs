@@ -6,7 +6,8 @@ use std::process::ExitCode;
 
 use clap::{ArgGroup, Parser};
 use farm_core::tiles::plan::Tiling;
-use farm_scheduler::run::{Queue, Settings, run};
+use farm_scheduler::queue::location::Location;
+use farm_scheduler::run::{Settings, run};
 use tracing_subscriber::EnvFilter;
 
 /// The farm's scheduler: keeps the queue and hands clips to nodes.
@@ -27,7 +28,7 @@ struct Args {
     data: Option<PathBuf>,
     /// Database of a queue for several schedulers: postgres://USER@HOST/DATABASE
     #[arg(long, value_name = "URL", env = "FARM_QUEUE", hide_env_values = true, value_parser = postgres)]
-    queue: Option<String>,
+    queue: Option<Location>,
     /// Where nodes put results: file:///folder, s3://bucket/prefix, or a plain path
     #[arg(long)]
     store: String,
@@ -42,11 +43,11 @@ struct Args {
     config: Option<PathBuf>,
 }
 
-fn postgres(url: &str) -> Result<String, String> {
-    if url.starts_with("postgres://") || url.starts_with("postgresql://") {
-        Ok(url.to_owned())
-    } else {
-        Err("write postgres://USER@HOST/DATABASE; a folder is named with --data".to_owned())
+fn postgres(url: &str) -> Result<Location, String> {
+    match url.parse() {
+        Ok(location @ Location::Postgres(_)) => Ok(location),
+        Ok(Location::File(_)) => Err("write postgres://USER@HOST/DATABASE; a folder is named with --data".to_owned()),
+        Err(error) => Err(error.to_string()),
     }
 }
 
@@ -54,8 +55,8 @@ fn postgres(url: &str) -> Result<String, String> {
 async fn main() -> ExitCode {
     let Args { listen, advertise, data, queue, store, tiles: tiling, secret_file, config } = Args::parse();
     let queue = match (data, queue) {
-        (Some(data), _) => Queue::Folder(data),
-        (None, Some(url)) => Queue::Postgres(url),
+        (Some(data), _) => Location::folder(&data),
+        (None, Some(database)) => database,
         (None, None) => return ExitCode::FAILURE, // the parser asks for one of them
     };
     let filter =

@@ -24,9 +24,7 @@ use crate::gc::Gc;
 use crate::lead::{self, Candidate, Standing};
 use crate::link::NodeLink;
 use crate::listen;
-use crate::queue::postgres::PostgresQueue;
-use crate::queue::sqlite::SqliteQueue;
-use crate::queue::store::QueueStore;
+use crate::queue::{self, location::Location};
 
 /// What a scheduler is started with.
 #[derive(Clone, Debug)]
@@ -35,22 +33,13 @@ pub struct Settings {
     pub listen: String,
     /// How farmctl, nodes and other schedulers reach it; the address it listens on, if absent.
     pub advertise: Option<String>,
-    pub queue: Queue,
+    pub queue: Location,
     /// URL for results.
     pub store: String,
     /// How clips are decoded.
     pub tiling: Tiling,
     pub secret_file: Option<PathBuf>,
     pub config: Option<PathBuf>,
-}
-
-/// Where the queue is.
-#[derive(Clone, Debug)]
-pub enum Queue {
-    /// In a file of this folder, for one scheduler. The folder is made if it is absent.
-    Folder(PathBuf),
-    /// In a Postgres database, for any number of schedulers.
-    Postgres(String),
 }
 
 /// Runs until SIGINT or SIGTERM. Ends with an error if a queue fails that no other scheduler can take over.
@@ -61,7 +50,11 @@ pub async fn run(settings: Settings) -> anyhow::Result<()> {
     let artifacts = ArtifactStore::open(&settings.store)?;
     // Before anything that others see: whoever starts us may stop us at once.
     let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
-    let (queue, _lock) = open(&settings.queue).await?;
+    let (is_shared, _lock) = match &settings.queue {
+        Location::Postgres(_) => (true, None),
+        Location::File(file) => (false, Some(lock(file.parent().unwrap_or(Path::new(".")))?)),
+    };
+    let queue = queue::open(&settings.queue).await?;
 
     let boot = BootId(Uuid::new_v4());
     let (cluster, events) = Cluster::start(Role::Scheduler, boot, secret.as_ref().map(Secret::as_str)).await?;
@@ -70,7 +63,6 @@ pub async fn run(settings: Settings) -> anyhow::Result<()> {
         .await
         .with_context(|| format!("cannot listen on {}", settings.listen))?;
     let address = listener.local_addr()?;
-    let is_shared = matches!(settings.queue, Queue::Postgres(_));
     let candidate = Candidate {
         store: queue.clone(),
         is_shared,
@@ -117,23 +109,6 @@ pub async fn run(settings: Settings) -> anyhow::Result<()> {
         tracing::warn!(%error, "the HTTP server ended badly");
     }
     ended.context("the scheduler ended badly")?
-}
-
-async fn open(queue: &Queue) -> anyhow::Result<(Arc<dyn QueueStore>, Option<File>)> {
-    match queue {
-        Queue::Folder(data) => {
-            let lock = lock(data)?;
-            let file = data.join("queue.sqlite");
-            let queue = SqliteQueue::open(&file).await;
-            let queue = queue.with_context(|| format!("cannot open queue {}", file.display()))?;
-            Ok((Arc::new(queue), Some(lock)))
-        }
-        Queue::Postgres(url) => {
-            // The address may hold a password, so it is not repeated.
-            let queue = PostgresQueue::open(url).await.context("cannot open the queue in Postgres")?;
-            Ok((Arc::new(queue), None))
-        }
-    }
 }
 
 /// What the other schedulers' clients are told.
