@@ -54,4 +54,8 @@ mod gang_rules;
 #[cfg(test)]
 mod hand_rules;
 #[cfg(test)]
+mod life_rules;
+#[cfg(test)]
 mod rules;
+#[cfg(test)]
+mod share_rules;

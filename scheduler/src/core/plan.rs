@@ -10,6 +10,7 @@ use std::collections::{BinaryHeap, HashMap, HashSet};
 use std::ops::Bound;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 
 use farm_core::id::{DeviceIndex, JobId, NodeId};
 
@@ -30,6 +31,8 @@ pub const MAX_PICKS: usize = 2048;
 const MAX_LEASES: usize = 4;
 /// An attempt without a prediction is charged so many seconds on each device until it ends.
 pub(super) const UNKNOWN_SECONDS: f64 = 60.0;
+/// The queue is looked at so often even if nothing has happened.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
 /// A job waits for shorter ones that come within so many times its own predicted time after it, and for no later ones.
 const STRETCH: f64 = 100.0;
 
@@ -141,7 +144,10 @@ impl Farm {
             return;
         }
         self.refile_all();
-        if self.is_in_window() || !std::mem::take(&mut self.replan) || self.paused {
+        if self.now >= self.look_again {
+            self.replan = true;
+        }
+        if self.is_in_window() || self.paused || !std::mem::take(&mut self.replan) {
             return;
         }
         self.refresh_reservations();
@@ -175,6 +181,8 @@ impl Farm {
             self.replan = true;
         }
         fx.load.extend(self.picked.iter().copied());
+        // Patience ends, and quotas of device-seconds are by the hour.
+        self.look_again = self.now + LOOK_AGAIN;
         self.preempt(&round.unlucky, fx);
     }
 
@@ -242,10 +250,12 @@ impl Farm {
     }
 
     fn try_start(&mut self, round: &mut Round, tenant: TenantIx, head: &Head) -> Result<(), Blocked> {
-        if round.blocked.contains(&head.class) {
+        let id = head.place.3;
+        let kept = self.reservations.get(id).cloned();
+        // The node that is kept for a job does not count for others of its class.
+        if kept.is_none() && round.blocked.contains(&head.class) {
             return Err(Blocked::Class);
         }
-        let id = head.place.3;
         let Some(job) = self.jobs.get(&id) else { return Err(Blocked::Job) };
         let least = job.counts.least_devices.max(1) as usize;
         let avoid = job.avoid.clone();
@@ -262,7 +272,7 @@ impl Farm {
             return Err(Blocked::Quota);
         }
         let class = self.classes.get(head.class).clone();
-        if let Some(reservation) = self.reservations.get(id).cloned() {
+        if let Some(reservation) = kept {
             return self.start_reserved(round, head, &fit, &model, reservation, most);
         }
         // Soonest done; of equals, where most is free.
@@ -347,6 +357,9 @@ impl Farm {
             Grant::Devices(_) => return Err(Some(least).filter(|least| *least <= group.spec.devices)),
             Grant::Needs(devices) => return Err(Some(devices).filter(|devices| *devices <= group.spec.devices)),
         };
+        if choice.sizes.topology(devices).is_none() {
+            return Err(None);
+        }
         let labelled = |id: &NodeId| has_labels(self.nodes.get(id), class);
         // Fewer devices than granted, where the labels leave no node with so many.
         for devices in (least..=devices).rev() {
@@ -423,7 +436,7 @@ impl Farm {
                 }
                 let at = self.free_at(node, devices);
                 // Unknown is later than any time.
-                let key = |at: Option<Time>| at.unwrap_or(Time(std::time::Duration::MAX));
+                let key = |at: Option<Time>| at.unwrap_or(Time(Duration::MAX));
                 if best.as_ref().is_none_or(|(known, _)| key(at) < key(*known)) {
                     best = Some((at, node_id.clone()));
                 }
@@ -467,9 +480,9 @@ impl Farm {
     pub(super) fn expected_end(&self, id: JobId) -> Option<Time> {
         let Job { phase: Phase::Running(lease), .. } = self.jobs.get(&id)? else { return None };
         if let Some(left) = lease.progress.and_then(|progress| progress.eta_seconds).filter(|left| left.is_finite()) {
-            return Some(lease.moved.max(self.now) + std::time::Duration::from_secs_f32(left.clamp(0.0, 1e7)));
+            return Some(lease.moved.max(self.now) + Duration::from_secs_f32(left.clamp(0.0, 1e7)));
         }
-        let total = std::time::Duration::try_from_secs_f64(lease.bill.expected?).ok()?;
+        let total = Duration::try_from_secs_f64(lease.bill.expected?).ok()?;
         Some((lease.bill.since + total.saturating_sub(lease.bill.before)).max(self.now))
     }
 
@@ -486,6 +499,7 @@ impl Farm {
         model: &Arc<str>,
     ) {
         let (id, choice) = (head.place.3, &fit.choices[choice]);
+        let Some(topology) = choice.sizes.topology(count) else { return };
         self.unqueue(id);
         let Some(node) = self.nodes.get_mut(node_id) else { return };
         let devices: Vec<DeviceIndex> = node.free_devices().take(count).collect();
@@ -495,7 +509,6 @@ impl Farm {
         node.leases.insert(id);
         let base = choice.sizes.base.get(count - 1).copied().flatten().filter(|base| base.is_finite()).unwrap_or(0.0);
         let expected = choice.seconds_on(count);
-        let topology = choice.sizes.topology(count);
         let charged = expected.unwrap_or(UNKNOWN_SECONDS) * count as f64;
         let bill = Bill { size: count, since: self.now, base, expected, charged, ..Bill::default() };
         let pick = Pick { node: node_id.clone(), devices, topology, model: model.clone(), bill };
