@@ -73,11 +73,11 @@ impl State {
                     Err(error) if is_refusal(&error) => Err(error),
                     Err(error) => return Err(error),
                 };
-                self.answer(move || drop(reply.send(outcome)));
+                self.answer(move || _ = reply.send(outcome));
             }
             Message::Submitted(submitted, reply) => {
                 self.step(Event::Submitted(*submitted), self.farm.now()).await?;
-                self.answer(move || drop(reply.send(())));
+                self.answer(move || _ = reply.send(()));
             }
             Message::Order { order, by, reply, permit } => {
                 let outcome = match self.checked(order).await? {
@@ -89,7 +89,7 @@ impl State {
                 };
                 self.answer(move || {
                     drop(permit);
-                    drop(reply.send(outcome));
+                    _ = reply.send(outcome);
                 });
             }
             Message::Broken(error) => return Err(error),

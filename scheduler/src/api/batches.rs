@@ -51,7 +51,7 @@ async fn change(
     by: By,
 ) -> Result<Json<BatchView>, Failure> {
     let id = find(api, id).await?;
-    view(api, id).await?;
+    _ = view(api, id).await?;
     api.wish(wish(id), by).await?;
     view(api, id).await
 }
@@ -92,7 +92,8 @@ pub async fn find(api: &Api, text: &str) -> Result<SubmissionId, Failure> {
 
 /// Adds what only the running farm knows.
 async fn finish(api: &Api, batches: Vec<BatchView>) -> Result<Vec<BatchView>, Failure> {
-    let finished = api.scheduler()?.ask(move |farm| {
+    let scheduler = api.scheduler()?;
+    let finished = scheduler.ask(move |farm| {
         let finish = |batch: BatchView| {
             let eta_seconds = farm.batch_eta(batch.submission);
             let summary = summary(&batch.jobs, batch.paused, eta_seconds);

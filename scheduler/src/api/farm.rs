@@ -37,7 +37,7 @@ pub async fn nodes(State(api): State<Api>) -> Result<Json<NodeList>, Failure> {
 pub async fn drain(State(api): State<Api>, Path(node): Path<String>, by: By) -> Result<Json<NodeView>, Failure> {
     let node = NodeId(node);
     // A name that nobody has is a slip of the pen.
-    view(&api, node.clone()).await?;
+    _ = view(&api, node.clone()).await?;
     api.wish(Wish::Drain(node.clone()), by).await?;
     view(&api, node).await
 }

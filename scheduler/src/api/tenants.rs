@@ -48,7 +48,7 @@ fn parse(text: &str) -> Result<TenantId, Failure> {
 
 async fn known(api: &Api, text: &str) -> Result<TenantId, Failure> {
     let tenant = parse(text)?;
-    view(api, tenant.clone()).await?;
+    _ = view(api, tenant.clone()).await?;
     Ok(tenant)
 }
 
