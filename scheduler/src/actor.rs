@@ -308,12 +308,7 @@ fn is_refusal(error: &QueueError) -> bool {
 }
 
 /// The actor: turn after turn, until the end of the reign.
-async fn run(
-    mut state: State,
-    mut inbox: mpsc::Receiver<Message>,
-    started: Instant,
-    stop: CancellationToken,
-) -> End {
+async fn run(mut state: State, mut inbox: mpsc::Receiver<Message>, started: Instant, stop: CancellationToken) -> End {
     let mut ticks = tokio::time::interval(TICK);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut messages = Vec::with_capacity(TURN);

@@ -70,12 +70,7 @@ const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
 impl Default for Keep {
     fn default() -> Self {
-        Self(Retention {
-            leftovers: Duration::from_secs(60 * 60),
-            logs: 30 * DAY,
-            jobs: 365 * DAY,
-            audit: 365 * DAY,
-        })
+        Self(Retention { leftovers: Duration::from_secs(60 * 60), logs: 30 * DAY, jobs: 365 * DAY, audit: 365 * DAY })
     }
 }
 
@@ -108,7 +103,10 @@ impl KeepFile {
             "keep.leftovers is less than {} min, in which an attempt may still be at it",
             LEAST_LEFTOVERS.as_secs() / 60
         );
-        ensure!(keep.jobs >= keep.leftovers, "keep.jobs is less than keep.leftovers: their objects would stay for ever");
+        ensure!(
+            keep.jobs >= keep.leftovers,
+            "keep.jobs is less than keep.leftovers: their objects would stay for ever"
+        );
         Ok(Keep(keep))
     }
 }
@@ -148,8 +146,7 @@ mod tests {
             device_hour = { "*" = 1, "NVIDIA*" = 2, "NVIDIA*80GB*" = 3, "NVIDIA L4" = 4 }
         "#;
         let prices = Config::parse(text).unwrap().prices;
-        for (device, price) in
-            [("cpu 0", 1.0), ("NVIDIA L40", 2.0), ("NVIDIA A100-SXM4-80GB", 3.0), ("NVIDIA L4", 4.0)]
+        for (device, price) in [("cpu 0", 1.0), ("NVIDIA L40", 2.0), ("NVIDIA A100-SXM4-80GB", 3.0), ("NVIDIA L4", 4.0)]
         {
             assert_eq!(prices.of_hour(device), Some(price), "{device}");
         }

@@ -229,9 +229,6 @@ pub async fn pump(
     }
 }
 
-async fn within<T>(
-    timeout: Duration,
-    stored: impl Future<Output = Result<T, QueueError>>,
-) -> Result<T, QueueError> {
+async fn within<T>(timeout: Duration, stored: impl Future<Output = Result<T, QueueError>>) -> Result<T, QueueError> {
     tokio::time::timeout(timeout, stored).await.unwrap_or(Err(QueueError::Timeout(timeout)))
 }

@@ -114,7 +114,8 @@ pub async fn run(settings: Settings) -> anyhow::Result<()> {
 /// What the other schedulers' clients are told.
 fn advertised(named: Option<String>, listens: SocketAddr, is_shared: bool) -> anyhow::Result<String> {
     if let Some(named) = named {
-        let port = named.rsplit_once(':').and_then(|(host, port)| port.parse::<u16>().ok().filter(|_| !host.is_empty()));
+        let port =
+            named.rsplit_once(':').and_then(|(host, port)| port.parse::<u16>().ok().filter(|_| !host.is_empty()));
         ensure!(port.is_some(), "--advertise {named:?} is not HOST:PORT");
         return Ok(named);
     }

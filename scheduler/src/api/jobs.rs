@@ -99,12 +99,7 @@ pub async fn retry(State(api): State<Api>, Path(job): Path<String>, by: By) -> R
     Ok(Json(view(&api, record(&api, job).await?).await?))
 }
 
-async fn change(
-    api: &Api,
-    job: &str,
-    wish: impl FnOnce(JobId) -> Wish,
-    by: By,
-) -> Result<Json<JobView>, Failure> {
+async fn change(api: &Api, job: &str, wish: impl FnOnce(JobId) -> Wish, by: By) -> Result<Json<JobView>, Failure> {
     let job = find(api, job).await?;
     api.wish(wish(job), by).await?;
     Ok(Json(view(api, record(api, job).await?).await?))

@@ -104,7 +104,8 @@ mod tests {
 
     #[test]
     fn a_model_on_the_line_and_one_for_the_file_give_the_same_key() {
-        let line = Keys::new(None, &TenantId::default()).key(&request(r#"{"prompt":"a","model":"m"}"#), Some("m")).unwrap();
+        let line =
+            Keys::new(None, &TenantId::default()).key(&request(r#"{"prompt":"a","model":"m"}"#), Some("m")).unwrap();
         let file = Keys::new(None, &TenantId::default()).key(&request(r#"{"prompt":"a"}"#), Some("m")).unwrap();
         assert_eq!(line, file);
         assert_ne!(line, Keys::new(None, &TenantId::default()).key(&request(r#"{"prompt":"a"}"#), None).unwrap());
