@@ -118,7 +118,7 @@ impl Config {
         Self::parse(&text).with_context(|| format!("{name} is not right"))
     }
 
-    fn parse(text: &str) -> anyhow::Result<Self> {
+    pub(crate) fn parse(text: &str) -> anyhow::Result<Self> {
         let File { prices, keep } = toml::from_str(text)?;
         for (device, price) in &prices.device_hour {
             ensure!(price.is_finite() && *price >= 0.0, "the price of {device:?} is {price}");

@@ -93,11 +93,12 @@ mod tests {
 
     #[test]
     fn equal_lines_differ_by_occurrence_and_priority_does_not_count() {
-        let mut keys = Keys::new(None, &TenantId::default());
+        let tenant = TenantId::default();
+        let mut keys = Keys::new(None, &tenant);
         let first = keys.key(&request(r#"{"prompt":"a"}"#), None).unwrap();
         let second = keys.key(&request(r#"{"prompt":"a","priority":7}"#), None).unwrap();
         assert_ne!(first, second);
-        let mut later = Keys::new(None, &TenantId::default());
+        let mut later = Keys::new(None, &tenant);
         assert_eq!(later.key(&request(r#"{"prompt":"a","priority":3}"#), None).unwrap(), first);
         assert_eq!(later.key(&request(r#"{"prompt":"a"}"#), None).unwrap(), second);
     }
