@@ -111,20 +111,30 @@ impl Gc {
         let _turn = self.turn.lock().await;
         let begun = Instant::now();
         let mut report = GcReport { dry_run, ..GcReport::default() };
-        let leftovers = self.queue.leftovers(self.keep, Timestamp::now(), JOBS).await?;
-        for some in leftovers.chunks(TOGETHER) {
-            if begun.elapsed() >= STEP {
+        let mut more = false;
+        loop {
+            let leftovers = self.queue.leftovers(self.keep, Timestamp::now(), JOBS).await?;
+            for some in leftovers.chunks(TOGETHER) {
+                if begun.elapsed() >= STEP {
+                    more = true;
+                    break;
+                }
+                let clean = self.clean(scheduler, some, &mut report).await?;
+                if !dry_run && !clean.is_empty() {
+                    self.queue.mark_clean(scheduler.epoch(), &clean).await?;
+                }
+            }
+            more |= leftovers.len() == JOBS as usize;
+            // Most jobs leave nothing: then the next are looked at.
+            let found = GcReport { dry_run, ..GcReport::default() } != report;
+            if !more || dry_run || found || begun.elapsed() >= STEP {
                 break;
             }
-            let clean = self.clean(scheduler, some, &mut report).await?;
-            if !dry_run && !clean.is_empty() {
-                self.queue.mark_clean(scheduler.epoch(), &clean).await?;
-            }
+            more = false;
         }
         let pruned = scheduler.prune(self.keep, dry_run).await??;
         (report.log_rows, report.job_rows, report.audit_rows) = (pruned.logs, pruned.jobs, pruned.audit);
-        let more = leftovers.len() == JOBS as usize || pruned != Pruned::default();
-        Ok((report, more))
+        Ok((report, more || pruned != Pruned::default()))
     }
 
     /// Gives the jobs that hold nothing superfluous any more.
