@@ -13,6 +13,9 @@ pub mod store;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 
+#[cfg(test)]
+mod suite;
+
 use std::sync::Arc;
 
 use self::location::Location;
