@@ -113,6 +113,7 @@ impl Gc {
         let mut report = GcReport { dry_run, ..GcReport::default() };
         let mut more = false;
         loop {
+            let mut cleaned = 0;
             let leftovers = self.queue.leftovers(self.keep, Timestamp::now(), JOBS).await?;
             for some in leftovers.chunks(TOGETHER) {
                 if begun.elapsed() >= STEP {
@@ -120,6 +121,7 @@ impl Gc {
                     break;
                 }
                 let clean = self.clean(scheduler, some, &mut report).await?;
+                cleaned += clean.len();
                 if !dry_run && !clean.is_empty() {
                     self.queue.mark_clean(scheduler.epoch(), &clean).await?;
                 }
@@ -127,7 +129,7 @@ impl Gc {
             more |= leftovers.len() == JOBS as usize;
             // Most jobs leave nothing: then the next are looked at.
             let found = GcReport { dry_run, ..GcReport::default() } != report;
-            if !more || dry_run || found || begun.elapsed() >= STEP {
+            if !more || dry_run || found || cleaned == 0 || begun.elapsed() >= STEP {
                 break;
             }
             more = false;
