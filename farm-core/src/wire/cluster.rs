@@ -277,6 +277,13 @@ impl Cluster {
         }
     }
 
+    /// Ends every session. [`ClusterEvent::Closed`] follows for each.
+    pub fn disconnect_all(&self) {
+        for (_, session) in lock(&self.sessions).values() {
+            session.stop(Some("disconnected by us".to_owned()));
+        }
+    }
+
     fn open(&self, upgraded: hyper::upgrade::Upgraded, label: String, is_server: bool) -> Result<(), ClusterError> {
         let stream = Box::new(UpgradedStream { io: TokioIo::new(upgraded), label });
         self.server
