@@ -45,9 +45,17 @@ impl FromStr for JobId {
 }
 
 /// One upload of a prompt file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct SubmissionId(#[serde(with = "as_shown")] pub Uuid);
+
+impl SubmissionId {
+    /// As [`JobId::short`].
+    pub fn short(&self) -> String {
+        let hex = self.0.simple().to_string();
+        hex[24..].to_owned()
+    }
+}
 
 impl fmt::Display for SubmissionId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -45,6 +45,11 @@ impl Dependencies {
         }
     }
 
+    /// Jobs that come after something that is not done.
+    pub fn jobs(&self) -> usize {
+        self.of_job.len()
+    }
+
     /// What the job comes after and is not done.
     pub fn of(&self, job: JobId) -> &[Dependency] {
         self.of_job.get(&job).map_or(&[], Vec::as_slice)

@@ -94,8 +94,7 @@ mod tests {
     #[test]
     fn a_class_lives_as_long_as_its_jobs() {
         let mut classes = Classes::default();
-        let (a, again, b) =
-            (classes.add_job(class("a")), classes.add_job(class("a")), classes.add_job(class("b")));
+        let (a, again, b) = (classes.add_job(class("a")), classes.add_job(class("a")), classes.add_job(class("b")));
         assert_eq!(a, again);
         assert_ne!(a, b);
         classes.drop_job(a);

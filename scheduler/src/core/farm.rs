@@ -1,5 +1,6 @@
 //! The state of the farm and the one way to change it ([`Farm::step`]).
 
+use std::cell::RefCell;
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
@@ -8,7 +9,7 @@ use std::time::Duration;
 use farm_core::id::{AttemptKey, AttemptNo, BootId, DeviceIndex, Epoch, JobId, NodeId, SubmissionId, TenantId};
 use farm_core::job::spec::GenerationDefaults;
 use farm_core::job::state::Progress;
-use farm_core::parallel::cost::{ModelShape, Site};
+use farm_core::parallel::cost::ModelShape;
 use farm_core::parallel::topology::Topology;
 use farm_core::tiles::plan::Tiling;
 use farm_core::wire::to_node::{HelpDecode, StartAttempt, ToNode};
@@ -72,7 +73,7 @@ impl Default for Limits {
             silent: Duration::from_secs(4),
             node_ttl: Duration::from_secs(15),
             closed_ttl: Duration::from_secs(5),
-            window: Duration::from_secs(10),
+            window: Duration::from_secs(8),
             unlisted: Duration::from_secs(8),
             start: Duration::from_secs(30),
             pause: Duration::from_secs(2),
@@ -208,8 +209,6 @@ pub(super) struct Node {
     pub boot: BootId,
     pub version: String,
     pub devices: Vec<Device>,
-    /// Without it nothing is predicted, and a clip gets one device.
-    pub site: Option<Site>,
     pub models: Arc<BTreeMap<Arc<str>, NodeModel>>,
     pub roles: Roles,
     pub labels: BTreeMap<String, String>,
@@ -315,7 +314,8 @@ pub struct Farm {
     /// Running jobs of nodes that have not come back since this scheduler started.
     pub(super) orphans: BTreeSet<JobId>,
     pub(super) window_ends: Time,
-    pub(super) fits: Fits,
+    /// A memory of what is worked out from the rest.
+    pub(super) fits: RefCell<Fits>,
     pub(super) rates: Rates,
     /// Clips that were finished, by minute of the clock, for an hour.
     pub(super) finished: VecDeque<(u64, u64)>,
@@ -325,6 +325,8 @@ pub struct Farm {
     pub(super) last_tick: Time,
     /// Something changed that may let a queued job start.
     pub(super) replan: bool,
+    /// When to look at the queue even if nothing has.
+    pub(super) look_again: Time,
     pub(super) counters: Counters,
 }
 
@@ -365,13 +367,14 @@ impl Farm {
             health: BTreeMap::new(),
             reservations: Reservations::default(),
             orphans: BTreeSet::new(),
-            fits: Fits::default(),
+            fits: RefCell::default(),
             rates: Rates::restore(measured),
             finished: VecDeque::new(),
             preempted: now,
             now,
             last_tick: now,
             replan: true,
+            look_again: now,
             counters: Counters::default(),
         };
         farm.tenant(&TenantId::default());

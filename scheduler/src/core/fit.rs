@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use farm_core::job::spec::GenerationDefaults;
-use farm_core::parallel::cost::{ClipShape, ModelShape, Site, predict};
+use farm_core::parallel::cost::{Candidate, ClipShape, ModelShape, Site, predict};
 use farm_core::parallel::topology::{MAX_RANKS, Topology};
 
 use super::class::{Class, ClassIx};
@@ -30,23 +30,31 @@ pub struct Sizes {
 
 impl Sizes {
     fn new(spec: &Spec, shape: &ModelShape, defaults: &GenerationDefaults, ask: Ask) -> Self {
-        let clip = clip_shape(ask, defaults);
-        let (Some(site), Some(clip)) = (&spec.site, clip) else {
-            let work = clip.map(|clip| TOKEN_STEP * (clip.tokens * clip.steps as usize) as f64);
-            return Self { base: vec![work], topologies: Vec::new(), rated: false };
+        let Some(clip) = clip_shape(ask, defaults) else {
+            return Self { base: vec![None], topologies: vec![Some(Topology::SOLO)], rated: false };
         };
-        let sizes = 1..=spec.devices.min(MAX_RANKS);
-        let best: Vec<_> = sizes.map(|devices| predict(shape, &clip, site, devices)).collect();
+        let sizes = || 1..=spec.devices.min(MAX_RANKS);
+        let any = |devices| {
+            let legal = Topology::of_world(devices, shape.heads, clip.tokens);
+            legal.into_iter().min_by_key(|topology| (topology.ring(), std::cmp::Reverse(topology.cfg())))
+        };
+        let Some(site) = &spec.site else {
+            let work = TOKEN_STEP * (clip.tokens * clip.steps) as f64;
+            return Self { base: vec![Some(work)], topologies: sizes().map(any).collect(), rated: false };
+        };
+        let best: Vec<_> = sizes().map(|devices| predict(shape, &clip, site, devices)).collect();
+        let topology = |(i, best): (usize, &Option<Candidate>)| best.map(|best| best.topology).or_else(|| any(i + 1));
         Self {
-            base: best.iter().map(|best| best.as_ref().map(|best| best.seconds)).collect(),
-            topologies: best.into_iter().map(|best| best.map(|best| best.topology)).collect(),
+            base: best.iter().map(|best| best.map(|best| best.seconds)).collect(),
+            topologies: best.iter().enumerate().map(topology).collect(),
             rated: true,
         }
     }
 
-    /// How to spread the clip over `devices`, at least 1. If nothing is predicted for that many, one device does it all.
-    pub fn topology(&self, devices: usize) -> Topology {
-        self.topologies.get(devices - 1).copied().flatten().unwrap_or(Topology::SOLO)
+    /// How to spread the clip over `devices`, at least 1: the best way or, if nothing is predicted, any; `None` if there is
+    /// none.
+    pub fn topology(&self, devices: usize) -> Option<Topology> {
+        self.topologies.get(devices - 1).copied().flatten()
     }
 
     /// It can be rendered there, on some number of devices.
@@ -124,27 +132,15 @@ impl Fits {
         let known = self.of_class.get(&ix);
         if known.is_none_or(|known| known.version != stock.version() || known.only_model.as_ref() != only_model) {
             let known = self.find(class.ask, model, stock);
-            self.of_class.insert(
-                ix,
-                Known { version: stock.version(), only_model: only_model.cloned(), sizes: known },
-            );
+            self.of_class.insert(ix, Known { version: stock.version(), only_model: only_model.cloned(), sizes: known });
         }
-        let known = &self.of_class[&ix];
-        let choices: Vec<Choice> = known
-            .sizes
-            .iter()
-            .map(|(group, sizes, load)| {
-                let factor = rates.factor(model, &stock.group(*group).spec.device, class.ask);
-                let factor = if sizes.rated { Some(factor.unwrap_or(1.0)) } else { factor };
-                let seconds = factor.map(|factor| sizes.base.iter().map(|base| Some((*base)? * factor)).collect());
-                Choice { group: *group, sizes: sizes.clone(), seconds: seconds.unwrap_or_default(), load: *load }
-            })
-            .collect();
-        let work = |choice: &Choice| {
-            (1..=choice.seconds.len()).filter_map(|k| Some(k as f64 * choice.seconds_on(k)?)).reduce(f64::min)
-        };
-        let work = choices.iter().filter_map(work).reduce(f64::min).unwrap_or(0.0);
-        Fit { model: Some(model.clone()), choices, work }
+        chosen(class, model, &self.of_class[&ix].sizes, stock, rates)
+    }
+
+    /// As [`Self::fit`], of a class that is not remembered.
+    pub fn fit_anew(&mut self, class: &Class, only_model: Option<&Arc<str>>, stock: &Stock, rates: &Rates) -> Fit {
+        let Some(model) = class.model.as_ref().or(only_model) else { return Fit::default() };
+        chosen(class, model, &self.find(class.ask, model, stock), stock, rates)
     }
 
     fn find(&mut self, ask: Ask, model: &Arc<str>, stock: &Stock) -> Vec<(GroupIx, Arc<Sizes>, f64)> {
@@ -170,6 +166,22 @@ impl Fits {
         }
         found
     }
+}
+
+/// The groups with what is predicted there, and the least work of all.
+fn chosen(class: &Class, model: &Arc<str>, known: &[(GroupIx, Arc<Sizes>, f64)], stock: &Stock, rates: &Rates) -> Fit {
+    let choice = |(group, sizes, load): &(GroupIx, Arc<Sizes>, f64)| {
+        let factor = rates.factor(model, &stock.group(*group).spec.device, class.ask);
+        let factor = if sizes.rated { Some(factor.unwrap_or(1.0)) } else { factor };
+        let seconds = factor.map(|factor| sizes.base.iter().map(|base| Some((*base)? * factor)).collect());
+        Choice { group: *group, sizes: sizes.clone(), seconds: seconds.unwrap_or_default(), load: *load }
+    };
+    let choices: Vec<Choice> = known.iter().map(choice).collect();
+    let work = |choice: &Choice| {
+        (1..=choice.seconds.len()).filter_map(|k| Some(k as f64 * choice.seconds_on(k)?)).reduce(f64::min)
+    };
+    let work = choices.iter().filter_map(work).reduce(f64::min).unwrap_or(0.0);
+    Fit { model: Some(model.clone()), choices, work }
 }
 
 /// Equal for nodes of which the same is predicted.

@@ -95,7 +95,11 @@ impl Farm {
         let others = self.nodes.iter().filter(|(id, _)| **id != lease.node);
         for (id, node) in own.into_iter().chain(others) {
             let has_model = node.models.get(lease.clip.model.as_str()).map(|model| &model.hash);
-            if !node.roles.decode || !self.is_alive(node) || self.closed(id, node).is_some() || has_model != Some(&lease.clip.model_hash) {
+            if !node.roles.decode
+                || !self.is_alive(node)
+                || self.closed(id, node).is_some()
+                || has_model != Some(&lease.clip.model_hash)
+            {
                 continue;
             }
             let wanted = *wanted.entry(node.group).or_insert_with(|| self.is_wanted(node));

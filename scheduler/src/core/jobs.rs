@@ -108,7 +108,15 @@ impl Farm {
         let LiveAttempt { key, node, boot, devices, clip, started_ms, base } = attempt;
         let before = Duration::from_millis(self.wall().saturating_sub(started_ms).max(0) as u64);
         let used = before * devices.len() as u32;
-        let bill = Bill { size: devices.len(), since: self.now, used, before, base, expected: None, charged: UNKNOWN_SECONDS * devices.len() as f64 };
+        let bill = Bill {
+            size: devices.len(),
+            since: self.now,
+            used,
+            before,
+            base,
+            expected: None,
+            charged: UNKNOWN_SECONDS * devices.len() as f64,
+        };
         let lease = Lease {
             key,
             node,
@@ -158,7 +166,7 @@ impl Farm {
     fn drop_class(&mut self, id: JobId) {
         let Some(job) = self.jobs.get(&id) else { return };
         if self.classes.drop_job(job.class) {
-            self.fits.forget(job.class);
+            self.fits.borrow_mut().forget(job.class);
         }
     }
 
@@ -301,7 +309,12 @@ impl Farm {
         self.batches.remove(&batch);
         if failed > 0 {
             let reason = format!("{failed} jobs of batch {batch} that it comes after have failed");
-            return self.dependencies.waiting_for(own).into_iter().map(|job| (job, End::Failed(reason.clone()))).collect();
+            return self
+                .dependencies
+                .waiting_for(own)
+                .into_iter()
+                .map(|job| (job, End::Failed(reason.clone())))
+                .collect();
         }
         for waiter in self.dependencies.done(own) {
             self.resettle(waiter);

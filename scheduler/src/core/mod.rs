@@ -5,29 +5,48 @@
 //! | [`events`] | what can happen: messages of nodes, users' wishes, the passing of time |
 //! | [`effects`] | what follows: changes to commit first, messages to send after, requests to load |
 //! | [`farm`] | the state: jobs, nodes, leases; `step` |
-//! | [`view`] | what people may ask of it, and why a job waits |
+//! | [`jobs`], [`batch`], [`class`] | the life of a job; what it comes after; jobs that are alike |
+//! | [`wishes`] | what users and operators ask for |
+//! | [`tenant`] | what a tenant has used and may use |
+//! | [`plan`], [`lend`], [`start`] | whose turn it is; devices for one job; its attempt |
+//! | [`stock`], [`fit`], [`rates`] | nodes that are alike; which clips fit them; how long those take |
+//! | [`gang`], [`reserve`], [`preempt`] | how many devices a clip gets; nodes kept for gangs; who gives way |
 //! | [`register`] | who may join, and what becomes of attempts that outlived a session or a scheduler |
 //! | [`report`] | heartbeats and reports: which attempts live, which have ended and how |
-//! | [`place`] | which queued job gets which free devices |
 //! | [`hands`], [`help`] | which devices decode a finished latent, and how others are lent for it |
-//! | [`gang`], [`forecast`] | how many devices a clip gets, and the predictions behind that |
+//! | [`health`] | nodes that fail what others can do |
+//! | [`view`], [`why`], [`eta`] | what people may ask: the farm, why a job waits, when it is done |
 //! | [`resolve`] | which model a prompt line means, and the key that makes submitting idempotent |
 //!
 //! The state here is a cache of the queue store plus what nodes last said. Every change is committed before anybody
 //! is told of it, so a crash at any point loses only what nobody was told.
 
+mod batch;
+mod class;
 pub mod effects;
+mod eta;
 pub mod events;
 pub mod farm;
-mod forecast;
+mod fit;
 mod gang;
 mod hands;
+mod health;
 mod help;
-mod place;
+mod jobs;
+mod lend;
+mod plan;
+mod preempt;
+mod rates;
 mod register;
 mod report;
+mod reserve;
 pub mod resolve;
+mod start;
+mod stock;
+mod tenant;
 pub mod view;
+mod why;
+mod wishes;
 
 #[cfg(test)]
 mod fixture;
@@ -36,8 +55,8 @@ mod gang_rules;
 #[cfg(test)]
 mod hand_rules;
 #[cfg(test)]
-mod honest;
-#[cfg(test)]
-mod random;
+mod life_rules;
 #[cfg(test)]
 mod rules;
+#[cfg(test)]
+mod share_rules;

@@ -89,7 +89,10 @@ mod tests {
             rates.learn(&model, &device, Some(ask(2)), 1.0, 2.0);
         }
         let [one, two, new] = [1, 2, 3].map(|steps| rates.factor(&model, &device, ask(steps)).unwrap());
-        assert!((6.5..8.1).contains(&one) && (1.9..2.5).contains(&two) && (3.0..5.5).contains(&new), "{one} {two} {new}");
+        assert!(
+            (6.5..8.1).contains(&one) && (1.9..2.5).contains(&two) && (3.0..5.5).contains(&new),
+            "{one} {two} {new}"
+        );
     }
 
     #[test]

@@ -73,7 +73,6 @@ impl Farm {
             boot,
             version: registration.version,
             devices,
-            site,
             models,
             roles: registration.roles,
             labels: registration.labels,
@@ -161,7 +160,8 @@ impl Farm {
             fx.log(key.job, Some(key.attempt), format!("node {id} died while it ran this: {cause}"));
             if kills >= limit {
                 self.stop(key.job, "its nodes die", fx);
-                let reason = format!("poison: {kills} nodes died while they ran it, last {id}: {cause}; its log has all");
+                let reason =
+                    format!("poison: {kills} nodes died while they ran it, last {id}: {cause}; its log has all");
                 self.end(key.job, End::Failed(reason), fx);
             }
         }
@@ -253,9 +253,8 @@ impl Farm {
                 && known.hash != model.hash
                 && known.nodes > usize::from(own)
             {
-                let holds = |(other, node): &(&NodeId, &Node)| {
-                    *other != id && node.models.contains_key(model.name.as_str())
-                };
+                let holds =
+                    |(other, node): &(&NodeId, &Node)| *other != id && node.models.contains_key(model.name.as_str());
                 let other = self.nodes.iter().find(holds).map(|(other, _)| other.to_string()).unwrap_or_default();
                 return Err(format!(
                     "model {} has hash {:.12} here but {:.12} on node {other}; give one of them another name",
@@ -291,7 +290,9 @@ fn read_shape(json: &str) -> Result<ModelShape, String> {
 fn check_labels(labels: &BTreeMap<String, String>) -> Result<(), String> {
     let fits = |text: &str| text.len() <= MAX_LABEL_BYTES && !text.chars().any(char::is_control);
     if labels.len() > MAX_LABELS || labels.iter().any(|(name, value)| !fits(name) || !fits(value)) {
-        return Err(format!("a node has at most {MAX_LABELS} labels, each of {MAX_LABEL_BYTES} bytes without control characters"));
+        return Err(format!(
+            "a node has at most {MAX_LABELS} labels, each of {MAX_LABEL_BYTES} bytes without control characters"
+        ));
     }
     Ok(())
 }

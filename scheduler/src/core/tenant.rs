@@ -1,7 +1,7 @@
 //! Tenants: what each has used, may use and waits for.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::cmp::Reverse;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use farm_core::api::{Quota, TenantSpec};
@@ -38,16 +38,7 @@ pub struct Tenant {
 
 impl Tenant {
     pub fn new(id: TenantId, spec: TenantSpec, paused: bool) -> Self {
-        Self {
-            id,
-            spec,
-            paused,
-            usage: Usage::default(),
-            devices: 0,
-            running: 0,
-            live: 0,
-            waiting: BTreeMap::new(),
-        }
+        Self { id, spec, paused, usage: Usage::default(), devices: 0, running: 0, live: 0, waiting: BTreeMap::new() }
     }
 
     pub fn quota(&self) -> Quota {

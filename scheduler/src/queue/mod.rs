@@ -22,7 +22,7 @@ use self::location::Location;
 use self::sql::SqlQueue;
 use self::store::{QueueError, QueueStore};
 
-/// Opens the queue at a folder or a `postgres://` URL and brings its tables up to date.
-pub async fn open(place: &str) -> Result<Arc<dyn QueueStore>, QueueError> {
-    Ok(Arc::new(SqlQueue::open(&place.parse::<Location>()?).await?))
+/// Opens the queue, makes it if it is absent, and brings its tables up to date.
+pub async fn open(location: &Location) -> Result<Arc<dyn QueueStore>, QueueError> {
+    Ok(Arc::new(SqlQueue::open(location).await?))
 }

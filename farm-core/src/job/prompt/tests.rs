@@ -3,7 +3,7 @@ use std::collections::BTreeMap;
 use proptest::prelude::*;
 
 use super::*;
-use crate::job::spec::GuidanceScale;
+use crate::job::spec::{GuidanceScale, MAX_PRIORITY};
 
 fn read(file: impl AsRef<[u8]>) -> PromptFile {
     let mut parser = PromptParser::new();
@@ -237,8 +237,17 @@ fn requests() -> impl Strategy<Value = RenderRequest> {
     let strings = (any::<String>(), any::<Option<String>>(), proptest::option::of("\\PC{1,60}"));
     let numbers = (size(), size(), proptest::option::of((0..=1000u32).prop_map(|k| 6 * k + 1)), any::<Option<u64>>());
     let labels = proptest::collection::btree_map(any::<String>(), any::<String>(), 0..4);
-    (strings, numbers, proptest::option::of(guidance), any::<Option<i32>>(), labels).prop_map(
-        |((prompt, negative_prompt, id), (width, height, num_frames, seed), guidance_scale, priority, labels)| {
+    let priority = proptest::option::of(0..=MAX_PRIORITY);
+    let after = proptest::collection::vec("[a-z]{1,9}", 0..4);
+    (strings, numbers, proptest::option::of(guidance), priority, labels, after).prop_map(
+        |(
+            (prompt, negative_prompt, id),
+            (width, height, num_frames, seed),
+            guidance_scale,
+            priority,
+            labels,
+            after,
+        )| {
             let num_inference_steps = match &guidance_scale {
                 Some(GuidanceScale::PerStep(list)) => Some(list.len() as u32),
                 _ => None,
@@ -255,7 +264,9 @@ fn requests() -> impl Strategy<Value = RenderRequest> {
                 model: id.clone(),
                 id,
                 priority,
+                require: labels.clone(),
                 labels,
+                after,
             }
         },
     )

@@ -164,6 +164,10 @@ impl QueueStore for SqlQueue {
         self.say_alive(epoch).boxed()
     }
 
+    fn resign(&self, epoch: Epoch) -> Stored<'_, ()> {
+        self.step_down(epoch).boxed()
+    }
+
     fn leader(&self) -> Stored<'_, Option<Leader>> {
         self.read_leader().boxed()
     }
