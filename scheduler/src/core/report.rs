@@ -13,6 +13,7 @@ use farm_core::wire::to_scheduler::{AttemptOutcome, AttemptReport, Helping, Runn
 use super::effects::{Change, Effects, Outcome};
 use super::farm::{Bill, Confirmation, Farm, Job, Phase, Slot, shortened};
 use super::jobs::End;
+use super::planted::{Bug, planted};
 
 /// Longest wait between two attempts.
 const MAX_BACKOFF: Duration = Duration::from_secs(60);
@@ -35,7 +36,8 @@ impl Farm {
         helping: &[Helping],
         fx: &mut Effects,
     ) {
-        let Some(node) = self.nodes.get_mut(id).filter(|node| seq > node.heartbeat) else { return };
+        let Some(node) = self.nodes.get_mut(id).filter(|node| seq > node.heartbeat || planted(Bug::OldHeartbeatTaken))
+        else { return };
         node.heartbeat = seq;
         let boot = node.boot;
         self.on_running(id, boot, running, fx);
@@ -176,7 +178,8 @@ impl Farm {
     ) {
         fx.send(id, boot, ToNode::Acknowledged { report: number });
         let AttemptReport { key, outcome } = report;
-        if !self.lease(&key).is_some_and(|lease| lease.node == *id && lease.boot == boot) {
+        let current = self.lease(&key).is_some_and(|lease| lease.node == *id && lease.boot == boot);
+        if !current && !planted(Bug::StaleReportAccepted) {
             self.counters.stale_reports += 1;
             return fx.note(format!("node {id}: report on attempt {key} is stale and changes nothing"));
         }
@@ -239,6 +242,7 @@ impl Farm {
         fx.log(key.job, Some(key.attempt), message.clone());
         self.release(key.job, Slot::Free, Outcome::Interrupted, Some(message), fx);
         let Some(job) = self.jobs.get_mut(&key.job) else { return };
+        job.counts.losses += u32::from(planted(Bug::HandingBackCounts));
         job.counts.preemptions += u32::from(yielding.is_some_and(|yielding| yielding.preempted));
         fx.changes.push(Change::Requeued { job: key.job, counts: job.counts });
         self.wait(key.job);
