@@ -27,9 +27,18 @@ struct Args {
     /// Schedules that run at a time.
     #[arg(long, default_value_t = 2)]
     threads: usize,
+    /// Go on until so many schedules have failed.
+    #[arg(long, default_value_t = 1)]
+    failures: usize,
     /// Print the last events of the last schedule, even if nothing is wrong.
     #[arg(long)]
     trace: bool,
+    /// Print only events about this, for example the end of a job's id.
+    #[arg(long)]
+    about: Option<String>,
+    /// Events that are printed, at most.
+    #[arg(long, default_value_t = 100)]
+    lines: usize,
 }
 
 fn main() -> ExitCode {
@@ -47,18 +56,20 @@ fn main() -> ExitCode {
         }
     };
     let limit = Duration::from_secs(args.seconds);
-    let (totals, failed) = run_all(large.chain(small), args.threads, limit, progress);
+    let (totals, failed) = run_all(large.chain(small), args.threads, limit, args.failures, progress);
     say(&totals, began);
     for (what, times) in &totals.counts {
         println!("{times:>12} {what}");
     }
-    if let Some(failed) = failed {
-        show(&failed);
+    for failed in &failed {
+        show(failed, &args);
+    }
+    if !failed.is_empty() {
         return ExitCode::FAILURE;
     }
     if args.trace {
         let last = run(seed.wrapping_add(args.schedules.max(1) - 1), Size::Small, true);
-        last.trace.iter().for_each(|line| println!("{line}"));
+        print_trace(&last, &args);
         println!("hash {:016x}", last.hash);
     }
     let wanted = args.schedules + args.large;
@@ -88,10 +99,16 @@ fn say(totals: &Totals, began: Instant) {
     );
 }
 
+fn print_trace(outcome: &Outcome, args: &Args) {
+    let wanted = |line: &&String| args.about.as_ref().is_none_or(|about| line.contains(about.as_str()));
+    let lines: Vec<&String> = outcome.trace.iter().filter(wanted).collect();
+    lines[lines.len().saturating_sub(args.lines)..].iter().for_each(|line| println!("{line}"));
+}
+
 /// The schedule that has failed, once more with its last events.
-fn show(failed: &Outcome) {
+fn show(failed: &Outcome, args: &Args) {
     let again = run(failed.seed, failed.size, true);
-    again.trace.iter().for_each(|line| println!("{line}"));
+    print_trace(&again, args);
     let (large, small) = if failed.size == Size::Small { ("--large 0", "--schedules 1") } else { ("--large 1", "--schedules 0") };
     if let Some(broken) = &failed.broken {
         println!("FAIL: seed {}: {broken}", failed.seed);

@@ -33,7 +33,11 @@ impl Sizes {
         let clip = clip_shape(ask, defaults);
         let (Some(site), Some(clip)) = (&spec.site, clip) else {
             let work = clip.map(|clip| TOKEN_STEP * (clip.tokens * clip.steps) as f64);
-            return Self { base: vec![work], topologies: Vec::new(), rated: false };
+            let tokens = clip.map_or(0, |clip| clip.tokens);
+            // One device is enough, unless it has run out of memory.
+            let legal = |devices| Topology::of_world(devices, shape.heads, tokens).into_iter().next();
+            let topologies = (1..=spec.devices.min(MAX_RANKS)).map(legal).collect();
+            return Self { base: vec![work], topologies, rated: false };
         };
         let sizes = 1..=spec.devices.min(MAX_RANKS);
         let best: Vec<_> = sizes.map(|devices| predict(shape, &clip, site, devices)).collect();

@@ -45,7 +45,8 @@ impl Farm {
         let Submitted { batch, queued, joined } = submitted;
         let batch_id = batch.as_ref().map(|batch| batch.submission);
         if let Some(batch) = batch {
-            self.batches.insert(batch.submission, Batch::new(batch));
+            // Heard of twice, it has its jobs already.
+            self.batches.entry(batch.submission).or_insert_with(|| Batch::new(batch));
         }
         for job in queued {
             self.admit_job(job);

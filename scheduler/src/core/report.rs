@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use farm_core::api::JobResult;
 use farm_core::id::{AttemptKey, AttemptNo, BootId, DeviceIndex, JobId, NodeId};
-use farm_core::job::state::{FailureKind, Stage};
+use farm_core::job::state::{FailureKind, Progress, Stage};
 use farm_core::store::key;
 use farm_core::wire::to_node::ToNode;
 use farm_core::wire::to_scheduler::{AttemptOutcome, AttemptReport, Helping, RunningAttempt};
@@ -52,9 +52,10 @@ impl Farm {
             match self.lease_mut(&attempt.key).filter(|lease| lease.node == *id && lease.boot == boot) {
                 Some(lease) => {
                     lease.confirmation = Confirmation::Listed;
-                    if lease.progress != Some(attempt.progress) {
-                        (lease.progress, lease.moved) = (Some(attempt.progress), now);
+                    if lease.progress.map(place) != Some(place(attempt.progress)) {
+                        lease.moved = now;
                     }
+                    lease.progress = Some(attempt.progress);
                     if let Some(yielding) = &lease.yielding {
                         fx.send(id, boot, ToNode::Yield { key: attempt.key, reason: yielding.reason.to_string() });
                     }
@@ -337,6 +338,11 @@ enum Verdict {
     Fail(String),
     Delay(Duration),
     Requeue,
+}
+
+/// How far an attempt is, whatever it expects: a group that hangs may expect something else every time, or nonsense.
+fn place(progress: Progress) -> (Stage, u32, u32) {
+    (progress.stage, progress.done, progress.total)
 }
 
 /// How long an attempt may say the same of its progress.

@@ -88,18 +88,19 @@ impl Totals {
     }
 }
 
-/// Runs the schedules of `seeds` on so many threads, until one breaks an invariant or the time is up. `report` hears of
-/// the sums now and then.
+/// Runs the schedules of `seeds` on so many threads, until `most` have broken an invariant or the time is up. `report`
+/// hears of the sums now and then.
 pub fn run_all(
     seeds: impl Iterator<Item = (u64, Size)>,
     threads: usize,
     limit: Duration,
+    most: usize,
     mut report: impl FnMut(&Totals),
-) -> (Totals, Option<Outcome>) {
+) -> (Totals, Vec<Outcome>) {
     let seeds: Vec<(u64, Size)> = seeds.collect();
     let (next, stop, began) = (AtomicU64::new(0), AtomicBool::new(false), Instant::now());
     let mut totals = Totals::default();
-    let mut failed: Option<Outcome> = None;
+    let mut failed: Vec<Outcome> = Vec::new();
     std::thread::scope(|scope| {
         let (sender, outcomes) = mpsc::sync_channel::<Outcome>(64);
         for _ in 0..threads.max(1) {
@@ -119,9 +120,9 @@ pub fn run_all(
             totals.add(&outcome);
             let over = began.elapsed() >= limit;
             if outcome.broken.is_some() {
-                failed.get_or_insert(outcome);
+                failed.push(outcome);
             }
-            if failed.is_some() || over {
+            if failed.len() >= most || over {
                 stop.store(true, Ordering::Relaxed);
             }
             report(&totals);

@@ -126,7 +126,7 @@ pub struct World {
 }
 
 /// Lines of a trace that are kept.
-const TRACE: usize = 120;
+const TRACE: usize = 20_000;
 
 pub fn boot_id(node: usize, boots: u32) -> BootId {
     BootId(uuid::Uuid::from_u128(((node as u128 + 1) << 32) | u128::from(boots)))
