@@ -109,9 +109,14 @@ fn print_trace(outcome: &Outcome, args: &Args) {
 fn show(failed: &Outcome, args: &Args) {
     let again = run(failed.seed, failed.size, true);
     print_trace(&again, args);
-    let (large, small) = if failed.size == Size::Small { ("--large 0", "--schedules 1") } else { ("--large 1", "--schedules 0") };
+    let (large, small) =
+        if failed.size == Size::Small { ("--large 0", "--schedules 1") } else { ("--large 1", "--schedules 0") };
     if let Some(broken) = &failed.broken {
         println!("FAIL: seed {}: {broken}", failed.seed);
     }
-    println!("again: make sim SIM=\"--seed {} {small} {large}\"; same events: {}", failed.seed, again.hash == failed.hash);
+    println!(
+        "again: make sim SIM=\"--seed {} {small} {large}\"; same events: {}",
+        failed.seed,
+        again.hash == failed.hash
+    );
 }

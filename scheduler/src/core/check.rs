@@ -145,7 +145,11 @@ impl Farm {
             ensure!(known == counted, "tenant {} counts {known:?}, its jobs make {counted:?}", tenant.id);
             for (class, places) in &tenant.waiting {
                 let counted = sums.waiting.get(&(ix, *class));
-                ensure!(counted == Some(places), "queue of tenant {} class {class:?}: {places:?}, {counted:?}", tenant.id);
+                ensure!(
+                    counted == Some(places),
+                    "queue of tenant {} class {class:?}: {places:?}, {counted:?}",
+                    tenant.id
+                );
             }
         }
         let queues: usize = self.tenants.iter().map(|tenant| tenant.waiting.len()).sum();
@@ -172,9 +176,8 @@ impl Farm {
 
     fn check_batches(&self) -> Result<(), String> {
         for (id, job) in &self.jobs {
-            let stray = job.batches.iter().find(|batch| {
-                !self.batches.get(*batch).is_some_and(|known| known.live.contains(id))
-            });
+            let stray =
+                job.batches.iter().find(|batch| !self.batches.get(*batch).is_some_and(|known| known.live.contains(id)));
             ensure!(stray.is_none(), "job {id} is not in its batch {stray:?}");
         }
         for (id, batch) in &self.batches {

@@ -325,6 +325,8 @@ pub struct Farm {
     pub(super) last_tick: Time,
     /// Something changed that may let a queued job start.
     pub(super) replan: bool,
+    /// When to look at the queue even if nothing has.
+    pub(super) look_again: Time,
     pub(super) counters: Counters,
 }
 
@@ -372,6 +374,7 @@ impl Farm {
             now,
             last_tick: now,
             replan: true,
+            look_again: now,
             counters: Counters::default(),
         };
         farm.tenant(&TenantId::default());

@@ -91,6 +91,12 @@ pub fn model(name: &str) -> ModelInfo {
     ModelInfo { name: name.to_owned(), hash: format!("hash-of-{name}"), defaults_json, shape_json }
 }
 
+/// A model whose weights are small.
+pub fn small_model(name: &str) -> ModelInfo {
+    let shape = ModelShape { layers: 2, ..ModelShape::mochi1() };
+    ModelInfo { shape_json: serde_json::to_string(&shape).unwrap(), ..model(name) }
+}
+
 /// Devices on which two render a clip of the default size in half the time, and more gain less, with `memory` bytes each.
 pub fn site(memory: f64) -> String {
     let device =

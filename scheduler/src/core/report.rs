@@ -37,7 +37,9 @@ impl Farm {
         fx: &mut Effects,
     ) {
         let Some(node) = self.nodes.get_mut(id).filter(|node| seq > node.heartbeat || planted(Bug::OldHeartbeatTaken))
-        else { return };
+        else {
+            return;
+        };
         node.heartbeat = seq;
         let boot = node.boot;
         self.on_running(id, boot, running, fx);

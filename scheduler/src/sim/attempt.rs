@@ -215,9 +215,10 @@ impl World {
         if let Some((accepted, json)) = self.bucket.result(key.job).cloned() {
             return self.complete(n, key, accepted, &json);
         }
-        let broken = self.nodes[n].devices.of(Holder::Attempt(key)).any(|(device, _)| {
-            self.nodes[n].devices.broken[device.0 as usize] > now
-        });
+        let broken = self.nodes[n]
+            .devices
+            .of(Holder::Attempt(key))
+            .any(|(device, _)| self.nodes[n].devices.broken[device.0 as usize] > now);
         let Some(run) = self.nodes[n].run(key) else { return };
         if broken || run.fate == Some(FailureKind::Input) {
             let kind = if broken { FailureKind::Device } else { FailureKind::Input };
@@ -392,7 +393,8 @@ impl World {
             return;
         }
         for (node, boots, device) in truth.helpers.clone() {
-            let takes = if self.random.chance(0.9) { self.random.between(10, 300) } else { self.random.between(1_000, 20_000) };
+            let takes =
+                if self.random.chance(0.9) { self.random.between(10, 300) } else { self.random.between(1_000, 20_000) };
             self.after(takes, Due::HelpOver { node, boots, key, device });
         }
     }

@@ -36,7 +36,10 @@ const ROUNDED: Ms = 5;
 pub enum Before {
     Nothing,
     /// A report, and whether it is of the attempt that runs, from its own process.
-    Report { event: Box<Event>, current: bool },
+    Report {
+        event: Box<Event>,
+        current: bool,
+    },
 }
 
 impl World {
@@ -120,10 +123,12 @@ impl World {
             let Some(tenant) = lead.farm.tenant_of(start.key.job) else { continue };
             let Some(view) = lead.farm.tenant_view(tenant) else { continue };
             if view.spec.quota.devices.is_some_and(|most| view.devices > u64::from(most)) {
-                wrong = wrong.or(Some(("I4", format!("tenant {tenant} has {} devices by {:?}", view.devices, view.spec.quota))));
+                wrong = wrong
+                    .or(Some(("I4", format!("tenant {tenant} has {} devices by {:?}", view.devices, view.spec.quota))));
             }
             if view.spec.quota.device_seconds.is_some_and(|most| view.day > most as f64) {
-                wrong = wrong.or(Some(("I4", format!("tenant {tenant} has used {} by {:?}", view.day, view.spec.quota))));
+                wrong =
+                    wrong.or(Some(("I4", format!("tenant {tenant} has used {} by {:?}", view.day, view.spec.quota))));
             }
         }
         if let Some((invariant, text)) = wrong {
@@ -160,7 +165,8 @@ impl World {
         let least = truth.held;
         let most = (self.now - truth.began + ROUNDED) * truth.devices;
         if charged + ROUNDED * truth.devices < least || charged > most {
-            let text = format!("attempt {key} is charged {charged} ms; its devices were held {least} ms, at most {most}");
+            let text =
+                format!("attempt {key} is charged {charged} ms; its devices were held {least} ms, at most {most}");
             self.fail("I5", text);
         }
     }
@@ -233,7 +239,8 @@ impl World {
                 None => false,
             };
             if !known {
-                wrong = Some(format!("job {job} is {:?} in the store, {:?} in the core", row.state, lead.farm.held(*job)));
+                wrong =
+                    Some(format!("job {job} is {:?} in the store, {:?} in the core", row.state, lead.farm.held(*job)));
             }
         }
         let ended = lead.farm.live().find(|job| !self.store.live.contains(job));
@@ -252,7 +259,8 @@ impl World {
         for view in lead.farm.tenants() {
             let ledger = self.store.used(&view.tenant) as f64 / 1000.0;
             if (view.day - ledger).abs() > slack {
-                let text = format!("tenant {} has used {} s by the ledger, {} s by the core", view.tenant, ledger, view.day);
+                let text =
+                    format!("tenant {} has used {} s by the ledger, {} s by the core", view.tenant, ledger, view.day);
                 return self.fail("I5", text);
             }
         }
@@ -291,7 +299,9 @@ impl World {
 
     fn mix_change(&mut self, change: &Change) {
         let (kind, job, more) = match change {
-            Change::Started { start, node, .. } => (1, Some(start.key.job), node.0.len() as u64 + 16 * start.devices.len() as u64),
+            Change::Started { start, node, .. } => {
+                (1, Some(start.key.job), node.0.len() as u64 + 16 * start.devices.len() as u64)
+            }
             Change::AttemptEnded { key, device_ms, .. } => (2, Some(key.job), *device_ms),
             Change::Done { job, .. } => (3, Some(*job), 0),
             Change::Requeued { job, .. } => (4, Some(*job), 0),

@@ -105,7 +105,9 @@ impl World {
         let reign = self.schedulers[scheduler].reign;
         again(PATIENCE, self);
         match ask.clone() {
-            Ask::Submit(batch) if batch.jobs.iter().any(|job| !job.live.after.is_empty() || !job.after_lines.is_empty()) => {
+            Ask::Submit(batch)
+                if batch.jobs.iter().any(|job| !job.live.after.is_empty() || !job.after_lines.is_empty()) =>
+            {
                 self.inbound(scheduler, reign, Inbound::Commit(Box::new(batch), number));
             }
             Ask::Submit(batch) => self.commit_beside(scheduler, number, batch),
@@ -122,7 +124,9 @@ impl World {
         let (now, wall) = (self.now, self.schedulers[scheduler].wall(self.now));
         let cut = self.database_down > now || self.schedulers[scheduler].cut > now;
         let reign = self.schedulers[scheduler].reign;
-        let Some(lead) = self.schedulers[scheduler].lead.as_mut().filter(|lead| !lead.rows_taken && !cut) else { return };
+        let Some(lead) = self.schedulers[scheduler].lead.as_mut().filter(|lead| !lead.rows_taken && !cut) else {
+            return;
+        };
         match self.store.commit(lead.epoch, batch, wall) {
             Ok(submitted) => {
                 lead.rows_taken = true;
@@ -224,7 +228,8 @@ impl World {
                 Order::Wish(Wish::Drain(node))
             }
             _ => {
-                let limited = |world: &mut Self, least, most| world.random.chance(0.5).then(|| world.random.between(least, most));
+                let limited =
+                    |world: &mut Self, least, most| world.random.chance(0.5).then(|| world.random.between(least, most));
                 let devices = limited(self, 1, 8).map(|devices| devices as u32);
                 let quota = Quota { devices, queued: limited(self, 5, 60), device_seconds: limited(self, 30, 600) };
                 let share = self.random.pick(&[0.5, 1.0, 4.0]);

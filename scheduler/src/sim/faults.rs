@@ -151,7 +151,8 @@ impl World {
         let hold = self.nodes[n].devices.holds[device];
         match hold.filter(|hold| !hold.stopping).map(|hold| hold.holder) {
             Some(Holder::Attempt(key)) => {
-                let denoises = self.nodes[n].run(key).is_some_and(|run| matches!(run.stage, Stage::Denoise | Stage::Decode));
+                let denoises =
+                    self.nodes[n].run(key).is_some_and(|run| matches!(run.stage, Stage::Denoise | Stage::Decode));
                 if denoises {
                     self.checkpoint(n, key);
                     let message = "Xid 79".to_owned();

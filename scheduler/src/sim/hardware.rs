@@ -94,7 +94,9 @@ impl Devices {
     /// Those that the holder has.
     pub fn of(&self, holder: Holder) -> impl Iterator<Item = (DeviceIndex, &Hold)> {
         let holds = (0..).zip(&self.holds);
-        holds.filter_map(|(i, hold)| Some((DeviceIndex(i), hold.as_ref()?))).filter(move |(_, hold)| hold.holder == holder)
+        holds
+            .filter_map(|(i, hold)| Some((DeviceIndex(i), hold.as_ref()?)))
+            .filter(move |(_, hold)| hold.holder == holder)
     }
 
     /// The holder lets go of all but `keep`. Gives the milliseconds that it held those, and who gets devices now.
@@ -111,7 +113,8 @@ impl Devices {
         }
         let holds = &self.holds;
         let idle = |waiting: &Waiting| waiting.devices.iter().all(|device| holds[device.0 as usize].is_none());
-        let (granted, waiting): (Vec<Waiting>, Vec<Waiting>) = std::mem::take(&mut self.waiting).into_iter().partition(idle);
+        let (granted, waiting): (Vec<Waiting>, Vec<Waiting>) =
+            std::mem::take(&mut self.waiting).into_iter().partition(idle);
         self.waiting = waiting;
         for Waiting { holder, devices, late } in &granted {
             self.take(*holder, devices, *late, now);

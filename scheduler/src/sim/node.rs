@@ -176,7 +176,11 @@ impl World {
         node.link = Link::Waiting { until: now };
         node.cut_off = Some(now);
         let own = false;
-        node.reports = node.disk.iter().map(|(number, report)| Report { number: *number, report: report.clone(), own, resend: now }).collect();
+        node.reports = node
+            .disk
+            .iter()
+            .map(|(number, report)| Report { number: *number, report: report.clone(), own, resend: now })
+            .collect();
         node.last_report = node.disk.iter().map(|(number, _)| *number).max().unwrap_or(0);
         let boots = node.boots;
         self.note(|| format!("node n{n} begins as process {boots}"));
@@ -578,7 +582,10 @@ impl World {
 
     /// The scheduler had given it up before the command came.
     pub fn is_late(&self, key: &AttemptKey) -> bool {
-        self.schedulers.iter().filter_map(|scheduler| scheduler.lead.as_ref()).all(|lead| lead.farm.owner(key).is_none())
+        self.schedulers
+            .iter()
+            .filter_map(|scheduler| scheduler.lead.as_ref())
+            .all(|lead| lead.farm.owner(key).is_none())
     }
 
     /// A device is given to two at once.

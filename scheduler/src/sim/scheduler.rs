@@ -263,7 +263,9 @@ impl World {
             let Some(lead) = this.lead.as_mut().filter(|lead| !lead.busy) else { return };
             if !lead.due.load.is_empty() || lead.due.changes.len() >= CHANGES {
                 self.begin_commit(scheduler);
-            } else if lead.taken < TURN && let Some((inbound, at)) = lead.inbox.pop_front() {
+            } else if lead.taken < TURN
+                && let Some((inbound, at)) = lead.inbox.pop_front()
+            {
                 lead.taken += 1;
                 self.take(scheduler, inbound, at);
             } else if std::mem::take(&mut lead.tick) {

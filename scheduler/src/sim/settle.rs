@@ -22,9 +22,15 @@ const PATIENCE: Ms = 30_000;
 enum Phase {
     Active,
     /// What is drained has to become empty.
-    Draining { until: Ms },
+    Draining {
+        until: Ms,
+    },
     /// All has to end.
-    Ending { since: Ms, until: Ms, asked: Ms },
+    Ending {
+        since: Ms,
+        until: Ms,
+        asked: Ms,
+    },
     Over,
 }
 
@@ -150,7 +156,10 @@ impl World {
         }
         if now >= until {
             let left = self.left();
-            return self.fail("I6", format!("{} jobs are left after {} s: {left}", self.store.live.len(), (now - since) / 1000));
+            return self.fail(
+                "I6",
+                format!("{} jobs are left after {} s: {left}", self.store.live.len(), (now - since) / 1000),
+            );
         }
         if now >= since + PATIENCE {
             self.give_up_hopeless();
@@ -163,7 +172,9 @@ impl World {
 
     /// Nobody has a device, by what really is and by what the leader thinks.
     fn is_idle(&self) -> bool {
-        let Some(lead) = self.reached().and_then(|scheduler| self.schedulers[scheduler].lead.as_ref()) else { return false };
+        let Some(lead) = self.reached().and_then(|scheduler| self.schedulers[scheduler].lead.as_ref()) else {
+            return false;
+        };
         let (nodes, devices, idle) = lead.farm.sizes();
         let free = self.nodes.iter().all(|node| node.devices.is_idle() && node.reports.is_empty());
         free && nodes as usize == self.nodes.len() && devices == idle

@@ -204,7 +204,11 @@ impl Store {
         let first = self.measured.len().saturating_sub(MEASURED);
         Saved {
             tenants: tenants
-                .map(|(tenant, (spec, paused))| SavedTenant { tenant: tenant.clone(), spec: spec.clone(), paused: *paused })
+                .map(|(tenant, (spec, paused))| SavedTenant {
+                    tenant: tenant.clone(),
+                    spec: spec.clone(),
+                    paused: *paused,
+                })
                 .collect(),
             batches: batches.collect(),
             drained: self.drained.iter().cloned().collect(),
@@ -251,10 +255,18 @@ impl Store {
                     let job = job_id(self.rows.len());
                     let seq = self.rows.len() as u64 + 1;
                     let mut after = new.live.after.clone();
-                    after.extend(new.after_lines.iter().filter_map(|line| lines.get(*line)).map(|on| Dependency::Job(*on)));
+                    after.extend(
+                        new.after_lines.iter().filter_map(|line| lines.get(*line)).map(|on| Dependency::Job(*on)),
+                    );
                     lines.push(job);
-                    let live =
-                        LiveJob { job, seq, submitted_ms: wall_ms, batches: vec![submission], running: None, ..new.live };
+                    let live = LiveJob {
+                        job,
+                        seq,
+                        submitted_ms: wall_ms,
+                        batches: vec![submission],
+                        running: None,
+                        ..new.live
+                    };
                     self.by_key.insert(key, self.rows.len());
                     self.rows.push(Row {
                         state: JobState::Queued,
@@ -344,7 +356,8 @@ impl Store {
             Change::Requeued { job, counts } => {
                 let row = self.expect(*job, &[Running])?;
                 idle(row)?;
-                let interrupted = matches!(row.attempts.last(), Some(Attempt { ended: Some((Outcome::Interrupted, _)), .. }));
+                let interrupted =
+                    matches!(row.attempts.last(), Some(Attempt { ended: Some((Outcome::Interrupted, _)), .. }));
                 let known = row.live.counts;
                 if interrupted && *counts != (Counts { preemptions: counts.preemptions, ..known }) {
                     return broken("I9", format!("job {job} was handed back, and that counts against it: {counts:?}"));
@@ -425,13 +438,7 @@ impl Store {
             base: *base,
         };
         row.live.running = Some(Box::new(attempt));
-        row.attempts.push(Attempt {
-            key,
-            device: device.clone(),
-            base: *base,
-            started_ms: wall_ms,
-            ended: None,
-        });
+        row.attempts.push(Attempt { key, device: device.clone(), base: *base, started_ms: wall_ms, ended: None });
         row.state = JobState::Running;
         Ok(())
     }
@@ -446,7 +453,8 @@ impl Store {
             return broken("I9", format!("job {job} starts before {early:?} is done"));
         }
         let tenant_paused = self.tenants.get(&row.live.tenant).is_some_and(|(_, paused)| *paused);
-        let batch_paused = row.live.batches.iter().any(|batch| self.batches.get(batch).is_some_and(|batch| batch.paused));
+        let batch_paused =
+            row.live.batches.iter().any(|batch| self.batches.get(batch).is_some_and(|batch| batch.paused));
         if self.paused || tenant_paused || batch_paused || row.live.paused {
             return broken("I9", format!("job {job} starts and is paused"));
         }

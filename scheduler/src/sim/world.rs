@@ -22,26 +22,82 @@ use super::store::Store;
 
 /// Something that is due. Numbers of processes and reigns tell what is left of earlier ones.
 pub enum Due {
-    Tick { scheduler: usize, reign: u32 },
-    Beat { scheduler: usize, reign: u32 },
-    Campaign { scheduler: usize },
+    Tick {
+        scheduler: usize,
+        reign: u32,
+    },
+    Beat {
+        scheduler: usize,
+        reign: u32,
+    },
+    Campaign {
+        scheduler: usize,
+    },
     /// The database is through with a transaction.
-    Written { scheduler: usize, reign: u32 },
-    Reign { scheduler: usize, reign: u32 },
-    SchedulerUp { scheduler: usize },
-    Inbound { scheduler: usize, reign: u32, what: Box<Inbound> },
-    Up { scheduler: usize, reign: u32, envelope: Box<Envelope<ToScheduler>> },
-    Down { node: usize, boots: u32, envelope: Box<Envelope<ToNode>> },
-    Wake { node: usize, boots: u32, serial: u64 },
-    Dialed { node: usize, boots: u32, scheduler: usize },
+    Written {
+        scheduler: usize,
+        reign: u32,
+    },
+    Reign {
+        scheduler: usize,
+        reign: u32,
+    },
+    SchedulerUp {
+        scheduler: usize,
+    },
+    Inbound {
+        scheduler: usize,
+        reign: u32,
+        what: Box<Inbound>,
+    },
+    Up {
+        scheduler: usize,
+        reign: u32,
+        envelope: Box<Envelope<ToScheduler>>,
+    },
+    Down {
+        node: usize,
+        boots: u32,
+        envelope: Box<Envelope<ToNode>>,
+    },
+    Wake {
+        node: usize,
+        boots: u32,
+        serial: u64,
+    },
+    Dialed {
+        node: usize,
+        boots: u32,
+        scheduler: usize,
+    },
     /// One end of a connection learns that the other is gone.
-    Closed { connection: usize, at_node: bool },
-    Stage { node: usize, boots: u32, key: AttemptKey, turn: u32 },
+    Closed {
+        connection: usize,
+        at_node: bool,
+    },
+    Stage {
+        node: usize,
+        boots: u32,
+        key: AttemptKey,
+        turn: u32,
+    },
     /// A holder that was told to stop does.
-    Stopped { node: usize, boots: u32, holder: Holder },
+    Stopped {
+        node: usize,
+        boots: u32,
+        holder: Holder,
+    },
     /// The helper notices that the decode is over.
-    HelpOver { node: usize, boots: u32, key: AttemptKey, device: DeviceIndex },
-    NodeUp { node: usize, boots: u32 },
+    HelpOver {
+        node: usize,
+        boots: u32,
+        key: AttemptKey,
+        device: DeviceIndex,
+    },
+    NodeUp {
+        node: usize,
+        boots: u32,
+    },
     Fault(Fault),
     Call(Box<Call>),
     Settle,
