@@ -13,7 +13,9 @@ use farm_core::wire::to_scheduler::{AttemptOutcome, AttemptReport, Helping, Runn
 use super::effects::{Change, Effects, Outcome};
 use super::farm::{Bill, Confirmation, Farm, Job, Phase, Slot, shortened};
 use super::jobs::End;
+use super::plan::has_labels;
 use super::planted::{Bug, planted};
+use super::stock::Group;
 
 /// Longest wait between two attempts.
 const MAX_BACKOFF: Duration = Duration::from_secs(60);
@@ -269,7 +271,7 @@ impl Farm {
                 self.reservations.drop_node(&node);
             }
         }
-        let largest = self.largest_node();
+        let largest = self.largest_for(key.job);
         let limits = self.limits.clone();
         let Some(job) = self.jobs.get_mut(&key.job) else { return };
         let counts = &mut job.counts;
@@ -329,10 +331,13 @@ impl Farm {
         }
     }
 
-    /// Devices of the largest node that starts clips.
-    fn largest_node(&self) -> usize {
-        let groups = self.stock.groups().filter(|(_, group)| group.spec.roles.denoise);
-        groups.map(|(_, group)| group.spec.devices).max().unwrap_or(0)
+    /// Devices of the largest node that could take the job.
+    fn largest_for(&self, id: JobId) -> usize {
+        let Some(job) = self.jobs.get(&id) else { return 0 };
+        let (class, fit) = (self.classes.get(job.class), self.fit(job.class));
+        let groups = fit.choices.iter().map(|choice| self.stock.group(choice.group));
+        let labelled = |group: &&Group| group.nodes.iter().any(|node| has_labels(self.nodes.get(node), class));
+        groups.filter(labelled).map(|group| group.spec.devices).max().unwrap_or(0)
     }
 }
 

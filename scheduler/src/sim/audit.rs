@@ -8,13 +8,14 @@
 //! | I4 | a quota is never exceeded | after every step that starts something, by the leases themselves |
 //! | I5 | the ledger is the sum of attempts, and those are what devices were held for | at the end of an attempt; after turns |
 //! | I6 | every line ends: done, failed with a reason, or cancelled | at the end, within a bounded time |
-//! | I7 | nobody starves | likewise |
+//! | I7 | nobody starves | likewise; and while one tenant floods the farm |
 //! | I8 | a gang has all its devices or none | where it gets them |
 //! | I9 | what is stale changes nothing | after every report, at every commit and command |
 //! | I10 | nothing starts on a drained node, and a drain ends | at the commit; at the end, within a bounded time |
 //! | I11 | a report heard again changes nothing | after every report |
 //! | I12 | reasons add up to the queue | after turns |
 
+use farm_core::api::WaitCode;
 use farm_core::id::{AttemptKey, BootId, NodeId};
 use farm_core::job::state::JobState;
 use farm_core::wire::to_node::ToNode;
@@ -29,6 +30,9 @@ use crate::core::events::Event;
 
 /// Turns between two full looks at a large farm.
 const SELDOM: u64 = 400;
+/// A tenant without any device gets one by then, if nothing but devices is wanting: what runs is handed back after a
+/// minute, or ends.
+const HUNGER: Ms = 240_000;
 /// A bill is exact to this for each device: it is counted in whole milliseconds.
 const ROUNDED: Ms = 5;
 
@@ -67,7 +71,14 @@ impl World {
                 return self.fail("I11", format!("a report heard again changes {changes:?}"));
             }
         }
-        if effects.changes.iter().any(|change| matches!(change, Change::Started { .. })) {
+        let mut starts = false;
+        for change in &effects.changes {
+            let Change::Started { start, .. } = change else { continue };
+            let truth = self.truth.entry(start.key).or_default();
+            (truth.began, truth.devices) = (self.now, start.devices.len() as u64);
+            starts = true;
+        }
+        if starts {
             self.audit_starts(scheduler, effects);
         }
         if !self.plan.large {
@@ -173,11 +184,8 @@ impl World {
 
     /// After a commit.
     pub fn note_changes(&mut self, changes: &[Change]) {
-        let now = self.now;
         for change in changes {
             if let Change::Started { start, node, .. } = change {
-                let truth = self.truth.entry(start.key).or_default();
-                (truth.began, truth.devices) = (now, start.devices.len() as u64);
                 self.note(|| format!("{} starts on {node} {:?}", start.key, start.devices));
             } else if self.trace.is_some() && !matches!(change, Change::Log { .. } | Change::Audit { .. }) {
                 self.note(|| format!("committed {change:?}").chars().take(200).collect());
@@ -222,6 +230,9 @@ impl World {
         if self.events % 8 == 0 {
             self.audit_ledger(scheduler);
             self.audit_reasons(scheduler);
+            if self.plan.flood {
+                self.audit_hunger(scheduler);
+            }
         }
     }
 
@@ -278,6 +289,26 @@ impl World {
         let sum: u64 = view.waiting.values().sum();
         if sum != view.queued || queued != view.queued || counted != view.waiting {
             self.fail("I12", format!("{} jobs wait by {:?}, one by one by {counted:?}", view.queued, view.waiting));
+        }
+    }
+
+    /// Nobody with a share waits for ever, whatever others submit.
+    fn audit_hunger(&mut self, scheduler: usize) {
+        let Some(lead) = &self.schedulers[scheduler].lead else { return };
+        let mut hungry = std::collections::BTreeSet::new();
+        for job in lead.farm.live() {
+            let code = lead.farm.reason(job).map(|reason| reason.code);
+            if matches!(code, Some(WaitCode::Share | WaitCode::Turn | WaitCode::Busy | WaitCode::Planning | WaitCode::Reserved)) {
+                hungry.extend(lead.farm.tenant_of(job).cloned());
+            }
+        }
+        hungry.retain(|tenant| lead.farm.tenant_view(tenant).is_some_and(|view| view.devices == 0));
+        self.hungry.retain(|tenant, _| hungry.contains(tenant));
+        for tenant in hungry {
+            let since = *self.hungry.entry(tenant.clone()).or_insert(self.now);
+            if self.now - since > HUNGER {
+                return self.fail("I7", format!("tenant {tenant} has had no device for {} s", HUNGER / 1000));
+            }
         }
     }
 

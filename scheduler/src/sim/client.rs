@@ -143,7 +143,9 @@ impl World {
     fn new_batch(&mut self) -> NewBatch {
         self.clients.submissions += 1;
         let submission = SubmissionId(Uuid::from_u128((1 << 64) | u128::from(self.clients.submissions)));
-        let tenant = self.plan.tenants[self.random.below(self.plan.tenants.len() as u64) as usize].clone();
+        let first = self.plan.flood && self.random.chance(0.85);
+        let tenants = if first { 1 } else { self.plan.tenants.len() as u64 };
+        let tenant = self.plan.tenants[self.random.below(tenants) as usize].clone();
         let lines = if self.plan.large { self.plan.lines } else { self.random.between(1, self.plan.lines) };
         let known = self.store.rows.len() as u64;
         let after_batch = self.random.chance(0.1).then(|| self.some_batch()).flatten();

@@ -83,6 +83,12 @@ impl Devices {
         }
     }
 
+    /// Who waits, for people.
+    pub fn waiting(&self) -> String {
+        let waiting = self.waiting.iter().map(|waiting| format!("{:?} waits for {:?}", waiting.holder, waiting.devices));
+        waiting.collect::<Vec<_>>().join(", ")
+    }
+
     /// True if it was only queued, and is gone.
     pub fn stop(&mut self, holder: Holder) -> bool {
         let queued = self.waiting.len();

@@ -549,6 +549,7 @@ impl World {
         if known || over || !node.joined() || node.leaving.is_some() || node.helps.len() >= node.limit() {
             return;
         }
+        self.note(|| format!("n{n} is to help {key} with {device}, round {round}"));
         self.nodes[n].helps.push(Help { key, device, round, dismissed: false });
         let late = self.is_late(&key);
         match self.nodes[n].devices.reserve(Holder::Help(key, device), &[device], late, self.now) {
@@ -566,7 +567,8 @@ impl World {
         let help = self.nodes[n].helps.iter_mut().find(|help| help.key == key && help.device == device);
         let Some(help) = help.filter(|help| !help.dismissed) else { return };
         help.dismissed = true;
-        let holder = Holder::Help(help.key, help.device);
+        self.note(|| format!("n{n} is to stop helping {key} with {device}"));
+        let holder = Holder::Help(key, device);
         let takes = self.random.between(10, 1_000);
         self.stop_holder(n, holder, takes);
     }
@@ -576,6 +578,8 @@ impl World {
         let node = &mut self.nodes[n];
         let Some(at) = node.helps.iter().position(|help| help.key == key && help.device == device) else { return };
         let help = node.helps.swap_remove(at);
+        self.note(|| format!("n{n} has stopped helping {key} with {device}"));
+        let node = &mut self.nodes[n];
         node.helped.push((key, device, help.round));
         self.beat_now(n);
     }
@@ -595,7 +599,8 @@ impl World {
         }
         let holds: Vec<String> =
             devices.iter().map(|device| format!("{:?}", self.nodes[n].devices.holds.get(device.0 as usize))).collect();
-        self.fail("I1", format!("node n{n} is to give devices {devices:?} to {key}, they have {}", holds.join(", ")));
+        let (holds, waiting) = (holds.join(", "), self.nodes[n].devices.waiting());
+        self.fail("I1", format!("node n{n} is to give devices {devices:?} to {key}; they have {holds}; {waiting}"));
     }
 }
 

@@ -151,10 +151,38 @@ pub struct Plan {
     /// Jobs that are not plain.
     pub odd: f64,
     pub commit_delay: Ms,
+    /// The first tenant submits more than the farm can render, and nothing goes wrong: the others must not starve.
+    pub flood: bool,
 }
 
 impl Plan {
     pub fn small(random: &mut Random) -> Self {
+        let plan = Self::any(random);
+        if random.chance(0.04) { plan.flooded(random) } else { plan }
+    }
+
+    fn flooded(self, random: &mut Random) -> Self {
+        let active = 400_000;
+        let (mut nodes, net) = (self.nodes, Net { delay: self.net.delay, ..Net::default() });
+        nodes.truncate(3);
+        nodes.iter_mut().for_each(|node| node.skewed = false);
+        Self {
+            nodes,
+            net,
+            luck: Luck::default(),
+            faults: Vec::new(),
+            wishes: Vec::new(),
+            odd: 0.0,
+            tenants: (0..random.between(2, 4)).map(tenant).collect(),
+            submissions: (0..60).map(|i| i * active / 60).collect(),
+            lines: 8,
+            active,
+            flood: true,
+            ..self
+        }
+    }
+
+    fn any(random: &mut Random) -> Self {
         let calm = random.chance(0.15);
         let some = |random: &mut Random, value: f64| if !calm && random.chance(0.5) { value } else { 0.0 };
         let active = random.between(30_000, 120_000);
@@ -194,6 +222,7 @@ impl Plan {
             lines: random.pick(&[3, 8, 20]),
             odd: some(random, 0.1),
             commit_delay: random.pick(&[0, 0, 2, 30]),
+            flood: false,
         }
     }
 
@@ -234,6 +263,7 @@ impl Plan {
             lines: count as u64,
             odd: 0.001,
             commit_delay: 2,
+            flood: false,
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::panic::AssertUnwindSafe;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
@@ -45,7 +46,10 @@ pub fn run(seed: u64, size: Size, traced: bool) -> Outcome {
         Size::Large(nodes) => Plan::large(&mut random, nodes),
     };
     let mut world = World::new(plan, random, traced);
-    world.run();
+    // A panic is a broken invariant too, and has a seed.
+    if std::panic::catch_unwind(AssertUnwindSafe(|| world.run())).is_err() {
+        world.fail("panic", "the core has panicked".to_owned());
+    }
     let World { broken, hash, events, checks, now, counts, trace, store, .. } = world;
     Outcome {
         seed,

@@ -3,7 +3,7 @@
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, BinaryHeap, HashMap, VecDeque};
 
-use farm_core::id::{AttemptKey, BootId, DeviceIndex};
+use farm_core::id::{AttemptKey, BootId, DeviceIndex, TenantId};
 use farm_core::wire::Envelope;
 use farm_core::wire::to_node::ToNode;
 use farm_core::wire::to_scheduler::ToScheduler;
@@ -172,6 +172,8 @@ pub struct World {
     pub settle: Settle,
     pub truth: HashMap<AttemptKey, Truth>,
     pub storm: Ms,
+    /// Since when tenants that have no device wait for nothing but devices.
+    pub hungry: BTreeMap<TenantId, Ms>,
     pub broken: Option<Broken>,
     pub counts: BTreeMap<&'static str, u64>,
     /// Of all that happened, in order.
@@ -214,6 +216,7 @@ impl World {
             settle,
             truth: HashMap::new(),
             storm: 0,
+            hungry: BTreeMap::new(),
             broken: None,
             counts: BTreeMap::new(),
             hash: 0xcbf2_9ce4_8422_2325,
