@@ -41,7 +41,7 @@ impl Queue {
     }
 
     async fn open(&self) -> Arc<dyn QueueStore> {
-        super::open(&self.place).await.unwrap()
+        super::open(&self.place.parse().unwrap()).await.unwrap()
     }
 
     /// Opens it and leads.
