@@ -12,7 +12,7 @@ use super::batch::Batch;
 use super::class::Class;
 use super::effects::{Change, Effects, Outcome};
 use super::events::{Dependency, LiveAttempt, LiveJob, SavedBatch, Submitted};
-use super::farm::{Bill, Confirmation, Farm, Job, Lease, Phase, Slot};
+use super::farm::{Bill, Confirmation, Farm, Job, Lease, Node, Phase, Slot};
 use super::plan::UNKNOWN_SECONDS;
 use super::planted::{Bug, planted};
 use super::tenant::{Tenant, TenantIx};
@@ -398,6 +398,10 @@ impl Farm {
 
     /// A node is gone, and with it all that it ran.
     pub(super) fn lose_node(&mut self, id: &NodeId, why: &str, fx: &mut Effects) {
+        // What it helped with is charged up to now.
+        let helps = |node: &Node| (0..node.devices.len()).filter(|i| matches!(node.devices[*i].slot, Slot::Helping(_))).collect();
+        let helping: Vec<usize> = self.nodes.get(id).map(helps).unwrap_or_default();
+        helping.into_iter().for_each(|device| self.end_help(id, device));
         let Some(mut node) = self.nodes.remove(id) else { return };
         self.boots.remove(&node.boot);
         self.withdraw(id, &mut node);

@@ -59,6 +59,9 @@ impl World {
     pub fn audit_step(&mut self, scheduler: usize, before: Before, effects: &Effects) {
         for change in &effects.changes {
             self.mix_change(change);
+            if let Change::AttemptEnded { key, outcome, device_ms, .. } = change {
+                self.audit_bill(scheduler, *key, *outcome, *device_ms);
+            }
         }
         self.mix(&[7, scheduler as u64, effects.sends.len() as u64]);
         if let Before::Report { event, current } = before {
@@ -148,19 +151,12 @@ impl World {
     }
 
     /// Before a commit: what the changes say is so.
-    pub fn audit_changes(&mut self, scheduler: usize, changes: &[Change]) {
+    pub fn audit_changes(&mut self, changes: &[Change]) {
         for change in changes {
-            match change {
-                Change::Done { job, result_json, .. } => {
-                    let manifest = self.bucket.result(*job).map(|(_, json)| json.clone());
-                    if manifest.as_deref() != Some(result_json.as_str()) {
-                        return self.fail("I3", format!("job {job} is done by another manifest than {manifest:?}"));
-                    }
-                }
-                Change::AttemptEnded { key, outcome, device_ms, .. } => {
-                    self.audit_bill(scheduler, *key, *outcome, *device_ms);
-                }
-                _ => {}
+            let Change::Done { job, result_json, .. } = change else { continue };
+            let manifest = self.bucket.result(*job).map(|(_, json)| json.clone());
+            if manifest.as_deref() != Some(result_json.as_str()) {
+                return self.fail("I3", format!("job {job} is done by another manifest than {manifest:?}"));
             }
         }
     }

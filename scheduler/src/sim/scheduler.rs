@@ -459,7 +459,7 @@ impl World {
         if failed && self.random.chance(0.5) {
             return self.end_reign(scheduler);
         }
-        self.audit_changes(scheduler, &changes);
+        self.audit_changes(&changes);
         match self.store.apply(epoch, &changes, wall) {
             Err(refused) => self.refused(scheduler, refused),
             Ok(()) if failed => self.end_reign(scheduler),

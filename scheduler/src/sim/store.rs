@@ -291,7 +291,9 @@ impl Store {
         self.batches.insert(submission, Batch { max_failures, paused: false, jobs: members.clone() });
         let fresh = members.iter().filter(|job| self.row(**job).is_some_and(|row| row.untold));
         submitted.queued = fresh.filter_map(|job| Some(self.live_of(self.row(*job)?))).collect();
-        submitted.batch = Some(SavedBatch { submission, max_failures, failed: 0, paused: false });
+        let failed = members.iter().filter(|job| self.row(**job).is_some_and(|row| row.state == JobState::Failed));
+        let failed = failed.count() as u32;
+        submitted.batch = Some(SavedBatch { submission, max_failures, failed, paused: false });
         Ok(submitted)
     }
 
