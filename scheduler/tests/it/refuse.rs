@@ -25,7 +25,10 @@ async fn only_tenants_that_an_operator_has_made_submit() {
     let open =
         |tenant: &str| rig.http.request(Method::POST, "/v1/submissions").body(format!(r#"{{"tenant":"{tenant}"}}"#));
     let error = refused(open("films"), StatusCode::NOT_FOUND).await;
-    assert!(error.error.contains("no tenant films"), "{error:?}");
+    assert!(
+        error.error.contains("no tenant films; an operator makes one with `farmctl quota films --share 1`"),
+        "{error:?}"
+    );
     refused(open("Films!"), StatusCode::BAD_REQUEST).await;
     rig.http.set_tenant("films", r#"{"share":2}"#).await;
     let reply = rig.http.submit(of_tenant("films"), r#"{"prompt":"a"}"#).await;

@@ -142,7 +142,7 @@ impl Commit {
         match query(text).bind(tenant.to_string()).fetch_optional(&mut *self.tx).await? {
             Some(_) => Ok(()),
             None => Err(QueueError::Refused(format!(
-                "there is no tenant {tenant}; make it with farmctl quota, or submit for another with --tenant"
+                "there is no tenant {tenant}; make it with `farmctl quota {tenant} --share 1`, or submit for another with --tenant"
             ))),
         }
     }
