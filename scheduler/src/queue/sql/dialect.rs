@@ -49,6 +49,23 @@ impl Dialect {
         }
     }
 
+    /// Likewise, but others may hold the row in the same way.
+    pub(super) fn for_share(self) -> &'static str {
+        match self {
+            Self::Sqlite => "",
+            Self::Postgres => " FOR SHARE",
+        }
+    }
+
+    /// Waits for all other transactions that have said this. SQLite's writers are alone anyway.
+    pub(super) fn one_at_a_time(self) -> Option<&'static str> {
+        match self {
+            Self::Sqlite => None,
+            // "farm", and the next number after the leader's.
+            Self::Postgres => Some("SELECT CAST(COUNT(pg_advisory_xact_lock(1717662317, 2)) AS BIGINT) AS waited"),
+        }
+    }
+
     /// Begins a transaction that writes.
     pub(super) fn begin_write(self) -> &'static str {
         match self {
