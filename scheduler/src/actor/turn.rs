@@ -1,5 +1,8 @@
 //! One turn of the actor: the core takes the messages, the store what follows, and then everybody hears of it.
 
+#[cfg(test)]
+mod tests;
+
 use std::future::Future;
 use std::sync::Arc;
 use std::time::{Duration, Instant};

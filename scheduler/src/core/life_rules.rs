@@ -266,9 +266,9 @@ fn jobs_of_a_batch_that_come_after_each_other_are_cancelled_with_it() {
             world.line(4),
         ];
         world.submit_all(lines, Some((7, most)), ANY);
-        let outside = world.submit_line(after(&world, 5, Dependency::Job(job_id(3))), ANY);
         let key = world.start().key;
         assert_eq!(key.job, job_id(1));
+        let outside = world.submit_line(after(&world, 5, Dependency::Job(job_id(3))), ANY);
         if is_given_up {
             world.report("a", boot(1), key, failed(FailureKind::Input));
         } else {

@@ -292,6 +292,11 @@ impl Process {
     /// Sends a signal that ends it and gives the exit code, if it was not the signal itself that did.
     pub fn end(&mut self, signal: i32) -> Option<i32> {
         self.send(signal);
+        self.ended()
+    }
+
+    /// Waits for its end and gives the exit code, if it was no signal that ended it.
+    pub fn ended(&mut self) -> Option<i32> {
         self.child.wait().unwrap().code()
     }
 }
