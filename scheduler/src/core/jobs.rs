@@ -247,9 +247,13 @@ impl Farm {
         self.replan = true;
     }
 
-    /// Ends jobs, and those that this ends.
+    /// Ends a job, and those that this ends.
     pub(super) fn end(&mut self, id: JobId, end: End, fx: &mut Effects) {
-        let mut ends = VecDeque::from([(id, end)]);
+        self.end_all(VecDeque::from([(id, end)]), fx);
+    }
+
+    /// Ends jobs, and then those that this ends: what becomes of these themselves has nothing to do with each other.
+    pub(super) fn end_all(&mut self, mut ends: VecDeque<(JobId, End)>, fx: &mut Effects) {
         while let Some((id, end)) = ends.pop_front() {
             self.end_one(id, end, &mut ends, fx);
         }
@@ -296,7 +300,8 @@ impl Farm {
             known.failed += failed as u32;
             if failed && known.is_given_up() {
                 fx.note(format!("batch {batch} is given up: {} of its jobs have failed", known.failed));
-                ends.extend(known.live.iter().map(|job| (*job, End::Cancelled)));
+                // Before those that only come after a job that has failed: its jobs are given up, whatever they come after.
+                known.live.iter().for_each(|job| ends.push_front((*job, End::Cancelled)));
                 for job in known.live.clone() {
                     self.stop(job, "its batch is given up", fx);
                 }
@@ -399,7 +404,9 @@ impl Farm {
     /// A node is gone, and with it all that it ran.
     pub(super) fn lose_node(&mut self, id: &NodeId, why: &str, fx: &mut Effects) {
         // What it helped with is charged up to now.
-        let helps = |node: &Node| (0..node.devices.len()).filter(|i| matches!(node.devices[*i].slot, Slot::Helping(_))).collect();
+        let helps = |node: &Node| {
+            (0..node.devices.len()).filter(|i| matches!(node.devices[*i].slot, Slot::Helping(_))).collect()
+        };
         let helping: Vec<usize> = self.nodes.get(id).map(helps).unwrap_or_default();
         helping.into_iter().for_each(|device| self.end_help(id, device));
         let Some(mut node) = self.nodes.remove(id) else { return };

@@ -256,6 +256,11 @@ impl Farm {
         if let Some(reason) = &node.leaving {
             return Some(format!("leaving: {reason}"));
         }
+        self.barred(id)
+    }
+
+    /// What is held against a node of this name, whether it is there or not.
+    pub(super) fn barred(&self, id: &NodeId) -> Option<String> {
         if self.drained.contains(id) && !planted(Bug::DrainForgotten) {
             return Some("drained".to_owned());
         }

@@ -92,10 +92,21 @@ impl SqlQueue {
         Ok(self.writer.begin_with(self.dialect.begin_write()).await?)
     }
 
-    /// A transaction of the reign that holds now. No other write and no new reign comes between.
+    /// A transaction of the reign that holds now. No new reign comes between, and no write that began by
+    /// [`Self::begin_alone`]. Of those that did not, each leaves alone what the others change: the changes of live jobs, and
+    /// one submission at a time.
     async fn begin_in(&self, epoch: Epoch) -> Result<Transaction<'static, Any>, QueueError> {
+        self.begin_locked(epoch, self.dialect.for_share()).await
+    }
+
+    /// Likewise, and no other write comes between.
+    async fn begin_alone(&self, epoch: Epoch) -> Result<Transaction<'static, Any>, QueueError> {
+        self.begin_locked(epoch, self.dialect.for_update()).await
+    }
+
+    async fn begin_locked(&self, epoch: Epoch, lock: &str) -> Result<Transaction<'static, Any>, QueueError> {
         let mut tx = self.begin().await?;
-        let reign = format!("SELECT epoch FROM reign{}", self.dialect.for_update());
+        let reign = format!("SELECT epoch FROM reign{lock}");
         let newest = get_i64(&query(reign).fetch_one(&mut *tx).await?, "epoch")?;
         if newest.cast_unsigned() != epoch.0 {
             return Err(QueueError::Superseded(epoch));
@@ -107,6 +118,11 @@ impl SqlQueue {
     #[cfg(test)]
     pub async fn unfinished(&self, epoch: Epoch) -> Result<Transaction<'static, Any>, QueueError> {
         self.begin_in(epoch).await
+    }
+
+    #[cfg(test)]
+    pub fn readers(&self) -> &AnyPool {
+        &self.readers
     }
 
     /// A transaction whose reads all see one moment.
