@@ -1,5 +1,6 @@
 //! The commit of a submission: all of its lines or none.
 
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use farm_core::api::SubmissionReply;
@@ -199,9 +200,8 @@ impl Commit {
             }
         }
         for id in ids {
-            if !targets.contains_key(&id) {
-                let target = self.batch_target(id).await?;
-                targets.insert(id, target);
+            if let Entry::Vacant(unknown) = targets.entry(id) {
+                unknown.insert(self.batch_target(id).await?);
             }
         }
         Ok(targets)
