@@ -10,6 +10,7 @@
 //! | [`gc`], [`config`] | what is not kept; prices and retention |
 //! | [`link`] | the way to the nodes |
 //! | [`listen`], [`run`] | the one port; start and stop |
+//! | [`sim`] | a simulator of the whole farm around the core |
 
 pub mod actor;
 pub mod api;
@@ -21,3 +22,4 @@ pub mod link;
 pub mod listen;
 pub mod queue;
 pub mod run;
+pub mod sim;

@@ -19,6 +19,7 @@ use super::effects::Effects;
 use super::farm::{Farm, Node, Slot};
 use super::fit::Fit;
 use super::lend::{Blocked, Round};
+use super::planted::{Bug, planted};
 use super::stock::Filed;
 use super::tenant::{Place, TenantIx};
 
@@ -260,7 +261,7 @@ impl Farm {
 
     /// What is held against a node of this name, whether it is there or not.
     pub(super) fn barred(&self, id: &NodeId) -> Option<String> {
-        if self.drained.contains(id) {
+        if self.drained.contains(id) && !planted(Bug::DrainForgotten) {
             return Some("drained".to_owned());
         }
         let (left, why) = self.health.get(id)?.quarantine(self.now)?;

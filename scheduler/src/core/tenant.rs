@@ -111,9 +111,9 @@ impl Usage {
         }
     }
 
-    /// Used by attempts that ended in this hour or in the 23 before.
+    /// Used by attempts that ended in this hour or in the 23 before; or later, by the clock of a scheduler that was ahead.
     pub fn day_seconds(&self, hour: i64) -> f64 {
-        let of_day = self.hours.iter().filter(|(of, _)| *of > hour - QUOTA_HOURS && *of <= hour);
+        let of_day = self.hours.iter().filter(|(of, _)| *of > hour - QUOTA_HOURS);
         // The sum of no floats is minus zero, which people would be shown.
         of_day.fold(0.0, |sum, (_, used)| sum + used)
     }

@@ -1,6 +1,5 @@
 //! The commit of a submission: all of its lines or none.
 
-use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use farm_core::api::SubmissionReply;
@@ -199,10 +198,9 @@ impl Commit {
                 targets.insert(job.0, Target { on: Dependency::Job(job), n: get_i64(&row, "seq")?, done });
             }
         }
-        for id in ids {
-            if let Entry::Vacant(unknown) = targets.entry(id) {
-                unknown.insert(self.batch_target(id).await?);
-            }
+        let others: Vec<Uuid> = ids.into_iter().filter(|id| !targets.contains_key(id)).collect();
+        for id in others {
+            targets.insert(id, self.batch_target(id).await?);
         }
         Ok(targets)
     }
