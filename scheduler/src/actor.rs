@@ -4,6 +4,8 @@
 //! about the same whatever is in it. Nothing of a turn is sent or answered before all of it is on disk. An actor is handed
 //! one message at a time, so the first of a turn sends another behind all that wait, and that one works the turn.
 
+#[cfg(test)]
+mod tests;
 mod turn;
 
 use std::sync::{Arc, Mutex, PoisonError};

@@ -1,7 +1,7 @@
 //! One turn of the actor: the core takes the messages, the store what follows, and then everybody hears of it.
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 
 use std::future::Future;
 use std::sync::Arc;

@@ -70,7 +70,7 @@ async fn follows(process: &Process, leader: &Process) {
 async fn a_standby_says_who_leads_and_takes_over_when_that_one_ends() {
     let pair = Pair::new();
     let mut first = pair.start();
-    let mut second = pair.start();
+    let second = pair.start();
     assert_eq!(leads(&first).await, Epoch(1));
     follows(&second, &first).await;
     for (method, path) in [

@@ -17,7 +17,7 @@ use crate::queue::store::{Batch, NewJob};
 
 /// How many attempts were started.
 #[derive(Default)]
-struct Starts(Mutex<usize>);
+pub struct Starts(Mutex<usize>);
 
 impl NodeLink for Starts {
     fn send(&self, _: BootId, frame: Vec<u8>) -> Result<(), ClusterError> {

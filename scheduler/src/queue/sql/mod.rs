@@ -41,6 +41,9 @@ use crate::core::events::{LiveJob, LoadedRequest, Saved};
 
 /// Longest wait for a free connection, and in SQLite for another connection's lock.
 const WAIT: Duration = Duration::from_secs(10);
+/// Longest wait of a write in SQLite for the one before, which may be a submission of a million lines: the end of this wait
+/// is the end of the reign.
+const WRITE_WAIT: Duration = Duration::from_secs(120);
 const READERS: u32 = 4;
 /// Of Postgres: the scheduler's own writes, and pages of uploads beside them.
 const WRITERS: u32 = 4;
@@ -71,7 +74,8 @@ impl SqlQueue {
         match location {
             Location::File(file) => {
                 make_folder(file).map_err(|error| opened(sqlx::Error::Io(error)))?;
-                let writer = pool(1, SQLITE_SESSION.to_owned()).connect(&url).await.map_err(opened)?;
+                let writer = pool(1, SQLITE_SESSION.to_owned()).acquire_timeout(WRITE_WAIT);
+                let writer = writer.connect(&url).await.map_err(opened)?;
                 sqlx::migrate!("./migrations/sqlite").run(&writer).await?;
                 let readers = format!("{SQLITE_SESSION} PRAGMA query_only = 1;");
                 let readers = pool(READERS, readers).connect(&url).await.map_err(opened)?;

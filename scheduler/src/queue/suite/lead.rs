@@ -94,10 +94,10 @@ async fn changes_are_written_while_a_submission_is_and_submissions_one_by_one() 
         tokio::spawn(async move { store.commit_submission(epoch, batch(submission, lines), at(1)).await })
     };
     let slow = commit(first, 10..20);
-    waits_for_locks(&*store, 1).await;
+    waits_for_locks(&store, 1).await;
     let second = opened(&*store).await;
     let behind = commit(second, 15..25);
-    waits_for_locks(&*store, 2).await;
+    waits_for_locks(&store, 2).await;
 
     let change = [started(key(job, 1, epoch))];
     timeout(PATIENCE, store.apply(epoch, &change, at(2))).await.unwrap().unwrap();
