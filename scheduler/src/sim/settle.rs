@@ -47,6 +47,11 @@ impl Settle {
         Self { phase: Phase::Active, per_job: (30_000.0 + 8_000.0 * longest) as Ms }
     }
 
+    /// How long one of so many tenants may be without any device: what runs is handed back after a minute, or ends.
+    pub fn patience(&self, tenants: usize) -> Ms {
+        120_000 + tenants as Ms * self.per_job
+    }
+
     pub fn has_begun(&self) -> bool {
         !matches!(self.phase, Phase::Active)
     }
