@@ -299,6 +299,8 @@ impl World {
                     lead.answers.push(call);
                 }
             }
+            // Another submission is committed and the core does not know: its sender asks again.
+            Inbound::Commit(..) if self.schedulers[scheduler].lead.as_ref().is_some_and(|lead| lead.rows_taken) => {}
             Inbound::Commit(batch, call) => {
                 if !self.is_flushed(scheduler) {
                     return self.put_back(scheduler, Inbound::Commit(batch, call), at);

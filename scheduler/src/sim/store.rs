@@ -52,8 +52,8 @@ pub struct Batch {
     pub max_failures: Option<u32>,
     pub paused: bool,
     pub jobs: Vec<JobId>,
-    /// All its jobs had ended well once; some may have been tried again since.
-    pub was_done: bool,
+    /// All its jobs had ended once; some may have been tried again since.
+    pub was_over: bool,
 }
 
 /// A line of a submission.
@@ -290,8 +290,8 @@ impl Store {
                 }
             }
         }
-        self.batches.insert(submission, Batch { max_failures, paused: false, jobs: members.clone(), was_done: false });
-        self.note_done(&[submission]);
+        self.batches.insert(submission, Batch { max_failures, paused: false, jobs: members.clone(), was_over: false });
+        self.note_over(&[submission]);
         let fresh = members.iter().filter(|job| self.row(**job).is_some_and(|row| row.untold));
         submitted.queued = fresh.filter_map(|job| Some(self.live_of(self.row(*job)?))).collect();
         let failed = members.iter().filter(|job| self.row(**job).is_some_and(|row| row.state == JobState::Failed));
@@ -402,17 +402,17 @@ impl Store {
         if let Change::Done { job, .. } | Change::Failed { job, .. } | Change::Cancelled { job } = change {
             self.live.remove(job);
             let batches = self.row(*job).map(|row| row.live.batches.clone()).unwrap_or_default();
-            self.note_done(&batches);
+            self.note_over(&batches);
         }
         Ok(())
     }
 
-    fn note_done(&mut self, batches: &[SubmissionId]) {
+    fn note_over(&mut self, batches: &[SubmissionId]) {
         for id in batches {
-            if self.is_done(&Dependency::Batch(*id))
-                && let Some(batch) = self.batches.get_mut(id)
+            if let Some(batch) = self.batches.get_mut(id)
+                && !batch.jobs.iter().any(|job| self.live.contains(job))
             {
-                batch.was_done = true;
+                batch.was_over = true;
             }
         }
     }
@@ -467,7 +467,7 @@ impl Store {
         }
         let Some(row) = self.row(job) else { return broken("I9", format!("there is no job {job}")) };
         let was_done = |on: &Dependency| match on {
-            Dependency::Batch(batch) => self.batches.get(batch).is_some_and(|batch| batch.was_done),
+            Dependency::Batch(batch) => self.batches.get(batch).is_some_and(|batch| batch.was_over),
             Dependency::Job(_) => self.is_done(on),
         };
         if let Some(early) = row.after.iter().find(|on| !was_done(on)) {
