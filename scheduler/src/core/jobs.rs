@@ -11,7 +11,7 @@ use farm_core::wire::to_node::ToNode;
 use super::batch::Batch;
 use super::class::Class;
 use super::effects::{Change, Effects, Outcome};
-use super::events::{Dependency, LiveAttempt, LiveJob, SavedBatch, Submitted};
+use super::events::{Dependency, LiveAttempt, LiveJob, SavedBatch, Scope, Submitted};
 use super::farm::{Bill, Confirmation, Farm, Job, Lease, Node, Phase, Slot};
 use super::plan::UNKNOWN_SECONDS;
 use super::planted::{Bug, planted};
@@ -49,6 +49,7 @@ impl Farm {
             self.batches.entry(batch.submission).or_insert_with(|| Batch::new(batch));
         }
         for job in queued {
+            self.revive(&job.batches, fx);
             self.admit_job(job);
         }
         let Some(batch) = batch_id else { return };
@@ -63,6 +64,13 @@ impl Farm {
         }
         // A batch without anything to do, and one whose jobs had all failed before, is over at once.
         self.end_empty_batch(batch, fx);
+    }
+
+    /// Batches that had ended begin again with one of their jobs; nobody has them paused any more.
+    pub(super) fn revive(&mut self, batches: &[farm_core::id::SubmissionId], fx: &mut Effects) {
+        for batch in batches.iter().filter(|batch| !self.batches.contains_key(*batch)) {
+            fx.changes.push(Change::Paused { scope: Scope::Batch(*batch), paused: false });
+        }
     }
 
     fn enter_batch(&mut self, batch: farm_core::id::SubmissionId, id: JobId) {

@@ -62,6 +62,7 @@ impl Farm {
         }
         fx.changes.push(Change::Retried { job: id });
         fx.log(id, None, format!("queued again by {by}"));
+        self.revive(&job.batches, fx);
         self.admit_job(LiveJob { counts: Counts::default(), running: None, ..job });
         true
     }
