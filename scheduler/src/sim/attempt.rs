@@ -331,7 +331,10 @@ impl World {
         run.devices.retain(|device| keep.contains(device));
         run.helpers = helpers;
         if let Some(device) = lost {
-            return self.fail("I1", format!("attempt {key} is to keep {keep:?} in round {round}; it has {had:?}: not {device}"));
+            return self.fail(
+                "I1",
+                format!("attempt {key} is to keep {keep:?} in round {round}; it has {had:?}: not {device}"),
+            );
         }
         self.let_go(n, Holder::Attempt(key), &keep);
         self.beat_now(n);

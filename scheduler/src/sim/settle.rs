@@ -113,7 +113,10 @@ impl World {
         let busy = self.store.drained.iter().find(is_drained).cloned();
         match busy {
             Some(node) if self.now >= until => {
-                self.fail("I10", format!("node {node} is drained and still busy after {} s", (DRAIN + self.settle.hang) / 1000));
+                self.fail(
+                    "I10",
+                    format!("node {node} is drained and still busy after {} s", (DRAIN + self.settle.hang) / 1000),
+                );
             }
             Some(_) => {}
             None => self.open_up(),
