@@ -22,7 +22,6 @@ use farm_core::wire::to_node::ToNode;
 use farm_core::wire::to_scheduler::ToScheduler;
 
 use super::Ms;
-use super::scheduler::LONGEST_COMMIT;
 use super::store::index_of;
 use super::world::{World, of_boot};
 use crate::core::check::Held;
@@ -72,11 +71,16 @@ impl World {
                 return self.fail("I11", format!("a report heard again changes {changes:?}"));
             }
         }
+        for job in &effects.load {
+            self.picked.insert(*job, self.now);
+        }
         let mut starts = false;
         for change in &effects.changes {
             let Change::Started { start, .. } = change else { continue };
             let truth = self.truth.entry(start.key).or_default();
-            (truth.began, truth.devices) = (self.now, start.devices.len() as u64);
+            // For the core it begins when its request is asked for.
+            let began = self.picked.remove(&start.key.job).unwrap_or(self.now);
+            (truth.began, truth.devices) = (began, start.devices.len() as u64);
             starts = true;
         }
         if starts {
@@ -167,11 +171,10 @@ impl World {
         if !same_reign || !calm || !matches!(outcome, Outcome::Completed | Outcome::Interrupted) {
             return;
         }
-        // The core's time is that of the event, and an attempt begins for it when its request is asked for.
+        // The core's time is that of the event.
         let lag = self.lag(scheduler) + ROUNDED;
-        let early = if self.plan.commit_delay > 0 { LONGEST_COMMIT } else { 0 };
         let least = truth.held;
-        let most = (self.now - truth.began + early + ROUNDED) * truth.devices;
+        let most = (self.now - truth.began + ROUNDED) * truth.devices;
         if charged + lag * truth.devices < least || charged > most {
             let text =
                 format!("attempt {key} is charged {charged} ms; its devices were held {least} ms, at most {most}");

@@ -150,6 +150,7 @@ impl World {
         let known = self.store.rows.len() as u64;
         let after_batch = self.random.chance(0.1).then(|| self.some_batch()).flatten();
         let require_some = self.random.chance(0.2);
+        let gpus: &[&str] = if self.plan.large { &["h100"] } else { &["h100", "a100"] };
         let mut jobs = Vec::new();
         for line in 0..lines {
             let kind = self.random.pick_of(&self.plan.kinds).clone();
@@ -165,7 +166,7 @@ impl World {
             let after_lines = if after_line { vec![self.random.below(line) as usize] } else { Vec::new() };
             let mut require = BTreeMap::new();
             if require_some && self.random.chance(0.5) {
-                require.insert("gpu".to_owned(), self.random.pick(&["h100", "a100"]).to_owned());
+                require.insert("gpu".to_owned(), self.random.pick(gpus).to_owned());
             }
             let odd = [Trait::Poison, Trait::Bad, Trait::Large(2), Trait::Large(4), Trait::LargeTiles];
             let is = if self.random.chance(self.plan.odd) { self.random.pick(&odd) } else { Trait::Plain };

@@ -28,7 +28,7 @@ const CAMPAIGN: Ms = 500;
 const LEADER_TTL: Ms = 5_000;
 /// Messages of a turn.
 const TURN: usize = 256;
-pub const LONGEST_COMMIT: Ms = 3_000;
+const LONGEST_COMMIT: Ms = 3_000;
 const CHANGES: usize = 4096;
 
 /// What the actor takes.

@@ -3,7 +3,7 @@
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, BinaryHeap, HashMap, VecDeque};
 
-use farm_core::id::{AttemptKey, BootId, DeviceIndex, TenantId};
+use farm_core::id::{AttemptKey, BootId, DeviceIndex, JobId, TenantId};
 use farm_core::wire::Envelope;
 use farm_core::wire::to_node::ToNode;
 use farm_core::wire::to_scheduler::ToScheduler;
@@ -172,6 +172,8 @@ pub struct World {
     pub settle: Settle,
     pub truth: HashMap<AttemptKey, Truth>,
     pub storm: Ms,
+    /// When jobs got their devices whose requests are being loaded.
+    pub picked: HashMap<JobId, Ms>,
     /// Since when tenants that have no device wait for nothing but devices.
     pub hungry: BTreeMap<TenantId, Ms>,
     pub broken: Option<Broken>,
@@ -216,6 +218,7 @@ impl World {
             settle,
             truth: HashMap::new(),
             storm: 0,
+            picked: HashMap::new(),
             hungry: BTreeMap::new(),
             broken: None,
             counts: BTreeMap::new(),
