@@ -7,10 +7,12 @@
 //! | [`actor`] | takes events in order, lets the core decide, commits, then speaks |
 //! | [`api`] | what `farmctl` and people talk to |
 //! | [`link`] | the way to the nodes |
+//! | [`bench`] | how fast and how fair it is |
 //! | [`listen`], [`run`] | the one port; start and stop |
 
 pub mod actor;
 pub mod api;
+pub mod bench;
 pub mod core;
 pub mod link;
 pub mod listen;
