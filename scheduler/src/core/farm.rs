@@ -73,7 +73,7 @@ impl Default for Limits {
             silent: Duration::from_secs(4),
             node_ttl: Duration::from_secs(15),
             closed_ttl: Duration::from_secs(5),
-            window: Duration::from_secs(10),
+            window: Duration::from_secs(8),
             unlisted: Duration::from_secs(8),
             start: Duration::from_secs(30),
             pause: Duration::from_secs(2),
@@ -325,6 +325,8 @@ pub struct Farm {
     pub(super) last_tick: Time,
     /// Something changed that may let a queued job start.
     pub(super) replan: bool,
+    /// When to look at the queue even if nothing has.
+    pub(super) look_again: Time,
     pub(super) counters: Counters,
 }
 
@@ -372,6 +374,7 @@ impl Farm {
             now,
             last_tick: now,
             replan: true,
+            look_again: now,
             counters: Counters::default(),
         };
         farm.tenant(&TenantId::default());

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use farm_core::job::spec::GenerationDefaults;
-use farm_core::parallel::cost::{ClipShape, ModelShape, Site, predict};
+use farm_core::parallel::cost::{Candidate, ClipShape, ModelShape, Site, predict};
 use farm_core::parallel::topology::{MAX_RANKS, Topology};
 
 use super::class::{Class, ClassIx};
@@ -30,23 +30,31 @@ pub struct Sizes {
 
 impl Sizes {
     fn new(spec: &Spec, shape: &ModelShape, defaults: &GenerationDefaults, ask: Ask) -> Self {
-        let clip = clip_shape(ask, defaults);
-        let (Some(site), Some(clip)) = (&spec.site, clip) else {
-            let work = clip.map(|clip| TOKEN_STEP * (clip.tokens * clip.steps) as f64);
-            return Self { base: vec![work], topologies: Vec::new(), rated: false };
+        let Some(clip) = clip_shape(ask, defaults) else {
+            return Self { base: vec![None], topologies: vec![Some(Topology::SOLO)], rated: false };
         };
-        let sizes = 1..=spec.devices.min(MAX_RANKS);
-        let best: Vec<_> = sizes.map(|devices| predict(shape, &clip, site, devices)).collect();
+        let sizes = || 1..=spec.devices.min(MAX_RANKS);
+        let any = |devices| {
+            let legal = Topology::of_world(devices, shape.heads, clip.tokens);
+            legal.into_iter().min_by_key(|topology| (topology.ring(), std::cmp::Reverse(topology.cfg())))
+        };
+        let Some(site) = &spec.site else {
+            let work = TOKEN_STEP * (clip.tokens * clip.steps) as f64;
+            return Self { base: vec![Some(work)], topologies: sizes().map(any).collect(), rated: false };
+        };
+        let best: Vec<_> = sizes().map(|devices| predict(shape, &clip, site, devices)).collect();
+        let topology = |(i, best): (usize, &Option<Candidate>)| best.map(|best| best.topology).or_else(|| any(i + 1));
         Self {
-            base: best.iter().map(|best| best.as_ref().map(|best| best.seconds)).collect(),
-            topologies: best.into_iter().map(|best| best.map(|best| best.topology)).collect(),
+            base: best.iter().map(|best| best.map(|best| best.seconds)).collect(),
+            topologies: best.iter().enumerate().map(topology).collect(),
             rated: true,
         }
     }
 
-    /// How to spread the clip over `devices`, at least 1. If nothing is predicted for that many, one device does it all.
-    pub fn topology(&self, devices: usize) -> Topology {
-        self.topologies.get(devices - 1).copied().flatten().unwrap_or(Topology::SOLO)
+    /// How to spread the clip over `devices`, at least 1: the best way or, if nothing is predicted, any; `None` if there is
+    /// none.
+    pub fn topology(&self, devices: usize) -> Option<Topology> {
+        self.topologies.get(devices - 1).copied().flatten()
     }
 
     /// It can be rendered there, on some number of devices.

@@ -1,11 +1,11 @@
 //! A farm on a model of the queue store, for tests: applies what the core asks for, refuses what a database would
 //! refuse, and checks the whole picture after every event.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
-use farm_core::api::{JobResult, StageSeconds};
-use farm_core::id::{AttemptKey, AttemptNo, BootId, DeviceIndex, Epoch, JobId, NodeId};
+use farm_core::api::{JobResult, StageSeconds, TenantSpec};
+use farm_core::id::{AttemptKey, AttemptNo, BootId, DeviceIndex, Epoch, JobId, NodeId, SubmissionId, TenantId};
 use farm_core::job::spec::{GenerationDefaults, RenderRequest, RenderSpec};
 use farm_core::job::state::{FailureKind, JobState, Progress, Stage};
 use farm_core::parallel::cost::{DeviceRates, LinkRates, ModelShape, Site};
@@ -20,11 +20,16 @@ use farm_core::wire::to_scheduler::{
 use uuid::Uuid;
 
 use super::effects::{Change, Effects, Outcome, Send};
-use super::events::{Clip, Event, LiveAttempt, LiveJob, LoadedRequest, Time};
+use super::events::{
+    Ask, Clip, Counts, Event, LiveAttempt, LiveJob, LoadedRequest, Saved, SavedBatch, SavedTenant, SavedUsage, Scope,
+    Submitted, Time, Wish,
+};
 use super::farm::{Farm, Limits, Phase, Slot};
-use super::forecast::clip_shape;
+use super::fit::clip_shape;
 
 pub const STORE: &str = "file:///results";
+/// The wall clock at time zero, in milliseconds since 1970.
+const WALL: i64 = 1_000_000 * 3_600_000;
 
 /// A job's row.
 #[derive(Clone, Debug)]
@@ -42,6 +47,8 @@ pub struct World {
     pub limits: Limits,
     pub now: Time,
     pub rows: BTreeMap<JobId, Row>,
+    /// The queue store's other tables.
+    pub saved: Saved,
     /// Messages of the newest event.
     pub sent: Vec<Send>,
     /// Changes of the newest event.
@@ -66,6 +73,14 @@ pub fn node(name: &str) -> NodeId {
     NodeId(name.to_owned())
 }
 
+pub fn tenant(name: &str) -> TenantId {
+    name.parse().unwrap()
+}
+
+pub fn batch_id(n: u128) -> SubmissionId {
+    SubmissionId(Uuid::from_u128(n))
+}
+
 pub fn job_id(n: u64) -> JobId {
     JobId(Uuid::from_u128(n.into()))
 }
@@ -74,6 +89,12 @@ pub fn model(name: &str) -> ModelInfo {
     let defaults_json = serde_json::to_string(&GenerationDefaults::default()).unwrap();
     let shape_json = serde_json::to_string(&ModelShape::mochi1()).unwrap();
     ModelInfo { name: name.to_owned(), hash: format!("hash-of-{name}"), defaults_json, shape_json }
+}
+
+/// A model whose weights are small.
+pub fn small_model(name: &str) -> ModelInfo {
+    let shape = ModelShape { layers: 2, ..ModelShape::mochi1() };
+    ModelInfo { shape_json: serde_json::to_string(&shape).unwrap(), ..model(name) }
 }
 
 /// Devices on which two render a clip of the default size in half the time, and more gain less, with `memory` bytes each.
@@ -103,6 +124,8 @@ pub fn registration(devices: usize, models: &[&str]) -> Registration {
         models: models.iter().map(|name| model(name)).collect(),
         store: STORE.to_owned(),
         roles: Roles::ALL,
+        labels: BTreeMap::new(),
+        crash: None,
         running: Vec::new(),
         helping: Vec::new(),
     }
@@ -149,12 +172,15 @@ pub fn failed(kind: FailureKind) -> AttemptOutcome {
 impl World {
     pub fn new() -> Self {
         let limits = Limits::default();
-        let farm = Farm::restore(limits.clone(), Epoch(1), STORE.to_owned(), Tiling::AUTO, [], Time::default());
+        let store = STORE.to_owned();
+        let farm =
+            Farm::restore(limits.clone(), Epoch(1), store, Tiling::AUTO, Saved::default(), WALL, Time::default());
         Self {
             farm,
             limits,
             now: Time::default(),
             rows: BTreeMap::new(),
+            saved: Saved::default(),
             sent: Vec::new(),
             changes: Vec::new(),
             notes: Vec::new(),
@@ -169,19 +195,32 @@ impl World {
     /// Kill -9 and start again from what is committed.
     pub fn restart(&mut self) {
         let live = self.rows.values().filter(|row| !row.state.is_terminal()).map(|row| row.live.clone());
-        let mut live: Vec<LiveJob> = live.collect();
-        live.sort_by_key(|job| job.seq);
+        let mut jobs: Vec<LiveJob> = live.collect();
+        jobs.sort_by_key(|job| job.seq);
+        let mut saved = Saved { jobs, ..self.saved.clone() };
+        saved.batches.retain(|batch| saved.jobs.iter().any(|job| job.batches.contains(&batch.submission)));
         let epoch = Epoch(self.farm.epoch().0 + 1);
         self.helping.clear();
         // A new process counts from zero; going on is as good.
-        self.farm = Farm::restore(self.limits.clone(), epoch, STORE.to_owned(), Tiling::AUTO, live, self.now);
+        let wall = WALL + self.now.0.as_millis() as i64;
+        let store = STORE.to_owned();
+        self.farm = Farm::restore(self.limits.clone(), epoch, store, Tiling::AUTO, saved, wall, self.now);
         self.check();
     }
 
-    /// One event to its end: changes are committed, requests loaded.
+    /// One event to its end, and a tick right after it: changes are committed, requests loaded.
     pub fn event(&mut self, event: Event) {
         self.sent.clear();
         self.changes.clear();
+        let is_tick = matches!(event, Event::Tick);
+        self.step(event);
+        if !is_tick {
+            self.step(Event::Tick);
+        }
+        self.check();
+    }
+
+    fn step(&mut self, event: Event) {
         let mut effects = self.farm.step(event, self.now);
         loop {
             let Effects { changes, sends, load, notes } = effects;
@@ -200,13 +239,25 @@ impl World {
                 load.iter().map(|job| LoadedRequest { job: *job, request: self.rows[job].request.clone(), seed: 1 });
             effects = self.farm.step(Event::Loaded(loaded.collect()), self.now);
         }
-        self.check();
+    }
+
+    pub fn wish(&mut self, wish: Wish) {
+        self.event(Event::Wish { wish, by: "somebody".to_owned() });
+    }
+
+    pub fn cancel(&mut self, job: JobId) {
+        self.wish(Wish::Cancel(job));
+    }
+
+    pub fn set_tenant(&mut self, name: &str, spec: TenantSpec) {
+        self.wish(Wish::SetTenant(tenant(name), spec));
     }
 
     fn note_start(&mut self, send: &Send) {
         let ToNode::Start(start) = &send.message else { return };
         let spec: RenderSpec = serde_json::from_str(&start.spec_json).unwrap();
-        let clip = clip_shape(&spec).unwrap();
+        let clip = clip_shape(Ask::default(), &GenerationDefaults::default()).unwrap();
+        assert_eq!((spec.width, spec.height), (848, 480), "topologies are checked for the default size");
         start.topology.check(start.devices.len(), ModelShape::mochi1().heads, clip.tokens).unwrap();
         let entry = (start.key, send.node.clone(), send.boot);
         if !self.started.contains(&entry) {
@@ -232,28 +283,62 @@ impl World {
     }
 
     pub fn submit_request(&mut self, n: u64, priority: i32, model: Option<&str>, request: &str) -> JobId {
-        let job = job_id(n);
-        let live = LiveJob {
-            job,
+        let live = LiveJob { priority, model: model.map(str::to_owned), ..self.line(n) };
+        self.submit_line(live, request)
+    }
+
+    /// A line of a prompt file, as job number `n`.
+    pub fn line(&self, n: u64) -> LiveJob {
+        LiveJob {
+            job: job_id(n),
             seq: n,
-            priority,
-            model: model.map(str::to_owned),
+            priority: 0,
+            model: None,
+            tenant: TenantId::default(),
+            batches: Vec::new(),
+            ask: Ask::default(),
+            require: BTreeMap::new(),
+            after: Vec::new(),
+            paused: false,
+            submitted_ms: WALL + self.now.0.as_millis() as i64,
             attempt: AttemptNo(0),
-            failures: 0,
-            losses: 0,
+            counts: Counts::default(),
             running: None,
-        };
-        let row = Row {
-            state: JobState::Queued,
-            live: live.clone(),
-            request: serde_json::from_str(request).unwrap(),
-            reason: None,
-            outcomes: Vec::new(),
-            times_done: 0,
-        };
-        assert!(self.rows.insert(job, row).is_none());
-        self.event(Event::Submitted(vec![live]));
+        }
+    }
+
+    pub fn submit_line(&mut self, live: LiveJob, request: &str) -> JobId {
+        let job = live.job;
+        self.submit_all(vec![live], None, request);
         job
+    }
+
+    /// All lines at once, as a batch if it has a number.
+    pub fn submit_all(&mut self, lines: Vec<LiveJob>, batch: Option<(u128, Option<u32>)>, request: &str) {
+        let request: RenderRequest = serde_json::from_str(request).unwrap();
+        let batch = batch.map(|(n, max_failures)| SavedBatch {
+            submission: batch_id(n),
+            max_failures,
+            failed: 0,
+            paused: false,
+        });
+        let mut queued = Vec::new();
+        for mut live in lines {
+            live.ask = Ask::of(&request);
+            live.batches.extend(batch.as_ref().map(|batch| batch.submission));
+            let row = Row {
+                state: JobState::Queued,
+                live: live.clone(),
+                request: request.clone(),
+                reason: None,
+                outcomes: Vec::new(),
+                times_done: 0,
+            };
+            assert!(self.rows.insert(live.job, row).is_none());
+            queued.push(live);
+        }
+        self.saved.batches.extend(batch.clone());
+        self.event(Event::Submitted(Submitted { batch, queued, joined: Vec::new() }));
     }
 
     pub fn message(&mut self, id: &str, boot: BootId, body: ToScheduler) {
@@ -345,7 +430,7 @@ impl World {
     }
 
     pub fn reason(&self, job: JobId) -> String {
-        self.farm.wait_reason(job).map(|reason| reason.to_string()).unwrap_or_default()
+        self.farm.wait_reason(job).unwrap_or_default()
     }
 
     /// Commands to start in the newest event.
@@ -416,17 +501,19 @@ impl World {
 
     pub fn retry(&mut self, job: JobId) {
         let row = self.rows[&job].live.clone();
-        self.event(Event::Retry(row));
+        self.wish(Wish::Retry(row));
     }
 
     /// What the database does, with its refusals.
     fn commit(&mut self, change: &Change) {
+        let wall = WALL + self.now.0.as_millis() as i64;
         match change {
-            Change::Started { start, node, boot } => {
+            Change::Started { start, node, boot, base, .. } => {
                 let row = self.row(start.key.job, &[JobState::Queued]);
                 assert_eq!(start.key.attempt.0, row.live.attempt.0 + 1, "attempts count up");
                 row.live.attempt = start.key.attempt;
                 row.live.model = Some(start.model.clone());
+                assert!(base.is_finite() && *base >= 0.0);
                 row.live.running = Some(Box::new(LiveAttempt {
                     key: start.key,
                     node: node.clone(),
@@ -437,11 +524,13 @@ impl World {
                         model_hash: start.model_hash.clone(),
                         spec_json: start.spec_json.clone(),
                     },
+                    started_ms: wall,
+                    base: *base,
                 }));
                 row.outcomes.push("running");
                 row.state = JobState::Running;
             }
-            Change::AttemptEnded { key, outcome, .. } => {
+            Change::AttemptEnded { key, outcome, device_ms, .. } => {
                 let row = self.row(key.job, &[JobState::Running]);
                 let running = row.live.running.take().expect("an attempt runs");
                 assert_eq!(running.key, *key);
@@ -449,33 +538,68 @@ impl World {
                 if *outcome == Outcome::Completed {
                     assert_eq!(row.times_done, 0);
                 }
+                let (tenant, hour) = (row.live.tenant.clone(), wall / 3_600_000);
+                self.saved.usage.push(SavedUsage { tenant, hour, device_ms: *device_ms });
             }
             Change::Done { job, .. } => {
                 let row = self.row(*job, &[JobState::Running]);
                 row.state = JobState::Done;
                 row.times_done += 1;
                 assert_eq!(row.times_done, 1, "done at most once");
+                let done = *job;
+                for row in self.rows.values_mut() {
+                    row.live.after.retain(|after| *after != super::events::Dependency::Job(done));
+                }
             }
-            Change::Requeued { job, failures, losses } => {
+            Change::Requeued { job, counts } => {
                 let row = self.row(*job, &[JobState::Running]);
-                (row.live.failures, row.live.losses) = (*failures, *losses);
+                row.live.counts = *counts;
                 row.state = JobState::Queued;
+            }
+            Change::Counted { job, counts } => {
+                self.row(*job, &[JobState::Queued, JobState::Running]).live.counts = *counts;
             }
             Change::Failed { job, reason } => {
                 let row = self.row(*job, &[JobState::Queued, JobState::Running]);
                 row.reason = Some(reason.clone());
                 row.state = JobState::Failed;
+                let batches = row.live.batches.clone();
+                self.saved.batches.iter_mut().filter(|b| batches.contains(&b.submission)).for_each(|b| b.failed += 1);
             }
             Change::Cancelled { job } => {
                 self.row(*job, &[JobState::Queued, JobState::Running]).state = JobState::Cancelled;
             }
             Change::Retried { job } => {
                 let row = self.row(*job, &[JobState::Failed, JobState::Cancelled]);
-                (row.live.failures, row.live.losses, row.reason) = (0, 0, None);
+                (row.live.counts, row.reason) = (Counts::default(), None);
                 row.state = JobState::Queued;
             }
+            Change::Paused { scope, paused } => match scope {
+                Scope::Farm => self.saved.paused = *paused,
+                Scope::Tenant(id) => self.tenant_row(id).paused = *paused,
+                Scope::Batch(id) => {
+                    let of = self.saved.batches.iter_mut().filter(|batch| batch.submission == *id);
+                    of.for_each(|batch| batch.paused = *paused);
+                }
+                Scope::Job(job) => self.row(*job, &[JobState::Queued, JobState::Running]).live.paused = *paused,
+            },
+            Change::Drained { node, drained } => {
+                self.saved.drained.retain(|known| known != node);
+                self.saved.drained.extend(drained.then(|| node.clone()));
+            }
+            Change::Tenant { tenant, spec } => self.tenant_row(tenant).spec = spec.clone(),
+            Change::Audit { by, .. } => assert_eq!(by, "somebody"),
             Change::Log { job, .. } => assert!(self.rows.contains_key(job)),
         }
+    }
+
+    fn tenant_row(&mut self, id: &TenantId) -> &mut SavedTenant {
+        let known = self.saved.tenants.iter().position(|tenant| tenant.tenant == *id);
+        let at = known.unwrap_or(self.saved.tenants.len());
+        if known.is_none() {
+            self.saved.tenants.push(SavedTenant { tenant: id.clone(), spec: TenantSpec::default(), paused: false });
+        }
+        &mut self.saved.tenants[at]
     }
 
     fn row(&mut self, job: JobId, expected: &[JobState]) -> &mut Row {
@@ -486,7 +610,6 @@ impl World {
 
     /// What must hold after every event.
     pub fn check(&self) {
-        self.farm.check();
         for (id, row) in &self.rows {
             let attempt = row.live.running.as_ref();
             assert_eq!(attempt.is_some(), row.state == JobState::Running, "job {id}");
@@ -497,72 +620,19 @@ impl World {
                     let granted = &self.gangs[&lease.key];
                     assert!(lease.devices.iter().all(|device| granted.contains(device)), "a lease only shrinks");
                 }
-                Some(Phase::Waiting | Phase::Delayed { .. }) => {
+                Some(Phase::Waiting | Phase::Held | Phase::Picked(_) | Phase::Delayed { .. }) => {
                     assert_eq!(row.state, JobState::Queued);
                     assert!(!self.reason(*id).is_empty(), "every queued job has a reason");
                 }
             }
         }
         assert!(self.farm.jobs.keys().all(|job| self.rows.contains_key(job)));
-    }
-}
-
-impl Farm {
-    /// The structures agree with each other, and no device idles beside a job that could use it.
-    fn check(&self) {
-        let mut queued = BTreeSet::new();
-        for (model, queue) in &self.queues {
-            assert!(!queue.is_empty());
-            for &(priority, seq, id) in queue {
-                let job = &self.jobs[&id];
-                assert!(matches!(job.phase, Phase::Waiting));
-                assert_eq!((&job.model, job.priority, job.seq), (model, priority.0, seq));
-                assert!(queued.insert(id), "queued once");
-            }
+        let queue = self.farm.queue_view();
+        assert_eq!(queue.waiting.values().sum::<u64>(), queue.queued, "every queued job has one reason");
+        let mut reasons = BTreeMap::new();
+        for reason in self.farm.jobs.keys().filter_map(|job| self.farm.reason(*job)) {
+            *reasons.entry(reason.code).or_insert(0) += 1;
         }
-        for &(until, id) in &self.delayed {
-            assert!(matches!(self.jobs[&id].phase, Phase::Delayed { until: u, .. } if u == until));
-            assert!(queued.insert(id));
-        }
-        for (id, job) in &self.jobs {
-            let Phase::Running(lease) = &job.phase else {
-                assert!(queued.contains(id));
-                continue;
-            };
-            assert_eq!(lease.key.attempt, job.attempt);
-            match self.nodes.get(&lease.node).filter(|_| !self.orphans.contains(id)) {
-                None => assert!(self.orphans.contains(id), "a lease has a node or waits for it"),
-                Some(node) => {
-                    assert_eq!(node.boot, lease.boot);
-                    for (i, device) in node.devices.iter().enumerate() {
-                        let leased = lease.devices.contains(&DeviceIndex(i as u32));
-                        assert_eq!(device.slot == Slot::Leased(*id), leased, "the lease and the devices agree");
-                    }
-                    assert!(node.leases.contains(id));
-                }
-            }
-        }
-        let running = |job| matches!(self.jobs.get(job).map(|job| &job.phase), Some(Phase::Running(_)));
-        assert!(self.orphans.iter().all(running));
-        for (id, node) in &self.nodes {
-            assert_eq!(self.boots.get(&node.boot), Some(id));
-            let mut leases = node.leases.clone();
-            for (i, device) in node.devices.iter().enumerate() {
-                match &device.slot {
-                    Slot::Leased(job) => drop(leases.insert(*job)),
-                    Slot::Helping(help) => {
-                        let command = help.awaited.as_ref().map(|(_, command)| (command.key, command.device));
-                        assert!(command.is_none_or(|command| command == (help.key, DeviceIndex(i as u32))));
-                    }
-                    Slot::Free | Slot::Stopping(_) => {}
-                }
-            }
-            for job in leases {
-                assert!(matches!(&self.jobs[&job].phase, Phase::Running(lease) if lease.node == *id));
-            }
-        }
-        assert_eq!(self.boots.len(), self.nodes.len());
-        assert!(self.loaded.is_empty());
-        assert!(self.is_settled(), "no device idles beside a job that could use it");
+        assert_eq!(queue.waiting, reasons, "those of single jobs add up to those of the queue");
     }
 }

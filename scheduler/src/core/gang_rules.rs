@@ -95,7 +95,7 @@ fn a_cancelled_gang_frees_its_devices_together() {
     let job = world.submit(1, 0, None);
     let key = world.start().key;
     let next = world.submit(2, 0, None);
-    world.event(Event::Cancel(job));
+    world.cancel(job);
     world.heartbeat("a", boot(1), &[key]);
     assert_eq!(world.state(next), JobState::Queued, "no device is free before the node has stopped");
     world.heartbeat("a", boot(1), &[]);

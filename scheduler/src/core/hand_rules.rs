@@ -114,7 +114,7 @@ fn devices_that_are_kept_for_a_clip_are_lent_only_where_there_is_no_other() {
     world.want_hands("a", A, key, 1, 2);
     assert_eq!((world.hands(), world.helpers()), ((vec![0], 1), vec![("c", 0)]));
     let short = world.submit(2, 0, Some("n"));
-    assert_eq!(world.reason(short), "needs 2 devices of one node at once; they are kept for it");
+    assert_eq!(world.reason(short), "needs 2 devices of one node at once; those of node c are kept for it");
     world.want_hands("a", A, key, 2, 18);
     assert_eq!((world.hands(), world.helpers()), ((vec![0], 0), vec![]));
     world.beat("a", A, vec![listed_on(key, &[])], &[]);
@@ -167,7 +167,7 @@ fn only_the_owner_of_the_lease_is_answered() {
     let (mut world, key) = world(1, 1);
     world.want_hands("b", B, key, 1, 18);
     assert!(world.sent.is_empty());
-    world.event(Event::Cancel(key.job));
+    world.cancel(key.job);
     world.want_hands("a", A, key, 1, 18);
     assert!(world.sent.is_empty());
 }
@@ -237,7 +237,7 @@ fn helpers_of_an_attempt_that_ended_are_dismissed_and_busy_until_they_have_stopp
         match end {
             0 => world.report("a", A, key, completed(key)),
             1 => world.report("a", A, key, failed(FailureKind::Device)),
-            2 => world.event(Event::Cancel(key.job)),
+            2 => world.cancel(key.job),
             _ => {
                 world.event(Event::SessionClosed(A));
                 for _ in 0..10 {
@@ -366,7 +366,7 @@ fn after_a_restart_helpers_go_on_and_more_can_be_asked() {
     world.want_hands("a", A, key, 2, 18);
     assert_eq!(world.hands(), (vec![0], 1));
     assert_eq!(world.helps()[0].1.model_hash, "hash-of-m");
-    world.event(Event::Cancel(key.job));
+    world.cancel(key.job);
     assert_eq!(world.dismissed().len(), 3);
 }
 

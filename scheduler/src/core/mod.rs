@@ -8,7 +8,7 @@
 //! | [`jobs`], [`batch`], [`class`] | the life of a job; what it comes after; jobs that are alike |
 //! | [`wishes`] | what users and operators ask for |
 //! | [`tenant`] | what a tenant has used and may use |
-//! | [`plan`], [`start`] | which queued job gets which free devices; its attempt |
+//! | [`plan`], [`lend`], [`start`] | whose turn it is; devices for one job; its attempt |
 //! | [`stock`], [`fit`], [`rates`] | nodes that are alike; which clips fit them; how long those take |
 //! | [`gang`], [`reserve`], [`preempt`] | how many devices a clip gets; nodes kept for gangs; who gives way |
 //! | [`register`] | who may join, and what becomes of attempts that outlived a session or a scheduler |
@@ -33,6 +33,7 @@ mod hands;
 mod health;
 mod help;
 mod jobs;
+mod lend;
 mod plan;
 mod preempt;
 mod rates;
@@ -54,8 +55,8 @@ mod gang_rules;
 #[cfg(test)]
 mod hand_rules;
 #[cfg(test)]
-mod honest;
-#[cfg(test)]
-mod random;
+mod life_rules;
 #[cfg(test)]
 mod rules;
+#[cfg(test)]
+mod share_rules;

@@ -6,21 +6,20 @@
 //! A job that needs more devices than any node has free has one kept for it ([`super::reserve`]).
 
 use std::cmp::{Ordering, Reverse};
-use std::collections::{BinaryHeap, HashMap, HashSet};
+use std::collections::{BinaryHeap, HashMap};
 use std::ops::Bound;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 
-use farm_core::id::{DeviceIndex, JobId, NodeId};
+use farm_core::id::NodeId;
 
 use super::class::{Class, ClassIx};
 use super::effects::Effects;
-use super::events::Time;
-use super::farm::{Bill, Farm, Job, Node, Phase, Pick, Slot};
-use super::fit::{Choice, Fit};
-use super::gang::{Grant, Load, grant};
-use super::reserve::Reservation;
-use super::stock::GroupIx;
+use super::farm::{Farm, Node, Slot};
+use super::fit::Fit;
+use super::lend::{Blocked, Round};
+use super::stock::Filed;
 use super::tenant::{Place, TenantIx};
 
 /// Jobs that start in one tick at most; the next tick goes on.
@@ -30,6 +29,8 @@ pub const MAX_PICKS: usize = 2048;
 const MAX_LEASES: usize = 4;
 /// An attempt without a prediction is charged so many seconds on each device until it ends.
 pub(super) const UNKNOWN_SECONDS: f64 = 60.0;
+/// The queue is looked at so often even if nothing has happened.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
 /// A job waits for shorter ones that come within so many times its own predicted time after it, and for no later ones.
 const STRETCH: f64 = 100.0;
 
@@ -109,31 +110,6 @@ impl PartialEq for Turn {
 
 impl Eq for Turn {}
 
-/// One pass over the queue.
-#[derive(Default)]
-struct Round {
-    fits: HashMap<ClassIx, Rc<Fit>>,
-    /// Nodes of each group by free devices when the pass began.
-    free_at_start: HashMap<GroupIx, Vec<usize>>,
-    /// Jobs that wait for each group's devices, and those that the pass has started on them.
-    waiting: HashMap<GroupIx, usize>,
-    started: HashMap<GroupIx, usize>,
-    /// Nothing more of these can start.
-    blocked: HashSet<ClassIx>,
-    /// The first job of each tenant that has found no device.
-    unlucky: Vec<(TenantIx, Head)>,
-}
-
-/// Why a job gets no devices in this pass.
-enum Blocked {
-    /// No more devices for its class.
-    Class,
-    /// Its tenant may have no more.
-    Quota,
-    /// It waits for a node that is kept for it, or for its own sake; others of its class may still start.
-    Job,
-}
-
 impl Farm {
     /// Picks jobs for the devices that are free and asks for their requests.
     pub(super) fn plan(&mut self, fx: &mut Effects) {
@@ -141,7 +117,10 @@ impl Farm {
             return;
         }
         self.refile_all();
-        if self.is_in_window() || !std::mem::take(&mut self.replan) || self.paused {
+        if self.now >= self.look_again {
+            self.replan = true;
+        }
+        if self.is_in_window() || self.paused || !std::mem::take(&mut self.replan) {
             return;
         }
         self.refresh_reservations();
@@ -175,7 +154,14 @@ impl Farm {
             self.replan = true;
         }
         fx.load.extend(self.picked.iter().copied());
+        // Patience ends, and quotas of device-seconds are by the hour.
+        self.look_again = self.now + LOOK_AGAIN;
         self.preempt(&round.unlucky, fx);
+    }
+
+    /// Something has happened since the last tick that may let a queued job start: the next one need not wait for its time.
+    pub fn wants_tick(&self) -> bool {
+        self.replan && !self.paused && !self.is_in_window()
     }
 
     fn round(&mut self) -> Round {
@@ -204,7 +190,7 @@ impl Farm {
         self.fits.borrow_mut().fit_anew(class, self.only_model().as_ref(), &self.stock, &self.rates)
     }
 
-    fn fit_in(&self, fits: &mut HashMap<ClassIx, Rc<Fit>>, ix: ClassIx) -> Rc<Fit> {
+    pub(super) fn fit_in(&self, fits: &mut HashMap<ClassIx, Rc<Fit>>, ix: ClassIx) -> Rc<Fit> {
         if let Some(fit) = fits.get(&ix) {
             return fit.clone();
         }
@@ -241,281 +227,6 @@ impl Farm {
         Some(Head { place: *place, class: of.class, due: of.due + (place.1 - of.place.1) as f64 })
     }
 
-    fn try_start(&mut self, round: &mut Round, tenant: TenantIx, head: &Head) -> Result<(), Blocked> {
-        if round.blocked.contains(&head.class) {
-            return Err(Blocked::Class);
-        }
-        let id = head.place.3;
-        let Some(job) = self.jobs.get(&id) else { return Err(Blocked::Job) };
-        let least = job.counts.least_devices.max(1) as usize;
-        let avoid = job.avoid.clone();
-        let fit = self.fit_in(&mut round.fits, head.class);
-        let Some(model) = fit.model.clone() else {
-            round.blocked.insert(head.class);
-            return Err(Blocked::Class);
-        };
-        let of_tenant = &self.tenants[tenant.0 as usize];
-        let most =
-            of_tenant.quota().devices.map_or(usize::MAX, |most| (most.saturating_sub(of_tenant.devices)) as usize);
-        // Not blocked for others: the quota is this tenant's.
-        if most == 0 || (fit.work > 0.0 && !of_tenant.may_use(fit.work, self.hour())) {
-            return Err(Blocked::Quota);
-        }
-        let class = self.classes.get(head.class).clone();
-        if let Some(reservation) = self.reservations.get(id).cloned() {
-            return self.start_reserved(round, head, &fit, &model, reservation, most);
-        }
-        let mut best: Option<(f64, NodeId, usize, usize)> = None;
-        let mut needed = usize::MAX;
-        for (i, choice) in fit.choices.iter().enumerate() {
-            let found = self.find(round, &fit, choice, &class, &model, (least, most), avoid.as_ref());
-            match found {
-                Ok((node, devices, warm)) => {
-                    let seconds = choice.seconds_on(devices).unwrap_or(f64::MAX);
-                    let score = seconds + if warm { 0.0 } else { choice.load };
-                    if best.as_ref().is_none_or(|(known, ..)| score < *known) {
-                        best = Some((score, node, devices, i));
-                    }
-                }
-                Err(Some(devices)) => needed = needed.min(devices),
-                Err(None) => {}
-            }
-        }
-        if let Some((_, node, devices, i)) = best {
-            self.pick(round, tenant, head, &node, devices, &fit, i, &model);
-            return Ok(());
-        }
-        if let Some((node, devices, i)) = self.backfill(&fit, &class, least, most) {
-            self.pick(round, tenant, head, &node, devices, &fit, i, &model);
-            return Ok(());
-        }
-        if needed != usize::MAX && needed <= most && !self.reservations.is_full() {
-            self.reserve(id, &fit, &class, needed);
-            return Err(Blocked::Job);
-        }
-        // Another of its class may want fewer devices, or another node.
-        if least > 1 || most != usize::MAX {
-            return Err(Blocked::Class);
-        }
-        round.blocked.insert(head.class);
-        Err(Blocked::Class)
-    }
-
-    /// The node of a group for a job, how many devices, and whether it is warm. Else how many devices it would need of one
-    /// node, if nothing but their number is amiss.
-    #[allow(clippy::too_many_arguments)] // all of one pass over a small table
-    fn find(
-        &self,
-        round: &Round,
-        fit: &Fit,
-        choice: &Choice,
-        class: &Class,
-        model: &Arc<str>,
-        (least, most): (usize, usize),
-        avoid: Option<&NodeId>,
-    ) -> Result<(NodeId, usize, bool), Option<usize>> {
-        let group = self.stock.group(choice.group);
-        let mut seconds = choice.sizes.base.clone();
-        // Sizes of which nothing sensible is predicted count as not predicted; relations are those of the rates.
-        seconds.iter_mut().take(least - 1).for_each(|seconds| *seconds = None);
-        let free_most = group.most_free().min(most);
-        if free_most == 0 {
-            let possible =
-                |k: &usize| !choice.sizes.rated || choice.sizes.base.get(*k - 1).copied().flatten().is_some();
-            return Err((least..=group.spec.devices).find(possible).filter(|k| *k > 1));
-        }
-        let load = |free_of: &dyn Fn(GroupIx) -> Vec<usize>, waiting: usize| {
-            let mut nodes = vec![0; free_most + 1];
-            for other in &fit.choices {
-                for (free, count) in free_of(other.group).into_iter().enumerate() {
-                    nodes[free.min(free_most)] += count;
-                }
-            }
-            Load { free: nodes, waiting }
-        };
-        let waiting = round.waiting.get(&choice.group).copied().unwrap_or(1).max(1);
-        let started = round.started.get(&choice.group).copied().unwrap_or(0);
-        let at_start = |ix: GroupIx| round.free_at_start.get(&ix).cloned().unwrap_or_default();
-        let start = load(&at_start, waiting + started);
-        let now = load(&|ix| self.stock.group(ix).free().to_vec(), waiting);
-        let granted = if choice.sizes.rated { grant(&start, &now, &seconds) } else { Grant::Devices(1) };
-        let devices = match granted {
-            Grant::Devices(devices) if devices >= least => devices,
-            // Nothing is predicted for so many: it is tried.
-            Grant::Devices(_) if least <= free_most => least,
-            Grant::Devices(_) => return Err(Some(least).filter(|least| *least <= group.spec.devices)),
-            Grant::Needs(devices) => return Err(Some(devices).filter(|devices| *devices <= group.spec.devices)),
-        };
-        let labelled = |id: &NodeId| has_labels(self.nodes.get(id), class);
-        // Fewer devices than granted, where the labels leave no node with so many.
-        for devices in (least..=devices).rev() {
-            let found = group.find(devices, model, |id| Some(id) != avoid && labelled(id));
-            if let Some((node, warm)) = found.or_else(|| group.find(devices, model, labelled)) {
-                return Ok((node.clone(), devices, warm));
-            }
-            if class.require.is_empty() {
-                break;
-            }
-        }
-        Err(None)
-    }
-
-    /// A node that is kept for another job but has devices free, for a job that ends before they are needed.
-    fn backfill(&self, fit: &Fit, class: &Class, least: usize, most: usize) -> Option<(NodeId, usize, usize)> {
-        for (_, reservation) in self.reservations.iter() {
-            let Some(node) =
-                self.nodes.get(&reservation.node).filter(|node| self.starts_clips(&reservation.node, node))
-            else {
-                continue;
-            };
-            let free = node.free_devices().count();
-            let (Some(at), Some(i)) =
-                (reservation.at, fit.choices.iter().position(|choice| choice.group == node.group))
-            else {
-                continue;
-            };
-            let choice = &fit.choices[i];
-            let size = (least..=free.min(most)).find(|k| choice.seconds_on(*k).is_some());
-            if let Some(size) = size.filter(|_| has_labels(Some(node), class))
-                && let Some(seconds) = choice.seconds_on(size)
-                && self.clock() + seconds + choice.load <= at.0.as_secs_f64()
-            {
-                return Some((reservation.node.clone(), size, i));
-            }
-        }
-        None
-    }
-
-    /// The node that is kept for the job, if it has enough devices free now.
-    fn start_reserved(
-        &mut self,
-        round: &mut Round,
-        head: &Head,
-        fit: &Fit,
-        model: &Arc<str>,
-        reservation: Reservation,
-        most: usize,
-    ) -> Result<(), Blocked> {
-        let Reservation { node: id, devices, .. } = reservation;
-        let ready = self.nodes.get(&id).filter(|node| self.starts_clips(&id, node));
-        let ready = ready.filter(|node| node.free_devices().count() >= devices && devices <= most);
-        let choice = ready.and_then(|node| fit.choices.iter().position(|choice| choice.group == node.group));
-        let Some(i) = choice else { return Err(Blocked::Job) };
-        let Some(tenant) = self.jobs.get(&head.place.3).map(|job| job.tenant) else { return Err(Blocked::Job) };
-        self.pick(round, tenant, head, &id, devices, fit, i, model);
-        Ok(())
-    }
-
-    /// Keeps the node for the job that is expected to have enough devices free first.
-    fn reserve(&mut self, id: JobId, fit: &Fit, class: &Class, devices: usize) {
-        let mut best: Option<(Option<Time>, NodeId)> = None;
-        for choice in &fit.choices {
-            let group = self.stock.group(choice.group);
-            if group.spec.devices < devices {
-                continue;
-            }
-            for node_id in &group.nodes {
-                let Some(node) = self.nodes.get(node_id) else { continue };
-                let taken = self.reservations.holder(node_id).is_some();
-                if taken || !self.is_open(node_id, node) || !has_labels(Some(node), class) {
-                    continue;
-                }
-                let at = self.free_at(node, devices);
-                // Unknown is later than any time.
-                let key = |at: Option<Time>| at.unwrap_or(Time(std::time::Duration::MAX));
-                if best.as_ref().is_none_or(|(known, _)| key(at) < key(*known)) {
-                    best = Some((at, node_id.clone()));
-                }
-            }
-        }
-        let Some((at, node)) = best else { return };
-        self.reservations.keep(id, Reservation { node: node.clone(), devices, at });
-        self.refile(&node);
-    }
-
-    fn refresh_reservations(&mut self) {
-        let kept: Vec<(JobId, NodeId, usize)> =
-            self.reservations.iter().map(|(job, kept)| (job, kept.node.clone(), kept.devices)).collect();
-        for (job, id, devices) in kept {
-            match self.nodes.get(&id).filter(|node| self.is_open(&id, node)) {
-                Some(node) => {
-                    let at = self.free_at(node, devices);
-                    self.reservations.expect(job, at);
-                }
-                None => self.reservations.drop_job(job),
-            }
-        }
-    }
-
-    /// When the node is expected to have so many devices free.
-    fn free_at(&self, node: &Node, devices: usize) -> Option<Time> {
-        let mut times = Vec::new();
-        for device in &node.devices {
-            times.push(match &device.slot {
-                Slot::Free => Some(self.now),
-                Slot::Leased(job) => self.expected_end(*job),
-                Slot::Helping(_) | Slot::Stopping(_) => None,
-            });
-        }
-        // Unknown ones last.
-        times.sort_by_key(|at| at.map_or((1, Time::default()), |at| (0, at)));
-        times.get(devices.checked_sub(1)?).copied().flatten()
-    }
-
-    /// When a running job is expected to end.
-    pub(super) fn expected_end(&self, id: JobId) -> Option<Time> {
-        let Job { phase: Phase::Running(lease), .. } = self.jobs.get(&id)? else { return None };
-        if let Some(left) = lease.progress.and_then(|progress| progress.eta_seconds).filter(|left| left.is_finite()) {
-            return Some(lease.moved.max(self.now) + std::time::Duration::from_secs_f32(left.clamp(0.0, 1e7)));
-        }
-        let total = std::time::Duration::try_from_secs_f64(lease.bill.expected?).ok()?;
-        Some((lease.bill.since + total.saturating_sub(lease.bill.before)).max(self.now))
-    }
-
-    #[allow(clippy::too_many_arguments)] // what was decided, all of it
-    fn pick(
-        &mut self,
-        round: &mut Round,
-        tenant: TenantIx,
-        head: &Head,
-        node_id: &NodeId,
-        count: usize,
-        fit: &Fit,
-        choice: usize,
-        model: &Arc<str>,
-    ) {
-        let (id, choice) = (head.place.3, &fit.choices[choice]);
-        self.unqueue(id);
-        let Some(node) = self.nodes.get_mut(node_id) else { return };
-        let devices: Vec<DeviceIndex> = node.free_devices().take(count).collect();
-        for device in &devices {
-            node.devices[device.0 as usize].slot = Slot::Leased(id);
-        }
-        node.leases.insert(id);
-        let base = choice.sizes.base.get(count - 1).copied().flatten().filter(|base| base.is_finite()).unwrap_or(0.0);
-        let expected = choice.seconds_on(count);
-        let topology = choice.sizes.topology(count);
-        let charged = expected.unwrap_or(UNKNOWN_SECONDS) * count as f64;
-        let bill = Bill { size: count, since: self.now, base, expected, charged, ..Bill::default() };
-        let pick = Pick { node: node_id.clone(), devices, topology, model: model.clone(), bill };
-        let at = self.clock();
-        let of_tenant = &mut self.tenants[tenant.0 as usize];
-        of_tenant.devices += count as u32;
-        of_tenant.running += 1;
-        of_tenant.usage.begin(charged, at);
-        let Some(job) = self.jobs.get_mut(&id) else { return };
-        job.phase = Phase::Picked(Box::new(pick));
-        self.picked.push(id);
-        self.reservations.drop_job(id);
-        for other in &fit.choices {
-            if let Some(waiting) = round.waiting.get_mut(&other.group) {
-                *waiting = waiting.saturating_sub(1);
-            }
-            *round.started.entry(other.group).or_default() += 1;
-        }
-        self.refile(node_id);
-    }
-
     /// The name of the only model that clips are rendered with, if there is exactly one.
     pub(super) fn only_model(&self) -> Option<Arc<str>> {
         let mut names = self.models.iter().filter(|(_, known)| known.renderers > 0).map(|(name, _)| name);
@@ -535,7 +246,7 @@ impl Farm {
     }
 
     /// As [`Self::is_open`], and it takes on another attempt.
-    fn starts_clips(&self, id: &NodeId, node: &Node) -> bool {
+    pub(super) fn starts_clips(&self, id: &NodeId, node: &Node) -> bool {
         self.is_open(id, node) && node.leases.len() < MAX_LEASES * node.devices.len()
     }
 
@@ -567,7 +278,7 @@ impl Farm {
     }
 
     /// Files a node anew after something of it has changed.
-    fn refile(&mut self, id: &NodeId) {
+    pub(super) fn refile(&mut self, id: &NodeId) {
         let Some(node) = self.nodes.get(id) else { return };
         let new = self.file_of(id, node);
         if let Some(node) = self.nodes.get_mut(id) {
@@ -575,7 +286,7 @@ impl Farm {
         }
     }
 
-    fn file_of(&self, id: &NodeId, node: &Node) -> Option<super::stock::Filed> {
+    fn file_of(&self, id: &NodeId, node: &Node) -> Option<Filed> {
         let free = node.devices.iter().filter(|device| device.slot == Slot::Free).count();
         let open = free > 0 && self.reservations.holder(id).is_none() && self.starts_clips(id, node);
         open.then(|| (node.warm.clone(), free))

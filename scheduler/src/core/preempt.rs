@@ -1,7 +1,7 @@
 //! Which running attempt is handed back for a job that waits: the rule, as a function.
 //!
 //! A job of higher priority takes the devices of one of lower priority of its own tenant. A tenant that has no device at
-//! all takes them from one that has more than its part of the farm. Nothing is taken that ends soon anyway, that decodes
+//! all takes them from one that has more than its part of the farm; a gang of it may go on with fewer. Nothing is taken that ends soon anyway, that decodes
 //! already, or that was handed back often before: its latent is kept, so what is lost is at most a step and a start.
 
 use std::time::Duration;
@@ -60,7 +60,7 @@ pub fn victim(waiter: &Waiter, runners: &[Runner]) -> Option<usize> {
         let by_share = !runner.same_tenant
             && waiter.has == 0
             && waiter.waited_ms >= PATIENCE_MS
-            && runner.surplus >= runner.devices as f64;
+            && (runner.surplus >= runner.devices as f64 || runner.devices > 1 && runner.surplus > 0.0);
         let worth_it = runner.left.is_none_or(|left| left > SOON);
         (by_priority || by_share) && worth_it && runner.denoises && runner.preemptions < MAX_PREEMPTIONS
     };

@@ -64,27 +64,43 @@ impl Group {
         self.free.iter().rposition(|nodes| *nodes > 0).unwrap_or(0)
     }
 
-    /// A node with at least `devices` free: one that has just run the model, if there is one, then one that has run none.
-    /// `legal` may turn nodes down.
-    pub fn find(&self, devices: usize, model: &str, legal: impl Fn(&NodeId) -> bool) -> Option<(&NodeId, bool)> {
-        let found = |warm: &Option<Arc<str>>| -> Option<&NodeId> {
-            let by_free = self.warm.get(warm)?;
+    /// A node with at least `devices` free. Where clips are better spread, one with most of them; then one that has just
+    /// run the model; then one that has run none. `legal` may turn nodes down.
+    pub fn find<'a>(&'a self, devices: usize, model: &str, legal: impl Fn(&NodeId) -> bool) -> Option<Found<'a>> {
+        let spreads = self.spec.spreads();
+        let found = |(warm, by_free): (&Option<Arc<str>>, &'a ByFree)| -> Option<Found<'a>> {
+            let warm = warm.as_deref() == Some(model);
+            let of = |(free, nodes): (&usize, &'a BTreeSet<NodeId>)| {
+                nodes.iter().find(|id| legal(id)).map(|node| Found { node, free: *free, warm })
+            };
             let mut enough = by_free.range(devices..);
-            if self.spec.spreads() {
-                enough.rev().find_map(|(_, nodes)| nodes.iter().find(|id| legal(id)))
-            } else {
-                enough.find_map(|(_, nodes)| nodes.iter().find(|id| legal(id)))
-            }
+            if spreads { enough.rev().find_map(of) } else { enough.find_map(of) }
         };
-        let key = self.warm.keys().find(|warm| warm.as_deref() == Some(model));
-        if let Some(id) = key.and_then(&found) {
-            return Some((id, true));
+        let own = self.warm.iter().filter(|(warm, _)| warm.as_deref() == Some(model)).find_map(found);
+        if own.is_some() && !spreads {
+            return own;
         }
-        let mut others = self.warm.keys().filter(|warm| warm.as_deref() != Some(model));
-        others.find_map(found).map(|id| (id, false))
+        let mut others = self.warm.iter().filter(|(warm, _)| warm.as_deref() != Some(model)).filter_map(found);
+        let other = if spreads {
+            others.reduce(|best, next| if next.free > best.free { next } else { best })
+        } else {
+            others.next()
+        };
+        match (own, other) {
+            (Some(own), Some(other)) => Some(if other.free > own.free { other } else { own }),
+            (own, other) => own.or(other),
+        }
     }
 }
 
+/// A node for a gang.
+#[derive(Clone, Copy, Debug)]
+pub struct Found<'a> {
+    pub node: &'a NodeId,
+    pub free: usize,
+    /// It has just run the model.
+    pub warm: bool,
+}
 /// All groups.
 #[derive(Debug, Default)]
 pub struct Stock {
