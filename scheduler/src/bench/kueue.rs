@@ -1,18 +1,19 @@
 //! The shape of Kueue's published baseline: 30 queues, each with 350 small, 100 medium and 50 large workloads that come at
 //! fixed intervals and need 1, 5 and 20 units for 0.2, 0.5 and 1 s.
 //!
-//! Here a queue is a tenant with a share of 1, a unit is a device, and a queue's 20 units are a node of 20 devices. The
-//! clips' sizes are such that by memory they fit on at least 1, 5 and 20 devices, and links are so slow that no clip gains
-//! by more. Harder than Kueue's: a workload's units are of one node. Easier: no API server, no pods, and predictions.
+//! Here a queue is a tenant with a share of 1, a unit is a device, and a queue's 20 units are a node of 20 devices, which
+//! all tenants may use, as queues of a cohort borrow. The nodes say no rates of their devices, so a clip gets the least
+//! number that it can do with: the clips are like such that have run out of memory on fewer. How long they take the farm
+//! learns as it goes. Harder than Kueue's: a workload's units are of one node. Easier: no API server and no pods.
 
 use std::time::Duration;
 
-use anyhow::{Context, bail};
-use farm_core::parallel::cost::{ClipShape, DeviceRates, LinkRates, ModelShape, Site, predict};
+use anyhow::bail;
+use farm_core::parallel::cost::ModelShape;
 
 use super::report::{Limit, Report, mean, sorted};
 use super::world::{Item, Kind, NEVER, PROMPT, Rules, World, model, registration, request};
-use crate::core::events::{Ask, Saved};
+use crate::core::events::Saved;
 
 const QUEUES: usize = 30;
 const UNITS: usize = 20;
@@ -73,17 +74,17 @@ pub struct Args {
 pub fn run(args: &Args) -> anyhow::Result<Report> {
     let rules = Rules { tick: Duration::from_millis(args.tick), eager: !args.lazy, ..Rules::default() };
     let mut world = World::new(rules, QUEUES, Saved::default());
-    let shape = ModelShape { layers: 2, ..ModelShape::mochi1() };
-    let site = site();
+    let models = [model("model-0", &ModelShape::mochi1())];
     for _ in 0..QUEUES {
-        world.join(registration(UNITS, "unit", Some(&site), &[model("model-0", &shape)]));
+        world.join(registration(UNITS, "unit", None, &models));
     }
     let mut arrivals = Vec::new();
     for (n, size) in SIZES.iter().enumerate() {
         let mut request = request(PROMPT);
-        (request.width, request.height, request.num_inference_steps) = (Some(256), Some(256), Some(1));
-        request.num_frames = Some(frames(&shape, &site, Ask::of(&request), size.units)?);
-        let kind = world.kind(Kind::new(request, Some("model-0".to_owned())));
+        // Kinds of clips are told apart by what is asked for.
+        request.num_inference_steps = Some(size.units as u32);
+        let kind = Kind { least_devices: size.units as u32, ..Kind::new(request, Some("model-0".to_owned())) };
+        let kind = world.kind(kind);
         for i in 0..size.count {
             let at = if args.at_once { Duration::ZERO } else { size.every * i as u32 };
             for queue in 0..QUEUES {
@@ -124,43 +125,4 @@ pub fn run(args: &Args) -> anyhow::Result<Report> {
     report.goal("until the last has ended", end, "s", Limit::AtMost(75.0));
     report.goal("use of the units", 100.0 * used, "%", Limit::AtLeast(90.0));
     Ok(report)
-}
-
-/// Units with little memory and slow links.
-fn site() -> Site {
-    let device = DeviceRates {
-        linear: 1e14,
-        attention: 1e14,
-        memory: 3e9,
-        bandwidth: 1e12,
-        value_bytes: 2,
-        shared_weights: false,
-    };
-    Site::one_host(device, LinkRates { bandwidth: 1e6, latency: 1e-2 })
-}
-
-/// The longest clip that fits on `units` devices; it must not fit on fewer, nor be faster on more.
-fn frames(shape: &ModelShape, site: &Site, ask: Ask, units: usize) -> anyhow::Result<u32> {
-    let clip = |frames: u32| {
-        let text = ask.text.map(|tokens| tokens as usize);
-        ClipShape::new(256, 256, frames, 1, text).context("no such clip")
-    };
-    let mut found = None;
-    for k in 0..1000 {
-        let frames = 6 * k + 1;
-        let clip = clip(frames)?;
-        let least = (1..=UNITS).find(|devices| predict(shape, &clip, site, *devices).is_some());
-        match least {
-            Some(least) if least == units => found = Some(frames),
-            Some(least) if least < units => {}
-            _ => break,
-        }
-    }
-    let found = found.with_context(|| format!("no clip fits on {units} devices and no fewer"))?;
-    let seconds = |devices| predict(shape, &clip(found).ok()?, site, devices).map(|best| best.seconds);
-    let alone = seconds(units).context("it fits")?;
-    if let Some(more) = (units + 1..=UNITS).find(|more| seconds(*more).is_some_and(|seconds| seconds < alone)) {
-        bail!("a clip for {units} devices is faster on {more}");
-    }
-    Ok(found)
 }

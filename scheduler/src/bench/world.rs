@@ -277,13 +277,6 @@ impl World {
         self.obey(effects);
     }
 
-    /// Goes on until `end`, tick by tick.
-    pub fn run_until(&mut self, end: Time) {
-        while self.next_tick <= end {
-            self.run_tick();
-        }
-    }
-
     /// All that nodes do until the next tick, and the tick.
     pub fn run_tick(&mut self) {
         let at = self.next_tick;
@@ -302,7 +295,11 @@ impl World {
                     if self.rules.eager {
                         self.now = due.at;
                         self.feed(&mut reports, |costs| &mut costs.reports);
-                        self.tick();
+                        // What ends at one moment is planned for at once.
+                        let more = self.due.peek().is_some_and(|Reverse(due)| due.at == self.now);
+                        if !more && self.farm.wants_tick() {
+                            self.tick();
+                        }
                     }
                 }
             }
