@@ -1,11 +1,15 @@
 //! The command line.
 
-use std::num::NonZeroU32;
+mod farm;
+mod jobs;
+
 use std::path::PathBuf;
 
 use clap::{Args as ClapArgs, Parser, Subcommand};
-use farm_core::job::state::JobState;
-use farm_core::tiles::plan::Tiling;
+use clap_complete::Shell;
+
+pub use self::farm::{Audit, Drain, Gc, Limit, Quota, Undrain, Up, Usage};
+pub use self::jobs::{Fetch, Jobs, List, One, OneJob, Scope, Several, Submit, Watch};
 
 pub const DEFAULT_ADDRESS: &str = "127.0.0.1:7070";
 
@@ -24,7 +28,8 @@ pub struct Args {
 
 #[derive(Debug, ClapArgs)]
 pub struct FarmArgs {
-    /// The scheduler's address: HOST:PORT or a http URL.
+    /// The scheduler's address: HOST:PORT or a http URL. Several of one farm, separated by commas: the one that leads
+    /// is found.
     #[arg(long, global = true, value_name = "ADDR", env = "FARM_SCHEDULER", default_value = DEFAULT_ADDRESS)]
     pub scheduler: String,
     /// File that holds the farm's shared secret.
@@ -36,37 +41,75 @@ pub struct FarmArgs {
 pub enum Command {
     /// Run a whole farm on this machine, in the foreground, until Ctrl-C.
     Up(Up),
-    /// Queue the prompts of a file, one JSON object a line.
+    /// Queue the prompts of a file, one JSON object a line. The file's jobs are a batch.
     Submit(Submit),
     /// List jobs, oldest first.
     List(List),
-    /// Show all that is known of one job.
-    Show(OneJob),
-    /// Follow a job, or all running ones, until nothing is left to do.
+    /// List batches, newest first.
+    Batches(Output),
+    /// Show all that is known of a job, or how a batch stands.
+    Show(One),
+    /// Say why a job waits, what would change that, and when its clip is expected.
+    Why(OneJob),
+    /// Follow a job or a batch, or all running jobs, until nothing is left to do.
     Watch(Watch),
     /// Print a job's log.
     Logs(OneJob),
-    /// Cancel jobs.
-    Cancel(Jobs),
+    /// Cancel jobs, or all jobs of batches.
+    Cancel(Several),
     /// Queue failed or cancelled jobs again.
     Retry(Jobs),
+    /// Start nothing more of jobs, batches, a tenant or the whole farm. What runs is handed back at its next step.
+    Pause(Scope),
+    /// End a pause.
+    Resume(Scope),
     /// Copy finished clips to a folder.
     Fetch(Fetch),
+    /// Show the farm as it works, in a terminal: nodes, devices, jobs, reasons to wait, tenants.
+    Top(Output),
     /// List the farm's nodes and what their devices do.
     Nodes(Output),
+    /// Start nothing more on a node. What it runs goes on elsewhere.
+    Drain(Drain),
+    /// Let a node work again, after a drain or in a quarantine.
+    Undrain(Undrain),
+    /// List tenants, what they have and what they may have.
+    Tenants(Output),
+    /// Show a tenant's share and limits, or set those that are given.
+    Quota(Quota),
+    /// Sum up what ended attempts used, and what it cost.
+    Usage(Usage),
+    /// Print who did what, oldest first.
+    Audit(Audit),
+    /// Remove what the farm's rules of retention no longer keep.
+    Gc(Gc),
+    /// Print a completion script for a shell.
+    Completions {
+        /// The shell.
+        shell: Shell,
+    },
 }
 
 impl Command {
     pub fn wants_json(&self) -> bool {
         let output = match self {
-            Self::Up(_) => return false,
+            Self::Up(_) | Self::Completions { .. } => return false,
             Self::Submit(args) => &args.output,
             Self::List(args) => &args.output,
-            Self::Show(args) | Self::Logs(args) => &args.output,
+            Self::Show(args) => &args.output,
+            Self::Why(args) | Self::Logs(args) => &args.output,
             Self::Watch(args) => &args.output,
-            Self::Cancel(args) | Self::Retry(args) => &args.output,
+            Self::Cancel(args) => &args.output,
+            Self::Retry(args) => &args.output,
+            Self::Pause(args) | Self::Resume(args) => &args.output,
             Self::Fetch(args) => &args.output,
-            Self::Nodes(output) => output,
+            Self::Drain(args) => &args.output,
+            Self::Undrain(args) => &args.output,
+            Self::Quota(args) => &args.output,
+            Self::Usage(args) => &args.output,
+            Self::Audit(args) => &args.output,
+            Self::Gc(args) => &args.output,
+            Self::Batches(output) | Self::Top(output) | Self::Nodes(output) | Self::Tenants(output) => output,
         };
         output.json
     }
@@ -79,112 +122,16 @@ pub struct Output {
     pub json: bool,
 }
 
-#[derive(Debug, ClapArgs)]
-pub struct Up {
-    /// Number of node processes.
-    #[arg(long, value_name = "N", default_value = "1")]
-    pub nodes: NonZeroU32,
-    /// Devices of each node.
-    #[arg(long, value_name = "cpu:K", default_value = "cpu:1")]
-    pub devices: String,
-    /// Steps between two checkpoints of a latent; 0 for none. Left out: the nodes' own default.
-    #[arg(long, value_name = "K")]
-    pub checkpoint_steps: Option<u32>,
-    /// How clips are decoded: auto, whole, exact, or tiles of HxW latent pixels. Left out: the scheduler's own default.
-    #[arg(long, value_name = "TILING")]
-    pub tiles: Option<Tiling>,
-    /// Model folder; its name is the model's name. Left out: assets/mochi-tiny, if it is there.
-    #[arg(long, value_name = "DIR")]
-    pub model: Option<PathBuf>,
-    /// Where clips go: file:///DIR or s3://BUCKET/PREFIX. Left out: the folder `store` in the data folder.
-    #[arg(long, value_name = "URL")]
-    pub store: Option<String>,
-    /// Folder for the queue.
-    #[arg(long, value_name = "DIR", default_value = "farm-data")]
-    pub data: PathBuf,
-    /// Address of the scheduler; port 0 takes a free one.
-    #[arg(long, value_name = "ADDR", default_value = DEFAULT_ADDRESS)]
-    pub listen: String,
-}
-
-#[derive(Debug, ClapArgs)]
-pub struct Submit {
-    /// The prompt file; - reads standard input.
-    #[arg(value_name = "FILE.jsonl|-")]
-    pub file: PathBuf,
-    /// Model for lines that name none.
-    #[arg(long, value_name = "NAME")]
-    pub model: Option<String>,
-    /// Priority of lines that name none; higher goes first.
-    #[arg(long, value_name = "P", allow_negative_numbers = true)]
-    pub priority: Option<i32>,
-    /// Stay until every clip is finished and show progress.
-    #[arg(long)]
-    pub wait: bool,
-    /// Fetch every clip to this folder as it finishes; implies --wait.
-    #[arg(long, value_name = "DIR")]
-    pub out: Option<PathBuf>,
-    /// Queue the good lines of a file that has bad ones.
-    #[arg(long)]
-    pub skip_invalid: bool,
-    /// Make new jobs even for lines that were submitted before.
-    #[arg(long)]
-    pub again: bool,
-    #[command(flatten)]
-    pub output: Output,
-}
-
-#[derive(Debug, ClapArgs)]
-pub struct List {
-    /// Only jobs in this state: queued, running, done, failed or cancelled.
-    #[arg(long, value_name = "STATE")]
-    pub state: Option<JobState>,
-    #[command(flatten)]
-    pub output: Output,
-}
-
-#[derive(Debug, ClapArgs)]
-pub struct OneJob {
-    /// A job id, or a unique ending of at least 4 digits.
-    pub id: String,
-    #[command(flatten)]
-    pub output: Output,
-}
-
-#[derive(Debug, ClapArgs)]
-pub struct Watch {
-    /// A job id, or a unique ending; all running jobs if left out.
-    pub id: Option<String>,
-    #[command(flatten)]
-    pub output: Output,
-}
-
-#[derive(Debug, ClapArgs)]
-pub struct Jobs {
-    /// Job ids, or unique endings of at least 4 digits.
-    #[arg(required = true, value_name = "ID")]
-    pub ids: Vec<String>,
-    #[command(flatten)]
-    pub output: Output,
-}
-
-#[derive(Debug, ClapArgs)]
-pub struct Fetch {
-    /// Job ids, or unique endings of at least 4 digits.
-    #[arg(required = true, value_name = "ID")]
-    pub ids: Vec<String>,
-    /// Folder for the clips.
-    #[arg(long, value_name = "DIR")]
-    pub out: PathBuf,
-    #[command(flatten)]
-    pub output: Output,
-}
-
 #[cfg(test)]
 mod tests {
     use clap::CommandFactory;
 
     use super::*;
+
+    fn parse(line: &str) -> Result<Command, String> {
+        let args = Args::try_parse_from(line.split(' ')).map_err(|error| error.to_string())?;
+        Ok(args.command)
+    }
 
     #[test]
     fn the_command_line_is_consistent() {
@@ -192,8 +139,29 @@ mod tests {
     }
 
     #[test]
-    fn a_priority_may_be_negative() {
-        let args = Args::try_parse_from(["farmctl", "submit", "-", "--priority", "-3"]).unwrap();
-        assert!(matches!(args.command, Command::Submit(Submit { priority: Some(-3), .. })));
+    fn a_priority_is_checked_before_anything_is_sent() {
+        let Ok(Command::Submit(submit)) = parse("farmctl submit - --priority 1000") else { panic!() };
+        assert_eq!(submit.priority, Some(1000));
+        for bad in ["-3", "1001", "high"] {
+            let error = parse(&format!("farmctl submit - --priority {bad}")).unwrap_err();
+            assert!(error.contains(&format!("invalid value '{bad}' for '--priority <P>'")), "{error}");
+        }
+        assert!(parse("farmctl submit - --priority -3").unwrap_err().contains("-3 is not in 0..=1000"));
+    }
+
+    #[test]
+    fn a_tenant_is_checked_before_anything_is_sent() {
+        let error = parse("farmctl submit - --tenant Films").unwrap_err();
+        assert!(error.contains("is not 1..=64 of a-z"), "{error}");
+    }
+
+    #[test]
+    fn a_pause_has_one_scope() {
+        for good in ["pause 5a0c31f2 5a0c31f3", "resume --tenant films", "pause --all"] {
+            parse(&format!("farmctl {good}")).unwrap();
+        }
+        for bad in ["pause", "pause 5a0c31f2 --all", "resume --tenant films --all"] {
+            assert!(parse(&format!("farmctl {bad}")).is_err(), "{bad}");
+        }
     }
 }

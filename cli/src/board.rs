@@ -2,7 +2,7 @@
 //!
 //! Results go to standard output, everything that only says how it goes to standard error.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::io::{self, IsTerminal};
 use std::path::Path;
 use std::time::Duration;
@@ -98,12 +98,12 @@ impl Board {
         Ok(())
     }
 
-    /// How many jobs are in which state, and why nothing runs if that is so.
-    pub fn totals(&mut self, jobs: &BTreeMap<JobState, u64>, waiting: Option<&str>) {
+    /// How it stands with all jobs, and why nothing runs if that is so.
+    pub fn totals(&mut self, summary: &str, waiting: Option<&str>) {
         let waiting = waiting.map(clean);
         match &mut self.0 {
             Mode::Bars { total, .. } => {
-                let mut text = counts(jobs);
+                let mut text = clean(summary).into_owned();
                 if let Some(waiting) = waiting {
                     text += &format!(" — {waiting}");
                 }
@@ -176,15 +176,6 @@ fn describe(job: &JobView) -> String {
     [Some(progress), node].into_iter().flatten().collect::<Vec<_>>().join(", ")
 }
 
-fn counts(jobs: &BTreeMap<JobState, u64>) -> String {
-    let parts: Vec<_> = jobs
-        .iter()
-        .filter(|(_, count)| **count > 0)
-        .map(|(state, count)| format!("{count} {}", state.as_str()))
-        .collect();
-    parts.join(", ")
-}
-
 fn printable(path: &Path) -> String {
     clean(&path.to_string_lossy()).into_owned()
 }
@@ -198,11 +189,5 @@ mod tests {
         for template in ["{spinner} {msg}", "  {prefix:24!} [{bar:24}] {msg}"] {
             ProgressStyle::with_template(template).unwrap();
         }
-    }
-
-    #[test]
-    fn only_states_that_occur_are_counted() {
-        let jobs = BTreeMap::from([(JobState::Queued, 3), (JobState::Running, 0), (JobState::Done, 1)]);
-        assert_eq!(counts(&jobs), "3 queued, 1 done");
     }
 }

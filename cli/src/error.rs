@@ -32,12 +32,13 @@ impl From<Status> for ExitCode {
 
 #[derive(Debug, thiserror::Error, Diagnostic)]
 pub enum Error {
-    #[error("no scheduler answers at {address} ({cause})")]
+    /// All addresses, each with what came of it.
+    #[error("no scheduler answers at {tried}")]
     #[diagnostic(help(
         "start a farm on this machine with `farmctl up`, or a scheduler alone with `farm-scheduler --listen ADDR \
          --data DIR --store URL`; a farm elsewhere is named by --scheduler ADDR or FARM_SCHEDULER"
     ))]
-    Unreachable { address: String, cause: String },
+    Unreachable { tried: String },
 
     #[error("what answers at {address} is not a farm scheduler of this version: {cause}")]
     #[diagnostic(help("check --scheduler, and that farmctl and farm-scheduler come from one build"))]

@@ -1,4 +1,5 @@
-//! Waits for jobs by asking again and again. A scheduler that restarts meanwhile is waited for.
+//! Waits for jobs by asking again and again. A scheduler that restarts meanwhile, or hands over to another, is waited
+//! for.
 
 use std::collections::{HashSet, VecDeque};
 use std::path::Path;
@@ -92,19 +93,20 @@ pub async fn submission(
     board: &mut Board,
     out: Option<&Path>,
 ) -> Result<Outcome, Error> {
+    let client = &client.impatient();
     let mut outcome = Outcome::default();
     let mut tracker = Tracker::default();
     let mut backlog = VecDeque::new();
     loop {
         let next_poll = Instant::now() + POLL;
-        let status = patiently(board, async || client.submission(submission).await).await?;
+        let batch = patiently(board, async || client.batch(&submission.to_string()).await).await?;
         let running = list(client, board, Some(submission), JobState::Running, SHOWN).await?;
         board.running(&running)?;
         let waiting = waiting_reason(client, board, Some(submission), &running).await?;
-        board.totals(&status.jobs, waiting.as_deref());
+        board.totals(&batch.summary, waiting.as_deref());
 
-        let total: u64 = status.jobs.values().sum();
-        let ended: u64 = status.jobs.iter().filter(|(state, _)| state.is_terminal()).map(|(_, count)| count).sum();
+        let total: u64 = batch.jobs.values().sum();
+        let ended: u64 = batch.jobs.iter().filter(|(state, _)| state.is_terminal()).map(|(_, count)| count).sum();
         if backlog.is_empty() && tracker.ended < ended {
             backlog.extend(tracker.scan(client, board, submission, ended).await?);
         }
@@ -126,6 +128,7 @@ pub async fn submission(
 
 /// Follows one job to its end.
 pub async fn job(client: &Client, id: JobId, board: &mut Board) -> Result<Outcome, Error> {
+    let client = &client.impatient();
     let mut outcome = Outcome::default();
     loop {
         let next_poll = Instant::now() + POLL;
@@ -133,7 +136,7 @@ pub async fn job(client: &Client, id: JobId, board: &mut Board) -> Result<Outcom
         let running = job.state == JobState::Running;
         board.running(if running { std::slice::from_ref(&job) } else { &[] })?;
         let waiting = if job.state == JobState::Queued { job.reason.as_deref() } else { None };
-        board.totals(&[(job.state, 1)].into(), waiting);
+        board.totals(&format!("1 {}", job.state.as_str()), waiting);
         if job.state.is_terminal() {
             outcome.settle(client, board, &job, None).await?;
             return Ok(outcome);
@@ -145,6 +148,7 @@ pub async fn job(client: &Client, id: JobId, board: &mut Board) -> Result<Outcom
 /// A live view of the whole farm, until nothing is queued or running. It shows the end of every job that it saw
 /// running.
 pub async fn farm(client: &Client, board: &mut Board) -> Result<Outcome, Error> {
+    let client = &client.impatient();
     let mut outcome = Outcome::default();
     let mut before: Vec<JobId> = Vec::new();
     loop {
@@ -153,7 +157,7 @@ pub async fn farm(client: &Client, board: &mut Board) -> Result<Outcome, Error> 
         let running = list(client, board, None, JobState::Running, SHOWN).await?;
         board.running(&running)?;
         let waiting = waiting_reason(client, board, None, &running).await?;
-        board.totals(&info.jobs, waiting.as_deref());
+        board.totals(&output::counts(&info.jobs), waiting.as_deref());
         for id in before.drain(..).filter(|id| !running.iter().any(|job| job.job == *id)) {
             let job = patiently(board, async || client.job(&id.to_string()).await).await?.view;
             if job.state.is_terminal() {
@@ -194,18 +198,20 @@ async fn waiting_reason(
     Ok(queued.into_iter().next().and_then(|job| job.reason))
 }
 
-/// Repeats a call while the scheduler is away, for [`PATIENCE`] at most.
 async fn patiently<T>(board: &Board, call: impl AsyncFn() -> Result<T, Error>) -> Result<T, Error> {
+    persist(|text| board.note(text), call).await
+}
+
+/// Repeats a call of an impatient client while the scheduler is away, for [`PATIENCE`] at most.
+pub async fn persist<T>(note: impl Fn(&str), call: impl AsyncFn() -> Result<T, Error>) -> Result<T, Error> {
     let mut deadline = None;
     loop {
         let error = match call().await {
             Err(error @ Error::Unreachable { .. }) => error,
-            // A scheduler that starts or stops says so in this way.
-            Err(error @ Error::Refused { status: 502..=504, .. }) => error,
             answer => return answer,
         };
         let deadline = *deadline.get_or_insert_with(|| {
-            board.note(&format!("{error}; trying for {} s", PATIENCE.as_secs()));
+            note(&format!("{error}; trying for {} s", PATIENCE.as_secs()));
             Instant::now() + PATIENCE
         });
         if Instant::now() >= deadline {
@@ -280,6 +286,7 @@ mod tests {
             prompt: String::new(),
             model: None,
             priority: 0,
+            tenant: Default::default(),
             submitted: jiff::Timestamp::UNIX_EPOCH,
             finished: None,
             attempt: AttemptNo(1),

@@ -1,7 +1,7 @@
 //! `farmctl`, the user's command line. Everything goes over the scheduler's HTTP API ([`farm_core::api`]); there is
 //! no second way in, and no tensor code here.
 //!
-//! Reading order: [`args`] → [`client`] → [`follow`] (waiting for jobs) → [`board`] (showing them) → [`command`].
+//! Reading order: [`args`] → [`client`] (which finds the scheduler that leads) → [`follow`] (waiting for jobs) → [`board`] (showing them) → [`command`].
 
 mod args;
 mod board;
@@ -10,6 +10,8 @@ mod command;
 mod error;
 mod follow;
 mod output;
+#[cfg(test)]
+mod pretended;
 
 use std::io::ErrorKind;
 use std::process::ExitCode;

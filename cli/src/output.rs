@@ -1,11 +1,12 @@
 //! What goes to the terminal. Text from the server is untrusted: it passes [`clean`] first.
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::io::{self, IsTerminal, Write};
 
 use comfy_table::{ContentArrangement, Table, presets};
-use farm_core::api::JobView;
-use farm_core::job::state::Progress;
+use farm_core::api::{BatchView, DeviceView, JobView};
+use farm_core::job::state::{JobState, Progress};
 use serde::Serialize;
 
 use crate::error::Error;
@@ -47,6 +48,20 @@ pub fn name(job: &JobView) -> String {
     }
 }
 
+/// `batch 5a0c31f2  7 of 12 done, 4 running, 1 queued, about 40 s left`
+pub fn batch(batch: &BatchView) -> String {
+    format!("batch     {}  {}", batch.submission.short(), clean(&batch.summary))
+}
+
+/// What a device works for.
+pub fn device_job(device: &DeviceView) -> String {
+    match device.job {
+        Some(job) if device.helps => format!("helps {}", job.short()),
+        Some(job) => job.short(),
+        None => "idle".to_owned(),
+    }
+}
+
 /// `denoise 12/24, about 3 s left`
 pub fn progress(progress: &Progress) -> String {
     let mut text = progress.stage.as_str().to_owned();
@@ -71,6 +86,16 @@ pub fn duration(seconds: f32) -> String {
 
 pub fn plural(count: u64, one: &str) -> String {
     if count == 1 { format!("1 {one}") } else { format!("{count} {one}s") }
+}
+
+/// `3 queued, 1 done`: states that occur.
+pub fn counts(jobs: &BTreeMap<JobState, u64>) -> String {
+    let parts: Vec<_> = jobs
+        .iter()
+        .filter(|(_, count)| **count > 0)
+        .map(|(state, count)| format!("{count} {}", state.as_str()))
+        .collect();
+    parts.join(", ")
 }
 
 /// A plain table, as wide as the terminal or, in a pipe, as its text.
@@ -111,5 +136,11 @@ mod tests {
     fn long_text_is_cut_by_characters() {
         assert_eq!(cut("äöü", 3), "äöü");
         assert_eq!(cut("äöüx", 3), "äö…");
+    }
+
+    #[test]
+    fn only_states_that_occur_are_counted() {
+        let jobs = BTreeMap::from([(JobState::Queued, 3), (JobState::Running, 0), (JobState::Done, 1)]);
+        assert_eq!(counts(&jobs), "3 queued, 1 done");
     }
 }

@@ -6,7 +6,7 @@
 //! | `POST /v1/submissions` | [`OpenSubmission`] → [`SubmissionOpened`] |
 //! | `PUT /v1/submissions/{id}/pages/{n}` | raw bytes of the file from `n · PAGE_BYTES` on, at most [`PAGE_BYTES`]; idempotent → 204 |
 //! | `POST /v1/submissions/{id}/commit` | [`CommitSubmission`] → [`SubmissionReply`]; 422 with [`ApiError`] and `lines` if refused |
-//! | `GET /v1/submissions/{id}` | → [`BatchView`] |
+//! | `GET /v1/submissions/{id}` | a full id or a unique ending of one, at least 4 characters → [`BatchView`] |
 //! | `GET /v1/jobs?state=&submission=&after=&limit=` | → [`JobPage`], oldest first |
 //! | `GET /v1/jobs/{job}` | a full id or a unique ending of one, at least 4 characters → [`JobDetail`] |
 //! | `GET /v1/jobs/{job}/log?after=` | → [`LogPage`] |
@@ -14,8 +14,7 @@
 //! | `GET /v1/jobs/{job}/clip` | → the mp4, with its sha-256 in `x-content-sha256` |
 //! | `GET /v1/nodes` | → [`NodeList`] |
 //! | `POST /v1/cluster` | upgrade to the nodes' session (see `wire::cluster`) |
-//!
-//! | `GET /v1/submissions` | → [`BatchList`] |
+//! | `GET /v1/submissions?limit=` | → [`BatchList`], [`MAX_LIST`] at most |
 //! | `POST /v1/submissions/{id}/cancel`, `…/pause`, `…/resume` | → [`BatchView`] |
 //! | `POST /v1/jobs/{job}/pause`, `…/resume` | → [`JobView`] |
 //! | `GET /v1/jobs/{job}/why` | → [`WhyView`] |
@@ -25,8 +24,8 @@
 //! | `GET /v1/tenants` | → [`TenantList`] |
 //! | `PUT /v1/tenants/{tenant}` | [`TenantSpec`] → [`TenantView`] |
 //! | `POST /v1/tenants/{tenant}/pause`, `…/resume` | → [`TenantView`] |
-//! | `GET /v1/usage?by=&since=&until=` | → [`UsageList`] |
-//! | `GET /v1/audit?after=` | → [`AuditPage`] |
+//! | `GET /v1/usage?by=&since=&until=` | times as in RFC 3339, `since` taken in and `until` left out → [`UsageList`] |
+//! | `GET /v1/audit?after=` | entries with a greater number → [`AuditPage`], [`MAX_LIST`] at most |
 //! | `POST /v1/gc` | [`GcRequest`] → [`GcReport`] |
 //!
 //! Who asks may name itself in `x-farm-user`; the audit trail keeps it. A scheduler that stands by answers 503 with

@@ -49,6 +49,14 @@ impl FromStr for JobId {
 #[serde(transparent)]
 pub struct SubmissionId(#[serde(with = "as_shown")] pub Uuid);
 
+impl SubmissionId {
+    /// As [`JobId::short`].
+    pub fn short(&self) -> String {
+        let hex = self.0.simple().to_string();
+        hex[24..].to_owned()
+    }
+}
+
 impl fmt::Display for SubmissionId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.0.simple())

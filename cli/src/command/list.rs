@@ -12,7 +12,11 @@ use crate::output::{self, cut};
 const PROMPT_CHARS: usize = 60;
 
 pub async fn run(client: &Client, args: List) -> Result<Status, Error> {
-    let mut query = JobQuery { state: args.state, ..JobQuery::default() };
+    let submission = match &args.batch {
+        Some(id) => Some(client.batch(id).await?.submission),
+        None => None,
+    };
+    let mut query = JobQuery { state: args.state, submission, ..JobQuery::default() };
     let mut all = JobPage { jobs: Vec::new(), next: None };
     let mut pages = 0;
     loop {
@@ -20,7 +24,7 @@ pub async fn run(client: &Client, args: List) -> Result<Status, Error> {
         if args.output.json {
             all.jobs.extend(page.jobs);
         } else if !page.jobs.is_empty() || pages == 0 {
-            let header = ["job", "id", "state", "prio", "progress", "prompt"];
+            let header = ["job", "id", "tenant", "state", "prio", "progress", "prompt"];
             output::line(&output::table(header, page.jobs.iter().map(row)))?;
         }
         pages += 1;
@@ -35,7 +39,7 @@ pub async fn run(client: &Client, args: List) -> Result<Status, Error> {
     Ok(Status::Ok)
 }
 
-fn row(job: &JobView) -> [String; 6] {
+fn row(job: &JobView) -> [String; 7] {
     let progress = match (job.state, &job.progress) {
         (JobState::Running, Some(progress)) => output::progress(progress),
         _ => job.reason.clone().unwrap_or_default(),
@@ -43,6 +47,7 @@ fn row(job: &JobView) -> [String; 6] {
     [
         job.job.short(),
         job.id.clone().unwrap_or_default(),
+        job.tenant.to_string(),
         job.state.as_str().to_owned(),
         job.priority.to_string(),
         cut(&progress, PROMPT_CHARS).into_owned(),

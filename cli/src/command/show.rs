@@ -1,22 +1,30 @@
 //! `farmctl show`
 
-use farm_core::api::JobDetail;
+use farm_core::api::{BatchView, JobDetail};
 use farm_core::job::spec::GuidanceScale;
 
-use crate::args::OneJob;
-use crate::client::Client;
+use crate::args::One;
+use crate::client::{Client, Named};
 use crate::error::{Error, Status};
 use crate::output::{self, clean};
 
-pub async fn run(client: &Client, args: OneJob) -> Result<Status, Error> {
-    let detail = client.job(&args.id).await?;
-    if args.output.json {
-        output::json(&detail)?;
-        return Ok(Status::Ok);
+pub async fn run(client: &Client, args: One) -> Result<Status, Error> {
+    let json = args.output.json;
+    match client.find(&args.id).await? {
+        Named::Job(detail) if json => output::json(&detail)?,
+        Named::Job(detail) => show_job(&detail)?,
+        Named::Batch(batch) if json => output::json(&batch)?,
+        Named::Batch(batch) => lines(batch_facts(&batch))?,
     }
-    for (key, value) in facts(&detail) {
-        output::line(&format!("{key:<16}{}", clean(&value)))?;
-    }
+    Ok(Status::Ok)
+}
+
+fn lines(facts: Vec<(&'static str, String)>) -> Result<(), Error> {
+    facts.iter().try_for_each(|(key, value)| output::line(&format!("{key:<16}{}", clean(value))))
+}
+
+fn show_job(detail: &JobDetail) -> Result<(), Error> {
+    lines(facts(detail))?;
     if !detail.attempts.is_empty() {
         let rows = detail.attempts.iter().map(|attempt| {
             [
@@ -25,14 +33,36 @@ pub async fn run(client: &Client, args: OneJob) -> Result<Status, Error> {
                 attempt.devices.iter().map(ToString::to_string).collect::<Vec<_>>().join("+"),
                 format!("{:.0}", attempt.started),
                 attempt.ended.map(|at| format!("{at:.0}")).unwrap_or_default(),
+                attempt.device_seconds.map(|seconds| format!("{seconds:.1}")).unwrap_or_default(),
                 attempt.outcome.clone(),
                 attempt.message.clone().unwrap_or_default(),
             ]
         });
         output::line("")?;
-        output::line(&output::table(["attempt", "node", "devices", "started", "ended", "outcome", "message"], rows))?;
+        let header = ["attempt", "node", "devices", "started", "ended", "device-seconds", "outcome", "message"];
+        output::line(&output::table(header, rows))?;
     }
-    Ok(Status::Ok)
+    Ok(())
+}
+
+fn batch_facts(batch: &BatchView) -> Vec<(&'static str, String)> {
+    let mut facts = vec![
+        ("batch", batch.submission.to_string()),
+        ("tenant", batch.tenant.to_string()),
+        ("submitted", format!("{:.0}", batch.submitted)),
+        ("summary", batch.summary.clone()),
+        ("jobs", output::counts(&batch.jobs)),
+    ];
+    if batch.paused {
+        facts.push(("paused", "`farmctl resume` ends it".to_owned()));
+    }
+    if let Some(most) = batch.max_failures {
+        facts.push(("failures", format!("cancelled when more than {most} have failed")));
+    }
+    if let Some(seconds) = batch.eta_seconds {
+        facts.push(("ends", format!("in about {}", output::duration(seconds as f32))));
+    }
+    facts
 }
 
 /// What there is to say, in the order of interest. Values from the result stand for left-out ones once it is there.
@@ -72,7 +102,12 @@ fn facts(detail: &JobDetail) -> Vec<(&'static str, String)> {
     add("steps", Some(number(request.num_inference_steps, spec.map(|spec| spec.num_inference_steps))));
     add("guidance", Some(guidance));
     add("seed", Some(detail.seed.to_string()));
+    add("tenant", Some(view.tenant.to_string()));
     add("priority", Some(view.priority.to_string()));
+    add("after", Some(request.after.join(" ")).filter(|after| !after.is_empty()));
+    for (key, value) in &request.require {
+        add("requires", Some(format!("{key} = {value}")));
+    }
     for (key, value) in &request.labels {
         add("label", Some(format!("{key} = {value}")));
     }

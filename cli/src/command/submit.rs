@@ -14,7 +14,7 @@ use crate::args::Submit;
 use crate::board::Board;
 use crate::client::Client;
 use crate::error::{Error, Status};
-use crate::follow;
+use crate::follow::{self, persist};
 use crate::output::{self, clean, plural};
 
 /// From this size on, an upload is worth a bar.
@@ -36,11 +36,19 @@ pub async fn run(client: &Client, args: Submit) -> Result<Status, Error> {
         fetch::create_folder(dir)?;
     }
 
-    let open = OpenSubmission { model: args.model, priority: args.priority };
+    let open = OpenSubmission {
+        model: args.model,
+        priority: args.priority,
+        tenant: args.tenant.unwrap_or_default(),
+        after: args.after,
+        max_failures: args.max_failures,
+    };
     let submission = client.open_submission(&open).await?.submission;
-    let bytes = upload(client, submission, &mut input, length, &args.file).await?;
+    // Pages and commits may be sent again: from here on the file survives a scheduler that restarts or hands over.
+    let persistent = &client.impatient();
+    let bytes = upload(persistent, submission, &mut input, length, &args.file).await?;
     let commit = CommitSubmission { bytes, skip_invalid: args.skip_invalid, again: args.again };
-    let reply = match client.commit(submission, &commit).await {
+    let reply = match persist(note, async || persistent.commit(submission, &commit).await).await {
         Ok(reply) => reply,
         Err(error) => {
             if let Error::Refused { answer, .. } = &error
@@ -55,7 +63,7 @@ pub async fn run(client: &Client, args: Submit) -> Result<Status, Error> {
         output::json(&reply)?;
     } else {
         print_bad_lines(&shown_name, &reply.lines, reply.bad_lines);
-        eprintln!("{}", summary(&reply));
+        output::line(&summary(&reply))?;
     }
     if !args.wait && args.out.is_none() {
         return Ok(Status::Ok);
@@ -74,8 +82,9 @@ async fn wait(client: &Client, submission: SubmissionId, out: Option<&Path>, jso
         Some(outcome) => Ok(outcome.report(json)),
         None => {
             eprintln!(
-                "stopped waiting; the farm goes on with the jobs. `farmctl watch` shows them, `farmctl list` names them, \
-                 `farmctl cancel ID...` stops them"
+                "stopped waiting; the farm goes on with the jobs. `farmctl watch {id}` shows them, `farmctl list --batch {id}` \
+                 names them, `farmctl cancel {id}` stops them",
+                id = submission.short()
             );
             Ok(Status::Interrupted)
         }
@@ -105,7 +114,8 @@ async fn upload(
                 "split it into several files of whole lines",
             ));
         }
-        client.put_page(submission, number, Bytes::from(page)).await?;
+        let page = Bytes::from(page);
+        persist(note, async || client.put_page(submission, number, page.clone()).await).await?;
         if io::stderr().is_terminal() && length.unwrap_or(sent) >= BAR_BYTES {
             bar.get_or_insert_with(|| upload_bar(length)).set_position(sent);
         }
@@ -114,6 +124,10 @@ async fn upload(
         bar.finish_and_clear();
     }
     Ok(sent)
+}
+
+fn note(text: &str) {
+    eprintln!("{text}");
 }
 
 fn upload_bar(length: Option<u64>) -> ProgressBar {
@@ -156,7 +170,7 @@ fn summary(reply: &SubmissionReply) -> String {
     if reply.bad_lines > 0 {
         parts.push(format!("{} skipped", plural(reply.bad_lines, "bad line")));
     }
-    let mut text = parts.join(", ");
+    let mut text = format!("batch     {}  {}", reply.submission.short(), parts.join(", "));
     if let Some(waiting) = &reply.waiting {
         text += &format!("; waiting: {}", clean(waiting));
     }
@@ -165,7 +179,15 @@ fn summary(reply: &SubmissionReply) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+    use std::sync::{Arc, Mutex};
+
+    use clap::Parser;
+    use serde_json::json;
+
     use super::*;
+    use crate::args::{Args, Command};
+    use crate::pretended::{Reply, pretend};
 
     #[test]
     fn bad_lines_are_named_and_the_rest_is_counted() {
@@ -187,8 +209,72 @@ mod tests {
         };
         assert_eq!(
             summary(&reply),
-            "1 job queued, 2 known from before (--again makes new ones), 3 queued again, 4 bad lines skipped; \
+            "batch     00000000  1 job queued, 2 known from before (--again makes new ones), 3 queued again, 4 bad lines skipped; \
              waiting: no node has registered model x"
         );
+    }
+
+    /// Two schedulers with one queue. Who leads changes after a page and after the commit, and both answers are lost.
+    #[derive(Default)]
+    struct Queue {
+        leader: usize,
+        pages: BTreeMap<u64, Vec<u8>>,
+        commits: u32,
+    }
+
+    fn answer(queue: &Mutex<Queue>, own: usize, call: &str, body: &[u8]) -> Reply {
+        let mut queue = queue.lock().unwrap();
+        if queue.leader != own {
+            return Reply::Json(503, json!({"error": "stands by"}));
+        }
+        let submission = SubmissionId(uuid::Uuid::nil());
+        if let Some((_, page)) = call.split_once("/pages/") {
+            let known = queue.pages.insert(page.parse().unwrap(), body.to_vec()).is_some();
+            if page == "1" && !known {
+                queue.leader = 1 - own;
+                return Reply::Broken;
+            }
+            return Reply::Json(200, json!(null));
+        }
+        if call.ends_with("/commit") {
+            queue.commits += 1;
+            if queue.commits == 1 {
+                queue.leader = 1 - own;
+                return Reply::Broken;
+            }
+            let bytes: usize = queue.pages.values().map(Vec::len).sum();
+            assert_eq!(serde_json::from_slice::<CommitSubmission>(body).unwrap().bytes, bytes as u64);
+            return Reply::Json(200, json!({"submission": submission, "new": 3, "existing": 0, "requeued": 0}));
+        }
+        assert_eq!(call, "POST /v1/submissions");
+        let open: OpenSubmission = serde_json::from_slice(body).unwrap();
+        assert_eq!(
+            (open.tenant.as_str(), open.after, open.max_failures),
+            ("films", vec!["5a0c31f2".to_owned()], Some(2))
+        );
+        Reply::Json(200, json!({"submission": submission}))
+    }
+
+    #[tokio::test]
+    async fn a_file_survives_two_takeovers() {
+        let queue = Arc::new(Mutex::new(Queue::default()));
+        let scheduler = async |own| {
+            let queue = queue.clone();
+            pretend(move |call, body| answer(&queue, own, call, body)).await
+        };
+        let (one, two) = (scheduler(0).await, scheduler(1).await);
+        let client = Client::new(&format!("{},{}", one.address, two.address), None).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("prompts.jsonl");
+        let content: Vec<u8> = (0..PAGE_BYTES * 5 / 2).map(|at| (at % 251) as u8).collect();
+        std::fs::write(&file, &content).unwrap();
+
+        let line = ["farmctl", "submit", file.to_str().unwrap(), "--tenant", "films"];
+        let line = line.into_iter().chain(["--after", "5a0c31f2", "--max-failures", "2", "--json"]);
+        let Command::Submit(args) = Args::try_parse_from(line).unwrap().command else { panic!("no submit") };
+        assert_eq!(run(&client, args).await.unwrap(), Status::Ok);
+        let queue = queue.lock().unwrap();
+        assert_eq!(queue.pages.values().flatten().copied().collect::<Vec<_>>(), content);
+        assert_eq!((queue.commits, queue.leader), (2, 0));
     }
 }

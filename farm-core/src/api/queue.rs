@@ -252,4 +252,7 @@ pub struct GcReport {
     pub audit_rows: u64,
     #[serde(default, skip_serializing_if = "is_zero")]
     pub errors: u64,
+    /// One call does a bounded amount of work, and there may be more to do.
+    #[serde(default)]
+    pub more: bool,
 }

@@ -1,7 +1,25 @@
-//! The queue and its history on disk: the truth that everything else is rebuilt from.
+//! The queue and its history: the truth that everything else is rebuilt from.
+//!
+//! | module | subject |
+//! |---|---|
+//! | [`store`] | what the scheduler asks of its queue store |
+//! | [`sql`] | the store in SQLite, for one scheduler, and in Postgres, for several |
+//! | [`location`] | where a queue is: a folder or a URL |
 
-pub mod sqlite;
+pub mod location;
+pub mod sql;
 pub mod store;
 
-#[cfg(test)]
-mod suite;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
+
+use std::sync::Arc;
+
+use self::location::Location;
+use self::sql::SqlQueue;
+use self::store::{QueueError, QueueStore};
+
+/// Opens the queue at a folder or a `postgres://` URL and brings its tables up to date.
+pub async fn open(place: &str) -> Result<Arc<dyn QueueStore>, QueueError> {
+    Ok(Arc::new(SqlQueue::open(&place.parse::<Location>()?).await?))
+}

@@ -1,4 +1,4 @@
-//! What the scheduler asks of its queue store. One trait, so that other databases can take SQLite's place.
+//! What the scheduler asks of its queue store.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -21,6 +21,9 @@ pub const MAX_OPEN_SUBMISSIONS: i64 = 64;
 /// An upload older than this that was never committed is dropped when room is needed, in milliseconds.
 pub const STALE_SUBMISSION_MS: i64 = 60 * 60 * 1000;
 
+/// Ended jobs, and likewise logs, that one call removes.
+pub const PRUNE_ROWS: i64 = 5000;
+
 /// A leader that has not beaten for this long is deposed by whoever stands by.
 pub const LEADER_TTL: Duration = Duration::from_secs(5);
 
@@ -32,6 +35,13 @@ pub enum QueueError {
     /// Another scheduler has begun a newer reign over this store.
     #[error("epoch {0} is over: another scheduler has taken over this queue")]
     Superseded(Epoch),
+    /// The session that held the lead is gone. Another scheduler may lead any moment: this one must stop.
+    #[error("the session that held the lead over this queue is gone: {0}; start again")]
+    LeadLost(String),
+    #[error("{0}")]
+    Location(String),
+    #[error("cannot open queue {location}: {source}; is it there, and may this user use it?")]
+    Open { location: String, source: sqlx::Error },
     #[error("queue store holds something unreadable: {0}")]
     Corrupt(String),
     #[error("{0} uploads are under way; commit one or try again later")]
@@ -202,10 +212,11 @@ pub struct Pruned {
 /// write checks that in its transaction.
 pub trait QueueStore: Send + Sync {
     /// Begins a new reign, if nobody else leads; `None` if somebody does, and then it is to be asked again soon. A leader
-    /// that has been silent for [`LEADER_TTL`] is deposed. `address` is where this process is reached.
+    /// that has been silent for [`LEADER_TTL`] is deposed. `address` is where this process is reached. The lead ends with
+    /// the process, or when the store is dropped. A folder is kept by its own lock: there nobody else ever leads.
     fn campaign<'a>(&'a self, address: &'a str) -> Stored<'a, Option<Epoch>>;
 
-    /// The leader is there. To be called every second.
+    /// The leader is there. To be called every second. An error means that the lead is lost, or may be.
     fn beat(&self, epoch: Epoch) -> Stored<'_, ()>;
 
     /// The newest leader, if there ever was one.
@@ -254,10 +265,11 @@ pub trait QueueStore: Send + Sync {
     /// Jobs that ended longer ago than `retention.leftovers` and are not marked clean, oldest first.
     fn leftovers(&self, retention: Retention, at: Timestamp, limit: u32) -> Stored<'_, Vec<Leftover>>;
 
-    /// Their objects are gone.
+    /// Their objects are gone. A job that is queued again is not clean any more.
     fn mark_clean<'a>(&'a self, epoch: Epoch, jobs: &'a [JobId]) -> Stored<'a, ()>;
 
-    /// Removes old rows, a bounded number at a time, or counts them. A row that a live one refers to stays.
+    /// Removes old rows, at most [`PRUNE_ROWS`] jobs at a time, or counts them. A job stays while it is not marked clean,
+    /// while a batch of it has live jobs, and while a live job comes after it or after a batch of it.
     fn prune(&self, epoch: Epoch, retention: Retention, at: Timestamp, dry_run: bool) -> Stored<'_, Pruned>;
 
     /// All jobs by state.
@@ -272,6 +284,9 @@ pub trait QueueStore: Send + Sync {
     fn jobs(&self, filter: JobFilter) -> Stored<'_, Vec<JobRecord>>;
 
     fn attempts(&self, job: JobId) -> Stored<'_, Vec<AttemptView>>;
+
+    /// What the rows say against the farm's invariants, in words, a few of each kind; empty if all is well.
+    fn violations(&self) -> Stored<'_, Vec<String>>;
 
     /// Log lines with a number above `after`.
     fn log(&self, job: JobId, after: u64, limit: u32) -> Stored<'_, LogPage>;
