@@ -48,7 +48,7 @@ pub fn name(job: &JobView) -> String {
     }
 }
 
-/// `batch 5a0c31f2  7 of 12 done, 4 running, 1 queued, about 40 s left`
+/// `batch     5a0c31f2  7 of 12 done, 4 running, 1 queued, about 40 s left`
 pub fn batch(batch: &BatchView) -> String {
     format!("batch     {}  {}", batch.submission.short(), clean(&batch.summary))
 }

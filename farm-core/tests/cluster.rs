@@ -6,8 +6,10 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use farm_core::id::BootId;
-use farm_core::wire::cluster::{BOOT_HEADER, Cluster, ClusterError, ClusterEvent, Role};
-use http_body_util::Empty;
+use farm_core::wire::cluster::{
+    BOOT_HEADER, Cluster, ClusterError, ClusterEvent, PROTOCOL_HEADER, Role, VERSION_HEADER, check_protocol,
+};
+use http_body_util::{Empty, Full};
 use hyper::body::{Bytes, Incoming};
 use hyper::service::service_fn;
 use hyper::{Request, Response, StatusCode};
@@ -81,6 +83,54 @@ async fn serve(listener: TcpListener, cluster: Cluster) {
 
 async fn next(events: &mut mpsc::Receiver<ClusterEvent>) -> ClusterEvent {
     timeout(PATIENCE, events.recv()).await.expect("no event in time").expect("cluster ended")
+}
+
+/// Answers the first requests of as many connections, in order, and checks that the node says what it speaks.
+async fn answer(listener: TcpListener, answers: Vec<(StatusCode, &'static str)>) {
+    for (status, body) in answers {
+        let (stream, _) = listener.accept().await.unwrap();
+        let service = service_fn(move |request: Request<Incoming>| async move {
+            assert_eq!(check_protocol(request.headers()), Ok(()));
+            Ok::<_, Infallible>(Response::builder().status(status).body(Full::<Bytes>::from(body)).unwrap())
+        });
+        tokio::spawn(hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service));
+    }
+}
+
+#[test]
+fn a_node_that_is_not_let_in_learns_why_and_who_leads() {
+    runtime().block_on(async {
+        let (cluster, _events) = Cluster::start(Role::Node, BootId(Uuid::new_v4()), None).await.unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let addr = listener.local_addr().unwrap().to_string();
+        let answers = vec![
+            (StatusCode::SERVICE_UNAVAILABLE, r#"{"error":"stands by","leader":"there:7070"}"#),
+            (StatusCode::SERVICE_UNAVAILABLE, "<html>"),
+            (StatusCode::CONFLICT, r#"{"error":"speaks protocol 9"}"#),
+            (StatusCode::NOT_FOUND, "<html>"),
+        ];
+        tokio::spawn(answer(listener, answers));
+        let mut errors = Vec::new();
+        for _ in 0..4 {
+            errors.push(timeout(PATIENCE, cluster.dial(&addr, None)).await.unwrap().unwrap_err());
+        }
+        let leader = |error: &ClusterError| match error {
+            ClusterError::Standby { leader, .. } => leader.clone(),
+            error => panic!("{error}"),
+        };
+        assert_eq!((leader(&errors[0]).as_deref(), leader(&errors[1])), (Some("there:7070"), None));
+        assert!(errors[2].to_string().contains("speaks protocol 9"), "{}", errors[2]);
+        assert!(errors[3].to_string().contains("is this a farm-scheduler"), "{}", errors[3]);
+    });
+}
+
+#[test]
+fn a_node_of_another_protocol_is_told_both_versions() {
+    let request = Request::builder().header(PROTOCOL_HEADER, "3").header(VERSION_HEADER, "0.0.9").body(()).unwrap();
+    let refusal = check_protocol(request.headers()).unwrap_err();
+    let ours = format!("version {} and speaks protocol {}", farm_core::VERSION, farm_core::wire::PROTOCOL);
+    assert!(refusal.contains("version 0.0.9 and speaks protocol 3") && refusal.contains(&ours), "{refusal}");
+    assert!(check_protocol(Request::new(()).headers()).unwrap_err().contains("protocol unknown"));
 }
 
 #[test]

@@ -11,7 +11,7 @@ use farm_core::engine::cpu::CpuEngine;
 use farm_core::job::spec::{GuidanceScale, RenderRequest, RenderSpec};
 use farm_core::job::state::{Progress, Stage};
 use farm_core::model::ModelError;
-use farm_core::model::latent::DitLatent;
+use farm_core::model::latent::{DitLatent, LatentCheckpoint};
 use farm_core::model::noise::normals;
 use farm_core::model::pipeline::{Pipeline, RenderObserver, Residency, Start};
 use farm_core::model::weights::checkpoint::Checkpoint;
@@ -55,6 +55,9 @@ struct Record {
     counts: Vec<usize>,
     rgb24: Vec<u8>,
     stop_at: Option<(Stage, u32)>,
+    /// After so many calls to decide on it.
+    hand_over_after: Option<usize>,
+    checkpoints: Vec<LatentCheckpoint>,
     full: bool,
 }
 
@@ -71,6 +74,17 @@ impl RenderObserver for Record {
 
     fn warning(&mut self, message: &str) {
         self.warnings.push(message.into());
+    }
+
+    fn hands_over(&mut self) -> bool {
+        let Some(left) = &mut self.hand_over_after else { return false };
+        let now = *left == 0;
+        *left = left.saturating_sub(1);
+        now
+    }
+
+    fn checkpoint(&mut self, checkpoint: LatentCheckpoint) {
+        self.checkpoints.push(checkpoint);
     }
 
     fn latent(&mut self, values: &[f32], shape: [usize; 4]) -> io::Result<()> {
@@ -169,4 +183,29 @@ fn a_render_stops_at_every_report_and_on_a_full_disk() {
     let start = Start::Noise(vec![0.0; 5]);
     let error = pipeline.denoise(&engine, &solo(), &spec, &start, &mut Record::default()).err().unwrap().to_string();
     assert!(error.contains("start with 5 values"), "{error}");
+}
+
+#[test]
+fn a_denoise_is_handed_over_between_two_steps_and_taken_up_with_the_same_bits() {
+    let engine = CpuEngine::new(1).unwrap();
+    let pipeline = pipeline(&engine);
+    let spec = spec(&pipeline, "a red ball");
+    let whole = pipeline.denoise(&engine, &solo(), &spec, &Start::Seed, &mut Record::default()).unwrap();
+    for at in 0..3 {
+        let mut record = Record { hand_over_after: Some(at), ..Record::default() };
+        let result = pipeline.denoise(&engine, &solo(), &spec, &Start::Seed, &mut record);
+        assert!(matches!(result, Err(ModelError::HandedOver { step }) if step == at as u32));
+        let steps: Vec<u32> = record.checkpoints.iter().map(|checkpoint| checkpoint.step).collect();
+        // Nothing is there before the first step that anybody could not make again.
+        let expected = if at == 0 { vec![] } else { vec![at as u32] };
+        assert_eq!(steps, expected);
+        if let Some(checkpoint) = record.checkpoints.pop() {
+            let start = Start::Checkpoint(checkpoint);
+            let rest = pipeline.denoise(&engine, &solo(), &spec, &start, &mut Record::default()).unwrap();
+            assert_eq!(rest.values, whole.values);
+        }
+    }
+    // Past the last step nobody is asked.
+    let mut record = Record { hand_over_after: Some(3), ..Record::default() };
+    assert!(pipeline.denoise(&engine, &solo(), &spec, &Start::Seed, &mut record).is_ok());
 }

@@ -88,14 +88,18 @@ impl Checkpoints {
         Ok(Arc::unwrap_or_clone(finished))
     }
 
-    /// Saves what is put into the slot, one at a time, until nobody can put anything into it any more.
-    pub async fn save_all(&self, mut inbox: Inbox) {
+    /// Saves what is put into the slot, one at a time, until nobody can put anything into it any more. `saved` is told each
+    /// step whose latent is in the store.
+    pub async fn save_all(&self, mut inbox: Inbox, saved: &(dyn Fn(u32) + Sync)) {
         while inbox.changed().await.is_ok() {
             let latest = inbox.borrow_and_update().clone();
             let Some(checkpoint) = latest else { continue };
             let (step, folder) = (checkpoint.step, &self.folder);
             match self.save(checkpoint).await {
-                Ok(created) => tracing::debug!(folder, step, ?created, "latent checkpoint"),
+                Ok(created) => {
+                    tracing::debug!(folder, step, ?created, "latent checkpoint");
+                    saved(step);
+                }
                 Err(reason) => tracing::warn!(folder, step, %reason, "cannot write a latent checkpoint"),
             }
         }
@@ -264,7 +268,8 @@ mod tests {
             slot.put(checkpoint(step));
         }
         drop(slot);
-        clip.save_all(inbox).await;
-        assert_eq!(clip.steps().await.unwrap(), [12]);
+        let saved = Mutex::new(Vec::new());
+        clip.save_all(inbox, &|step| saved.lock().unwrap().push(step)).await;
+        assert_eq!((clip.steps().await.unwrap(), saved.into_inner().unwrap()), (vec![12], vec![12]));
     }
 }

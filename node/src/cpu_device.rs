@@ -4,8 +4,8 @@ use std::io;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
-use farm_core::engine::Engine;
 use farm_core::engine::cpu::CpuEngine;
+use farm_core::engine::{Engine, EngineError};
 use farm_core::job::state::{FailureKind, Progress};
 use farm_core::model::ModelError;
 use farm_core::model::latent::{DitLatent, LatentCheckpoint};
@@ -85,7 +85,11 @@ impl CpuDevice {
 fn render_error(error: ModelError) -> RenderError {
     match error {
         ModelError::Stopped => RenderError::Stopped,
-        ModelError::Input(message) => RenderError::Failed { kind: FailureKind::Input, message },
+        ModelError::HandedOver { step } => RenderError::HandedOver { step },
+        error @ ModelError::Engine(EngineError::OutOfMemory { .. }) => {
+            RenderError::failed(FailureKind::OutOfMemory, error)
+        }
+        ModelError::Input(message) => RenderError::failed(FailureKind::Input, message),
         ModelError::Comm(error) => RenderError::Group(error),
         error => RenderError::device(error),
     }
@@ -111,6 +115,10 @@ impl RenderObserver for Watcher<'_> {
 
     fn wants_checkpoint(&mut self, step: u32, _steps: u32) -> bool {
         self.work.checkpoints.wants(step)
+    }
+
+    fn hands_over(&mut self) -> bool {
+        self.work.monitor.hands_over()
     }
 
     fn checkpoint(&mut self, checkpoint: LatentCheckpoint) {

@@ -50,17 +50,40 @@ pub struct Decode {
     pub stop: Arc<AtomicBool>,
 }
 
-/// How a render is watched and stopped. Cloning shares it.
+/// What an attempt is told while it runs. Cloning shares it.
+#[derive(Clone, Debug, Default)]
+pub struct Orders {
+    stop: Arc<AtomicBool>,
+    hand_over: Arc<AtomicBool>,
+}
+
+impl Orders {
+    /// End; nobody waits for what is made.
+    pub fn stop(&self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+
+    /// End at the next step border, with the latent in the store. Past the last step there is none.
+    pub fn hand_over(&self) {
+        self.hand_over.store(true, Ordering::Relaxed);
+    }
+
+    pub fn stop_flag(&self) -> Arc<AtomicBool> {
+        self.stop.clone()
+    }
+}
+
+/// How a render is watched and told what to do. Cloning shares it.
 #[derive(Clone)]
 pub struct Monitor {
     pub progress: ProgressCell,
-    pub stop: Arc<AtomicBool>,
+    pub orders: Orders,
     log: Arc<dyn Fn(String) + Send + Sync>,
 }
 
 impl Monitor {
-    pub fn new(progress: ProgressCell, stop: Arc<AtomicBool>, log: Arc<dyn Fn(String) + Send + Sync>) -> Self {
-        Self { progress, stop, log }
+    pub fn new(progress: ProgressCell, orders: Orders, log: Arc<dyn Fn(String) + Send + Sync>) -> Self {
+        Self { progress, orders, log }
     }
 
     /// Takes the progress in and writes a line to the job's log where a stage begins. False: stop, and return
@@ -73,7 +96,11 @@ impl Monitor {
     }
 
     pub fn is_stopped(&self) -> bool {
-        self.stop.load(Ordering::Relaxed)
+        self.orders.stop.load(Ordering::Relaxed)
+    }
+
+    pub fn hands_over(&self) -> bool {
+        self.orders.hand_over.load(Ordering::Relaxed)
     }
 
     /// A line for the job's log.
@@ -101,18 +128,25 @@ pub enum RenderError {
     /// Somebody asked for it.
     #[error("stopped")]
     Stopped,
+    /// Somebody asked for it: the leader has ended the group after so many steps, and put that latent where checkpoints go.
+    #[error("handed over at step {step}")]
+    HandedOver { step: u32 },
 }
 
 impl RenderError {
     pub fn device(message: impl ToString) -> Self {
-        Self::Failed { kind: FailureKind::Device, message: message.to_string() }
+        Self::failed(FailureKind::Device, message)
+    }
+
+    pub fn failed(kind: FailureKind, message: impl ToString) -> Self {
+        Self::Failed { kind, message: message.to_string() }
     }
 }
 
 /// Something that works on clips, one at a time. Lives on its own thread.
 pub trait Device: Send + 'static {
     /// Does its part of the denoising. If it fails it ends the group. The leader calls `work.monitor.advance` at least once
-    /// per step; the others look whether it is stopped.
+    /// per step, and hands over where it is told to; the others look whether it is stopped.
     fn denoise(&mut self, work: Denoise) -> Result<Denoised, RenderError>;
 
     /// Decodes tiles until the crew is done with it, or gone. What goes wrong is told to the crew.

@@ -8,6 +8,7 @@ use farm_core::engine::cpu::CpuEngine;
 use farm_core::model::config::VaeConfig;
 use farm_core::model::pipeline::{Pipeline, Residency};
 use farm_core::model::weights::checkpoint::Checkpoint;
+use farm_core::parallel::cost::ModelShape;
 use farm_core::wire::to_scheduler::ModelInfo;
 
 use crate::attempt::Offered;
@@ -19,6 +20,7 @@ pub struct ModelShelf {
 struct Shelved {
     pipeline: Pipeline<CpuEngine>,
     info: ModelInfo,
+    shape: ModelShape,
     vae: VaeConfig,
 }
 
@@ -42,7 +44,11 @@ impl ModelShelf {
 
     /// What attempts have to know of each model before they use it.
     pub fn offered(&self) -> HashMap<String, Offered> {
-        let offered = |shelved: &Shelved| Offered { hash: shelved.info.hash.clone(), vae: shelved.vae.clone() };
+        let offered = |shelved: &Shelved| Offered {
+            hash: shelved.info.hash.clone(),
+            shape: shelved.shape,
+            vae: shelved.vae.clone(),
+        };
         self.models.iter().map(|(name, shelved)| (name.clone(), offered(shelved))).collect()
     }
 
@@ -63,5 +69,5 @@ fn shelve(engine: &CpuEngine, name: &str, dir: &Path) -> anyhow::Result<Shelved>
     let pipeline = Pipeline::open(engine, checkpoint, Residency::Kept)?;
     let vae = pipeline.vae_config()?.clone();
     tracing::info!(model = name, %hash, dir = %dir.display(), "model loaded");
-    Ok(Shelved { info: ModelInfo { name: name.to_owned(), hash, defaults_json, shape_json }, pipeline, vae })
+    Ok(Shelved { info: ModelInfo { name: name.to_owned(), hash, defaults_json, shape_json }, pipeline, shape, vae })
 }

@@ -4,6 +4,7 @@
 //! and whatever started it starts it again; the scheduler sees a new boot id and knows that the old attempts are dead.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use farm_core::wire::cluster::ClusterEvent;
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
@@ -19,8 +20,8 @@ pub struct Root;
 
 #[derive(RactorMessage)]
 pub enum RootMessage {
-    /// Leave the farm in good order, soon.
-    Stop,
+    /// Leave the farm in good order, within the time.
+    Leave { reason: String, patience: Duration },
 }
 
 pub struct Arguments {
@@ -66,8 +67,8 @@ impl Actor for Root {
         message: RootMessage,
         state: &mut State,
     ) -> Result<(), ActorProcessingErr> {
-        let RootMessage::Stop = message;
-        Ok(state.session.cast(SessionMessage::Stop)?)
+        let RootMessage::Leave { reason, patience } = message;
+        Ok(state.session.cast(SessionMessage::Leave { reason, patience })?)
     }
 
     async fn handle_supervisor_evt(

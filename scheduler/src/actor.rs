@@ -1,122 +1,196 @@
 //! The one owner of the farm's state: takes events in order, lets the core decide, commits, then speaks.
+//!
+//! What has arrived by the time is taken in one turn and committed in one transaction, for a durable transaction costs
+//! about the same whatever is in it. Nothing of a turn is sent or answered before all of it is on disk.
 
-use std::future::Future;
-use std::sync::Arc;
+mod turn;
+
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use farm_core::id::{BootId, Epoch, JobId};
 use farm_core::job::state::JobState;
-use farm_core::tiles::plan::Tiling;
-use farm_core::wire::to_scheduler::ToScheduler;
-use farm_core::wire::{Envelope, codec};
 use jiff::Timestamp;
-use ractor::{Actor, ActorProcessingErr, ActorRef};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
 
-use crate::core::effects::{Effects, Send as ToSend};
-use crate::core::events::{Event, Time};
-use crate::core::farm::{Farm, Limits};
+use self::turn::{State, within};
+use crate::core::events::{Submitted, Time, Wish};
+use crate::core::farm::Farm;
 use crate::link::NodeLink;
-use crate::queue::store::{Batch, Committed, QueueError, QueueStore};
+use crate::queue::store::{Batch, Committed, LEADER_TTL, Pruned, QueueError, QueueStore, Retention};
 
 /// How often the core is told that time passes.
 const TICK: Duration = Duration::from_millis(200);
-/// Frames that may wait for the actor; more stay in the cluster's bounded queue.
-const MAX_FRAMES: usize = 1024;
-/// Calls of the API that may wait for the actor.
-const MAX_CALLS: usize = 256;
+/// Messages that may wait for the actor; senders of more wait themselves.
+const MAILBOX: usize = 1024;
+/// Messages of one turn.
+const TURN: usize = 256;
 const CALL_TIMEOUT: Duration = Duration::from_secs(10);
 /// A submission of a million lines takes this long at worst.
 const COMMIT_TIMEOUT: Duration = Duration::from_secs(120);
-/// A store that takes longer for one transaction is as good as broken.
-const STORE_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// Why a call has no answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CallError {
     #[error("the scheduler is busy; try again")]
     Timeout,
-    #[error("the scheduler is stopping; try again")]
+    #[error("this scheduler is stopping or has been deposed; try again")]
     Stopped,
 }
 
-/// Why a cancel or retry does nothing.
+/// Why a wish does nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
     #[error("there is no job {0}")]
     Unknown(JobId),
     #[error("job {} is {}", job.short(), state.as_str())]
     State { job: JobId, state: JobState },
+    /// Its submission is on disk, but the farm has not heard of it yet.
+    #[error("job {} is just being queued; try again", .0.short())]
+    Early(JobId),
+}
+
+/// How a reign ended.
+#[derive(Debug)]
+pub enum End {
+    /// It was told to.
+    Stopped,
+    /// Somebody else leads now, or may: this process was too late to say that it is there.
+    Superseded,
+    /// The store failed, so that nobody knows what is committed. What is can be loaded again.
+    Failed(QueueError),
+}
+
+impl From<QueueError> for End {
+    fn from(error: QueueError) -> Self {
+        match error {
+            QueueError::Superseded(_) => Self::Superseded,
+            error => Self::Failed(error),
+        }
+    }
+}
+
+/// One reign, as far as it is known to last.
+pub struct Reign {
+    epoch: Epoch,
+    lasts: Mutex<Lasts>,
+}
+
+#[derive(Clone, Copy)]
+enum Lasts {
+    /// Nobody else can lead this queue.
+    Always,
+    /// When it last said that it is there and was heard.
+    Since(Instant),
+    Over,
+}
+
+impl Reign {
+    /// Over a queue that only this process can lead.
+    pub fn alone(epoch: Epoch) -> Self {
+        Self { epoch, lasts: Mutex::new(Lasts::Always) }
+    }
+
+    /// The store granted it at `since` or later.
+    pub fn contested(epoch: Epoch, since: Instant) -> Self {
+        Self { epoch, lasts: Mutex::new(Lasts::Since(since)) }
+    }
+
+    pub fn epoch(&self) -> Epoch {
+        self.epoch
+    }
+
+    /// The store was told at `since` or later that this leader is there.
+    pub fn beaten(&self, since: Instant) {
+        self.set(Lasts::Since(since));
+    }
+
+    /// Somebody else leads, or may.
+    pub fn over(&self) {
+        self.set(Lasts::Over);
+    }
+
+    fn set(&self, lasts: Lasts) {
+        *self.lasts.lock().unwrap_or_else(PoisonError::into_inner) = lasts;
+    }
+
+    /// How long nobody may depose it yet. Zero for one that was frozen or cut off from the store for too long: it must
+    /// not speak any more, for somebody else may lead.
+    pub fn lasts(&self) -> Duration {
+        match *self.lasts.lock().unwrap_or_else(PoisonError::into_inner) {
+            Lasts::Always => Duration::MAX,
+            Lasts::Since(beaten) => LEADER_TTL.saturating_sub(beaten.elapsed()),
+            Lasts::Over => Duration::ZERO,
+        }
+    }
 }
 
 type Question = Box<dyn FnOnce(&Farm) + Send>;
 
-pub enum SchedulerMessage {
+/// What somebody wants, and what has to be read of the store first.
+#[derive(Debug)]
+pub enum Order {
+    Wish(Wish),
+    Retry(JobId),
+}
+
+enum Message {
     /// An encoded envelope, stamped when it arrived: a stall of this actor is not the node's silence.
     Frame {
         bytes: Vec<u8>,
         at: Time,
-        _permit: OwnedSemaphorePermit,
     },
     SessionClosed {
         boot: BootId,
         at: Time,
     },
-    Tick(Time),
     /// Looks at the state and answers by itself.
     Ask(Question),
-    Commit(Box<Batch>, oneshot::Sender<Committed>),
-    Cancel(JobId, oneshot::Sender<Result<(), Refusal>>),
-    Retry(JobId, oneshot::Sender<Result<(), Refusal>>),
+    /// To be committed in the actor's turn.
+    Commit(Box<Batch>, oneshot::Sender<Result<Committed, QueueError>>),
+    /// Was committed.
+    Submitted(Box<Submitted>, oneshot::Sender<()>),
+    Order {
+        order: Order,
+        by: String,
+        reply: oneshot::Sender<Result<(), Refusal>>,
+        /// Held until the order is carried out.
+        permit: Option<OwnedSemaphorePermit>,
+    },
+    /// Rows may have changed that the core does not know of.
+    Broken(QueueError),
 }
-
-impl ractor::Message for SchedulerMessage {}
 
 /// What everybody else holds of the actor. Cloning shares it.
 #[derive(Clone)]
 pub struct Scheduler {
-    actor: ActorRef<SchedulerMessage>,
+    mailbox: mpsc::Sender<Message>,
     started: Instant,
-    frames: Arc<Semaphore>,
-    calls: Arc<Semaphore>,
+    store: Arc<dyn QueueStore>,
+    reign: Arc<Reign>,
+    /// Held by whoever takes up rows of ended jobs, or removes them: commits, retries, pruning. A job that both of two
+    /// take up would be taken up twice.
+    rows: Arc<Semaphore>,
+    stop: CancellationToken,
 }
 
 impl Scheduler {
-    /// Begins a new reign over the store's queue. The returned task ends when the actor does: by [`Self::stop`], or
-    /// because the store failed, and then the process must end too and start again from what is committed.
-    pub async fn start(
-        limits: Limits,
+    /// Runs a farm that was restored from `store` at the clock's zero, `started`. The returned task ends with the reign:
+    /// by [`Self::stop`], or by itself, and then the state is to be loaded again by whoever leads next.
+    pub fn start(
+        farm: Farm,
+        started: Instant,
+        reign: Arc<Reign>,
         store: Arc<dyn QueueStore>,
-        store_url: String,
-        tiling: Tiling,
         link: Arc<dyn NodeLink>,
-    ) -> anyhow::Result<(Self, JoinHandle<()>)> {
-        let epoch = store.begin_epoch().await?;
-        let live = store.live_jobs().await?;
-        tracing::info!(%epoch, live_jobs = live.len(), "queue loaded");
-        let started = Instant::now();
-        let farm = Farm::restore(limits, epoch, store_url, tiling, live, Time::default());
-        let state = State { farm, epoch, store, link, sent: 0 };
-        let (actor, task) = Actor::spawn(None, SchedulerActor, state).await?;
-        let scheduler = Self {
-            actor,
-            started,
-            frames: Arc::new(Semaphore::new(MAX_FRAMES)),
-            calls: Arc::new(Semaphore::new(MAX_CALLS)),
-        };
-        let ticking = scheduler.clone();
-        tokio::spawn(async move {
-            let mut interval = tokio::time::interval(TICK);
-            interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-            loop {
-                interval.tick().await;
-                if ticking.actor.cast(SchedulerMessage::Tick(ticking.now())).is_err() {
-                    return;
-                }
-            }
-        });
-        Ok((scheduler, task))
+    ) -> (Self, JoinHandle<End>) {
+        let (mailbox, inbox) = mpsc::channel(MAILBOX);
+        let stop = CancellationToken::new();
+        let state = State::new(farm, reign.clone(), store.clone(), link);
+        let task = tokio::spawn(run(state, inbox, started, stop.clone()));
+        (Self { mailbox, started, store, reign, rows: Arc::new(Semaphore::new(1)), stop }, task)
     }
 
     fn now(&self) -> Time {
@@ -125,22 +199,20 @@ impl Scheduler {
 
     /// Takes an encoded envelope from a node. Waits while too many are under way.
     pub async fn frame(&self, bytes: Vec<u8>) -> Result<(), CallError> {
-        let at = self.now();
-        let permit = self.frames.clone().acquire_owned().await.map_err(|_| CallError::Stopped)?;
-        self.cast(SchedulerMessage::Frame { bytes, at, _permit: permit })
+        self.send(Message::Frame { bytes, at: self.now() }).await
     }
 
-    pub fn session_closed(&self, boot: BootId) -> Result<(), CallError> {
-        self.cast(SchedulerMessage::SessionClosed { boot, at: self.now() })
+    pub async fn session_closed(&self, boot: BootId) -> Result<(), CallError> {
+        self.send(Message::SessionClosed { boot, at: self.now() }).await
     }
 
-    /// What `question` says of the farm as it is now.
+    /// What `question` says of the farm, with all that happened before committed.
     pub async fn ask<T: Send + 'static>(
         &self,
         question: impl FnOnce(&Farm) -> T + Send + 'static,
     ) -> Result<T, CallError> {
         self.call(CALL_TIMEOUT, |reply| {
-            SchedulerMessage::Ask(Box::new(move |farm| {
+            Message::Ask(Box::new(move |farm| {
                 // Nobody waits any more: nothing to say.
                 let _ = reply.send(question(farm));
             }))
@@ -148,164 +220,112 @@ impl Scheduler {
         .await
     }
 
-    /// Commits a submission and queues its jobs.
-    pub async fn commit(&self, batch: Batch) -> Result<Committed, CallError> {
-        self.call(COMMIT_TIMEOUT, |reply| SchedulerMessage::Commit(Box::new(batch), reply)).await
+    /// Commits a submission and queues its jobs. The inner error is for its sender; nothing was written then.
+    pub async fn commit(&self, batch: Batch) -> Result<Result<Committed, QueueError>, CallError> {
+        let this = self.clone();
+        // In a task of its own: were it dropped with a client that goes away, its rows might be committed and the core
+        // never hear of them.
+        tokio::spawn(async move { this.commit_now(batch).await }).await.map_err(|_| CallError::Stopped)?
     }
 
-    pub async fn cancel(&self, job: JobId) -> Result<Result<(), Refusal>, CallError> {
-        self.call(CALL_TIMEOUT, |reply| SchedulerMessage::Cancel(job, reply)).await
+    async fn commit_now(&self, batch: Batch) -> Result<Result<Committed, QueueError>, CallError> {
+        let _permit = self.permit().await?;
+        if batch.jobs.iter().any(|job| !job.after.is_empty()) {
+            // What a job comes after must not end between the commit and the core's notice of it.
+            return self.call(COMMIT_TIMEOUT, |reply| Message::Commit(Box::new(batch), reply)).await;
+        }
+        // Beside the actor: a long file takes seconds. If this reign ends meanwhile, the store refuses it by its epoch, or
+        // the rows are there and the next reign loads them.
+        let stored = self.store.commit_submission(self.reign.epoch, batch, Timestamp::now());
+        match within(COMMIT_TIMEOUT, stored).await {
+            Ok(mut committed) => {
+                let submitted = Box::new(std::mem::take(&mut committed.submitted));
+                self.call(COMMIT_TIMEOUT, |reply| Message::Submitted(submitted, reply)).await?;
+                Ok(Ok(committed))
+            }
+            Err(error) if is_refusal(&error) => Ok(Err(error)),
+            Err(error) => {
+                // Nobody knows whether it is committed.
+                self.send(Message::Broken(error)).await?;
+                Err(CallError::Stopped)
+            }
+        }
     }
 
-    pub async fn retry(&self, job: JobId) -> Result<Result<(), Refusal>, CallError> {
-        self.call(CALL_TIMEOUT, |reply| SchedulerMessage::Retry(job, reply)).await
+    pub async fn wish(&self, wish: Wish, by: String) -> Result<Result<(), Refusal>, CallError> {
+        let order = |reply| Message::Order { order: Order::Wish(wish), by, reply, permit: None };
+        self.call(CALL_TIMEOUT, order).await
     }
 
-    /// Ends the actor after the message it is at.
+    /// Queues a failed or cancelled job again.
+    pub async fn retry(&self, job: JobId, by: String) -> Result<Result<(), Refusal>, CallError> {
+        let waited = tokio::time::timeout(CALL_TIMEOUT, self.permit()).await.map_err(|_| CallError::Timeout)?;
+        let permit = Some(waited?);
+        self.call(CALL_TIMEOUT, |reply| Message::Order { order: Order::Retry(job), by, reply, permit }).await
+    }
+
+    /// Removes old rows, or counts them.
+    pub async fn prune(&self, retention: Retention, dry_run: bool) -> Result<Result<Pruned, QueueError>, CallError> {
+        let _permit = self.permit().await?;
+        let pruned = self.store.prune(self.reign.epoch, retention, Timestamp::now(), dry_run);
+        Ok(within(COMMIT_TIMEOUT, pruned).await)
+    }
+
+    pub fn epoch(&self) -> Epoch {
+        self.reign.epoch
+    }
+
+    /// Ends the reign after the turn that the actor is at.
     pub fn stop(&self) {
-        self.actor.stop(None);
+        self.stop.cancel();
     }
 
-    fn cast(&self, message: SchedulerMessage) -> Result<(), CallError> {
-        self.actor.cast(message).map_err(|_| CallError::Stopped)
+    async fn permit(&self) -> Result<OwnedSemaphorePermit, CallError> {
+        self.rows.clone().acquire_owned().await.map_err(|_| CallError::Stopped)
+    }
+
+    async fn send(&self, message: Message) -> Result<(), CallError> {
+        self.mailbox.send(message).await.map_err(|_| CallError::Stopped)
     }
 
     async fn call<T>(
         &self,
         timeout: Duration,
-        message: impl FnOnce(oneshot::Sender<T>) -> SchedulerMessage,
+        message: impl FnOnce(oneshot::Sender<T>) -> Message,
     ) -> Result<T, CallError> {
         let answered = async {
-            let _permit = self.calls.acquire().await.map_err(|_| CallError::Stopped)?;
             let (reply, answer) = oneshot::channel();
-            self.cast(message(reply))?;
+            self.send(message(reply)).await?;
             answer.await.map_err(|_| CallError::Stopped)
         };
         tokio::time::timeout(timeout, answered).await.map_err(|_| CallError::Timeout)?
     }
 }
 
-struct SchedulerActor;
-
-struct State {
-    farm: Farm,
-    epoch: Epoch,
-    store: Arc<dyn QueueStore>,
-    link: Arc<dyn NodeLink>,
-    /// Envelopes sent.
-    sent: u64,
+/// An error that is the caller's affair; the store has written nothing and goes on.
+fn is_refusal(error: &QueueError) -> bool {
+    matches!(error, QueueError::Refused(_) | QueueError::TooManySubmissions(_))
 }
 
-impl Actor for SchedulerActor {
-    type Msg = SchedulerMessage;
-    type State = State;
-    type Arguments = State;
-
-    async fn pre_start(&self, _: ActorRef<Self::Msg>, state: State) -> Result<State, ActorProcessingErr> {
-        Ok(state)
-    }
-
-    async fn handle(
-        &self,
-        _: ActorRef<Self::Msg>,
-        message: SchedulerMessage,
-        state: &mut State,
-    ) -> Result<(), ActorProcessingErr> {
-        state.on_message(message).await.map_err(|error| {
+/// The actor: turn after turn, until the end of the reign.
+async fn run(mut state: State, mut inbox: mpsc::Receiver<Message>, started: Instant, stop: CancellationToken) -> End {
+    let mut ticks = tokio::time::interval(TICK);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut messages = Vec::with_capacity(TURN);
+    loop {
+        let mut tick = false;
+        tokio::select! {
+            biased;
+            () = stop.cancelled() => return End::Stopped,
+            // Before the mailbox, which may never be empty.
+            _ = ticks.tick() => tick = true,
+            taken = inbox.recv_many(&mut messages, TURN) => if taken == 0 { return End::Stopped },
+        }
+        let tick = tick.then(|| Time(started.elapsed()));
+        if let Err(error) = state.turn(&mut messages, tick).await {
             // The core has decided something that is not on disk. Acting on it, or on what follows from it, would be
-            // wrong, so this is the end; a fresh start has the committed state.
-            tracing::error!(%error, "cannot commit; stopping");
-            error.into()
-        })
-    }
-}
-
-impl State {
-    async fn on_message(&mut self, message: SchedulerMessage) -> Result<(), QueueError> {
-        match message {
-            SchedulerMessage::Frame { bytes, at, _permit } => match codec::decode::<ToScheduler>(&bytes) {
-                Ok(envelope) => self.run(Event::FromNode(Box::new(envelope)), at).await,
-                Err(error) => {
-                    tracing::warn!(%error, bytes = bytes.len(), "dropped a frame that does not decode");
-                    Ok(())
-                }
-            },
-            SchedulerMessage::SessionClosed { boot, at } => self.run(Event::SessionClosed(boot), at).await,
-            SchedulerMessage::Tick(at) => self.run(Event::Tick, at).await,
-            SchedulerMessage::Ask(question) => {
-                question(&self.farm);
-                Ok(())
-            }
-            SchedulerMessage::Commit(batch, reply) => {
-                let mut committed = within(self.store.commit_submission(self.epoch, *batch, Timestamp::now())).await?;
-                let queued = std::mem::take(&mut committed.queued);
-                self.run(Event::Submitted(queued), self.farm.now()).await?;
-                let _ = reply.send(committed);
-                Ok(())
-            }
-            SchedulerMessage::Cancel(job, reply) => {
-                let outcome = if self.farm.holds(job) {
-                    self.run(Event::Cancel(job), self.farm.now()).await?;
-                    Ok(())
-                } else {
-                    match within(self.store.live_job(job)).await? {
-                        None => Err(Refusal::Unknown(job)),
-                        Some((state, _)) => Err(Refusal::State { job, state }),
-                    }
-                };
-                let _ = reply.send(outcome);
-                Ok(())
-            }
-            SchedulerMessage::Retry(job, reply) => {
-                let outcome = match within(self.store.live_job(job)).await? {
-                    None => Err(Refusal::Unknown(job)),
-                    Some((JobState::Failed | JobState::Cancelled, live)) => {
-                        self.run(Event::Retry(live), self.farm.now()).await?;
-                        Ok(())
-                    }
-                    Some((state, _)) => Err(Refusal::State { job, state }),
-                };
-                let _ = reply.send(outcome);
-                Ok(())
-            }
+            // wrong, so this is the end; whoever leads next has the committed state.
+            return End::from(error);
         }
     }
-
-    /// One event and all that follows from it.
-    async fn run(&mut self, event: Event, at: Time) -> Result<(), QueueError> {
-        let mut effects = self.farm.step(event, at);
-        loop {
-            let Effects { changes, sends, load, notes } = effects;
-            if !changes.is_empty() {
-                within(self.store.apply(self.epoch, &changes, Timestamp::now())).await?;
-            }
-            for note in notes {
-                tracing::info!("{note}");
-            }
-            for send in sends {
-                self.deliver(send);
-            }
-            if load.is_empty() {
-                return Ok(());
-            }
-            let loaded = within(self.store.requests(&load)).await?;
-            effects = self.farm.step(Event::Loaded(loaded), at);
-        }
-    }
-
-    /// Messages may be lost: whatever matters is said again until it is answered.
-    fn deliver(&mut self, ToSend { node, boot, message }: ToSend) {
-        self.sent += 1;
-        let envelope = Envelope { epoch: self.epoch, node, boot, seq: self.sent, body: message };
-        let sent = codec::encode(&envelope)
-            .map_err(|error| error.to_string())
-            .and_then(|bytes| self.link.send(boot, bytes).map_err(|error| error.to_string()));
-        if let Err(error) = sent {
-            tracing::debug!(node = %envelope.node, error, "message not sent");
-        }
-    }
-}
-
-async fn within<T>(stored: impl Future<Output = Result<T, QueueError>>) -> Result<T, QueueError> {
-    tokio::time::timeout(STORE_TIMEOUT, stored).await.unwrap_or(Err(QueueError::Timeout(STORE_TIMEOUT)))
 }

@@ -9,6 +9,12 @@ pub trait NodeLink: Send + Sync {
 
     /// Takes over a connection of a node that HTTP has authenticated and upgraded.
     fn accept(&self, upgraded: hyper::upgrade::Upgraded, boot: BootId) -> Result<(), ClusterError>;
+
+    /// Ends the session of a node. It dials again, and finds who leads.
+    fn disconnect(&self, boot: BootId);
+
+    /// Ends all sessions.
+    fn disconnect_all(&self);
 }
 
 impl NodeLink for Cluster {
@@ -18,5 +24,13 @@ impl NodeLink for Cluster {
 
     fn accept(&self, upgraded: hyper::upgrade::Upgraded, boot: BootId) -> Result<(), ClusterError> {
         Cluster::accept(self, upgraded, boot)
+    }
+
+    fn disconnect(&self, boot: BootId) {
+        Cluster::disconnect(self, boot);
+    }
+
+    fn disconnect_all(&self) {
+        Cluster::disconnect_all(self);
     }
 }

@@ -19,6 +19,8 @@ const WALKS: [&str; 5] =
     ["README.md", "docs/prompt-file.md", "docs/farmctl.md", "docs/parallelism.md", "docs/tiles.md"];
 /// A job's short id in the documents; a real one takes its place.
 const SAMPLE_JOB: &str = "5a0c31f2";
+/// A batch's short id in the documents; that of the newest takes its place.
+const SAMPLE_BATCH: &str = "9c41d07e";
 /// Where the documents have the scheduler. The one that runs takes its place.
 const SAMPLE_PORT: &str = ":7070";
 const SAMPLE_HOST: &str = "10.0.0.1";
@@ -210,11 +212,15 @@ impl Walk {
         if let Some(port) = self.port {
             line = line.replace(SAMPLE_PORT, &format!(":{port}"));
         }
-        if line.contains(SAMPLE_JOB) {
-            let output = self.program("farmctl").args(["list", "--json"]).output().unwrap();
-            let list: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
-            let job = list["jobs"][0]["job"].as_str().expect("there is a job");
-            line = line.replace(SAMPLE_JOB, &job[job.len() - SAMPLE_JOB.len()..]);
+        for (sample, list, field) in [(SAMPLE_JOB, "list", "jobs job"), (SAMPLE_BATCH, "batches", "batches submission")]
+        {
+            if line.contains(sample) {
+                let output = self.program("farmctl").args([list, "--json"]).output().unwrap();
+                let listed: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+                let (all, id) = field.split_once(' ').unwrap();
+                let id = listed[all][0][id].as_str().unwrap_or_else(|| panic!("{list} names nothing"));
+                line = line.replace(sample, &id[id.len() - sample.len()..]);
+            }
         }
         line
     }

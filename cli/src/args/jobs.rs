@@ -119,7 +119,7 @@ pub struct Scope {
 
 #[derive(Debug, ClapArgs)]
 pub struct Fetch {
-    /// Job ids, or unique endings of at least 4 digits.
+    /// Ids of jobs, or of batches for all their clips, or unique endings of at least 4 digits.
     #[arg(required = true, value_name = "ID")]
     pub ids: Vec<String>,
     /// Folder for the clips.

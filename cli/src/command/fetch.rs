@@ -6,12 +6,13 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use farm_core::api::JobView;
-use farm_core::id::JobId;
+use farm_core::id::{JobId, SubmissionId};
+use farm_core::job::state::JobState;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
 use crate::args::Fetch;
-use crate::client::Client;
+use crate::client::{Client, JobQuery, Named};
 use crate::error::{Error, Status};
 use crate::output::{self, clean, name};
 
@@ -26,31 +27,60 @@ pub struct Fetched {
     pub sha256: String,
 }
 
+/// What a command has fetched so far.
+struct Haul {
+    files: Vec<Fetched>,
+    status: Status,
+}
+
 pub async fn run(client: &Client, args: Fetch) -> Result<Status, Error> {
     create_folder(&args.out)?;
-    let mut files = Vec::new();
-    let mut status = Status::Ok;
+    let mut haul = Haul { files: Vec::new(), status: Status::Ok };
     for id in &args.ids {
-        let job = client.job(id).await?.view;
-        match fetch_clip(client, &job, &args.out).await {
+        match client.find(id).await? {
+            Named::Job(detail) => haul.take(client, &detail.view, &args).await?,
+            Named::Batch(batch) => haul.take_batch(client, batch.submission, &args).await?,
+        }
+    }
+    if args.output.json {
+        output::json(&haul.files)?;
+    }
+    Ok(haul.status)
+}
+
+impl Haul {
+    async fn take(&mut self, client: &Client, job: &JobView, args: &Fetch) -> Result<(), Error> {
+        match fetch_clip(client, job, &args.out).await {
             Ok(file) => {
                 if !args.output.json {
                     output::line(&clean(&file.file.to_string_lossy()))?;
                 }
-                files.push(file);
+                self.files.push(file);
             }
             // The other clips may well be there.
             Err(error @ (Error::Refused { .. } | Error::Usage { .. })) => {
-                eprintln!("{}: {error}", name(&job));
-                status = Status::ClipFailed;
+                eprintln!("{}: {error}", name(job));
+                self.status = Status::ClipFailed;
             }
             Err(error) => return Err(error),
         }
+        Ok(())
     }
-    if args.output.json {
-        output::json(&files)?;
+
+    /// All clips of the batch that are there; the others are not missed.
+    async fn take_batch(&mut self, client: &Client, batch: SubmissionId, args: &Fetch) -> Result<(), Error> {
+        let mut query = JobQuery { state: Some(JobState::Done), submission: Some(batch), ..JobQuery::default() };
+        loop {
+            let page = client.jobs(query).await?;
+            for job in &page.jobs {
+                self.take(client, job, args).await?;
+            }
+            match page.next {
+                Some(next) => query.after = Some(next),
+                None => return Ok(()),
+            }
+        }
     }
-    Ok(status)
 }
 
 pub fn create_folder(dir: &Path) -> Result<(), Error> {

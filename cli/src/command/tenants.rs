@@ -72,7 +72,7 @@ fn merged(mut spec: TenantSpec, args: &Quota) -> TenantSpec {
 }
 
 fn table(tenants: &[TenantView]) -> String {
-    let header = ["tenant", "share", "devices", "queued", "running", "device-seconds in 24 h", "usage", ""];
+    let header = ["tenant", "share", "usage", "devices", "jobs", "running", "device-seconds in 24 h", ""];
     output::table(header, tenants.iter().map(row))
 }
 
@@ -89,12 +89,11 @@ fn row(view: &TenantView) -> [String; 8] {
     [
         view.tenant.to_string(),
         view.spec.share.to_string(),
+        format!("{:.0}", view.usage),
         of(view.devices, quota.devices),
-        // The limit counts those that run too.
-        of(view.queued, quota.queued.map(|most| most.saturating_sub(view.running))),
+        of(view.queued + view.running, quota.queued),
         view.running.to_string(),
         of(format!("{:.0}", view.day), quota.device_seconds),
-        format!("{:.0}", view.usage),
         if view.paused { "paused".to_owned() } else { String::new() },
     ]
 }
@@ -141,6 +140,6 @@ mod tests {
         };
         let json = serde_json::to_string(&view).unwrap();
         assert_eq!(serde_json::from_str::<TenantView>(&json).unwrap(), view);
-        assert_eq!(row(&view), ["films", "2", "4 of 4", "3", "2", "100", "1234", "paused"]);
+        assert_eq!(row(&view), ["films", "2", "1234", "4 of 4", "5", "2", "100", "paused"]);
     }
 }

@@ -25,8 +25,8 @@ const BUNDLED_MODEL: &str = "assets/mochi-tiny";
 /// How farm-scheduler's one line on standard output begins.
 const ANNOUNCEMENT: &str = "listening on http://";
 const POLL: Duration = Duration::from_millis(100);
-/// From SIGTERM to SIGKILL.
-const GRACE: Duration = Duration::from_secs(5);
+/// From SIGTERM to SIGKILL. Nodes hand their work back meanwhile, and stop by themselves after 25 s.
+const GRACE: Duration = Duration::from_secs(30);
 
 pub async fn run(args: Up, secret_file: Option<PathBuf>) -> Result<Status, Error> {
     let plan = Plan::new(args, secret_file)?;

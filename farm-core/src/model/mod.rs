@@ -38,6 +38,9 @@ pub enum ModelError {
     /// The caller asked to stop.
     #[error("stopped")]
     Stopped,
+    /// The caller asked to hand over: the observer has had the latent of `step` finished steps, where others go on.
+    #[error("handed over at step {step}")]
+    HandedOver { step: u32 },
 }
 
 impl From<crate::parallel::attention::ParallelError> for ModelError {

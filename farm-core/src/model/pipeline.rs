@@ -44,6 +44,14 @@ pub trait RenderObserver {
         false
     }
 
+    /// Whether the denoise is to end here, between two steps, to be taken up by others. Asked on the leader, which gives
+    /// its latent to [`RenderObserver::checkpoint`] unless it is the one that the denoise has started from, and ends the
+    /// whole group: only it has to know. Then the denoise fails with [`ModelError::HandedOver`]. Past the last step nobody
+    /// is asked.
+    fn hands_over(&mut self) -> bool {
+        false
+    }
+
     /// Where this denoise can be taken up again.
     fn checkpoint(&mut self, _checkpoint: LatentCheckpoint) {}
 
@@ -271,24 +279,31 @@ impl<E: Engine> Pipeline<E> {
         let pixels = f64::from(spec.width) * f64::from(spec.height);
         let decode_seconds = self.decode_seconds_per_pixel().map(|pace| pace * pixels * f64::from(spec.num_frames));
         let mut pace = Pace::default();
-        let mut unreadable = None;
+        let mut end = None;
         let latent = sampler.run(engine, &latent, first, &mut |done, total, z| {
             let steps = pace.seconds_for(done - first, total - done);
             let eta = steps.map(|steps| (steps + decode_seconds.unwrap_or(0.0)) as f32);
             let (step, steps) = (done as u32, total as u32);
-            if done > first && done < total && group.is_leader() && observer.wants_checkpoint(step, steps) {
-                match engine.download(z) {
-                    Ok(values) => observer.checkpoint(LatentCheckpoint { step, values }),
-                    Err(error) => {
-                        unreadable = Some(error);
-                        return ControlFlow::Break(());
+            if done < total && group.is_leader() {
+                let hands_over = observer.hands_over();
+                if done > first && (hands_over || observer.wants_checkpoint(step, steps)) {
+                    match engine.download(z) {
+                        Ok(values) => observer.checkpoint(LatentCheckpoint { step, values }),
+                        Err(error) => {
+                            end = Some(error.into());
+                            return ControlFlow::Break(());
+                        }
                     }
+                }
+                if hands_over {
+                    end = Some(ModelError::HandedOver { step });
+                    return ControlFlow::Break(());
                 }
             }
             observer.progress(Progress { stage: Stage::Denoise, done: step, total: steps, eta_seconds: eta })
         });
-        if let Some(error) = unreadable {
-            return Err(error.into());
+        if let Some(end) = end {
+            return Err(end);
         }
         let latent = latent?;
         let values = engine.download(&latent)?;

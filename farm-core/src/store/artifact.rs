@@ -315,11 +315,17 @@ impl ArtifactStore {
 
     /// Keys of objects in the folder `prefix` and those below it, `most` of them at most, in no order.
     pub async fn list(&self, prefix: &str, most: usize) -> Result<Vec<String>, StoreError> {
+        Ok(self.list_sizes(prefix, most).await?.into_iter().map(|(key, _)| key).collect())
+    }
+
+    /// As [`ArtifactStore::list`], each key with the object's bytes.
+    pub async fn list_sizes(&self, prefix: &str, most: usize) -> Result<Vec<(String, u64)>, StoreError> {
         let path = self.path(prefix)?;
         let own = self.prefix.parts().count();
         self.retried("list", prefix, || async {
             let found = self.driver.list(Some(&path)).take(most);
-            found.map_ok(|meta| meta.location.parts().skip(own).collect::<Path>().into()).try_collect().await
+            let key = |location: &Path| location.parts().skip(own).collect::<Path>().into();
+            found.map_ok(|meta| (key(&meta.location), meta.size)).try_collect().await
         })
         .await
     }

@@ -2,9 +2,21 @@
 
 use crate::id::{AttemptNo, JobId};
 
+/// `jobs/{job}`: the folder of all that is of the job.
+pub fn job(job: JobId) -> String {
+    format!("jobs/{job}")
+}
+
 /// `jobs/{job}/attempt/{n}/clip.mp4`
 pub fn clip(job: JobId, attempt: AttemptNo) -> String {
     format!("jobs/{job}/attempt/{attempt}/clip.mp4")
+}
+
+/// The attempt of a [`clip`] of the job, if `key` is one.
+pub fn clip_attempt(job: JobId, key: &str) -> Option<AttemptNo> {
+    let rest = key.strip_prefix("jobs/")?.strip_prefix(&job.to_string())?.strip_prefix("/attempt/")?;
+    let attempt = AttemptNo(rest.strip_suffix("/clip.mp4")?.parse().ok()?);
+    (clip(job, attempt) == key).then_some(attempt)
 }
 
 /// `jobs/{job}/result.json`: created once, names the accepted attempt.
@@ -33,6 +45,14 @@ mod tests {
     use uuid::Uuid;
 
     use super::*;
+
+    #[test]
+    fn a_clips_key_says_its_attempt() {
+        let [job, other] = [7, 8].map(|n| JobId(Uuid::from_u128(n)));
+        assert_eq!(clip_attempt(job, &clip(job, AttemptNo(12))), Some(AttemptNo(12)));
+        let strange = [clip(other, AttemptNo(1)), result(job), clip(job, AttemptNo(1)).replace("/1/", "/01/")];
+        assert!(strange.iter().all(|key| clip_attempt(job, key).is_none()));
+    }
 
     #[test]
     fn a_latents_key_says_its_step_and_sorts_by_it() {

@@ -14,10 +14,10 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use http_body_util::Empty;
-use hyper::body::Bytes;
+use http_body_util::{BodyExt, Empty, Limited};
+use hyper::body::{Bytes, Incoming};
 use hyper::header::{AUTHORIZATION, CONNECTION, HOST, UPGRADE};
-use hyper::{Method, Request, StatusCode};
+use hyper::{HeaderMap, Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use ractor::{Actor, ActorId, ActorProcessingErr, ActorRef, pg};
 use ractor_cluster::node::{NodeConnectionMode, NodeServerSessionInformation};
@@ -29,7 +29,8 @@ use sha2::{Digest, Sha256};
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 
-use super::MAX_ENVELOPE_BYTES;
+use super::{MAX_ENVELOPE_BYTES, PROTOCOL};
+use crate::api::ApiError;
 use crate::id::BootId;
 
 /// Path of the upgrade request.
@@ -38,6 +39,10 @@ pub const UPGRADE_PATH: &str = "/v1/cluster";
 pub const UPGRADE_PROTOCOL: &str = "mochi-farm";
 /// Header with the boot id of the node that dials.
 pub const BOOT_HEADER: &str = "x-farm-boot";
+/// Header with the [`PROTOCOL`] of either end, in the request and in the answer.
+pub const PROTOCOL_HEADER: &str = "x-farm-protocol";
+/// Header with the program's version of either end. Another version of the same protocol is no obstacle.
+pub const VERSION_HEADER: &str = "x-farm-version";
 
 /// Time for connecting, for the HTTP upgrade, and for ractor's own handshake; each.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -45,6 +50,8 @@ const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 const USER_TIMEOUT: Duration = Duration::from_secs(10);
 /// Frames that wait for the process to read them. A full queue drops the frame: its sender repeats what matters.
 const INBOUND_QUEUE: usize = 4096;
+/// Bytes of an answer that refuses a node.
+const MAX_REFUSAL: usize = 16 << 10;
 const SCHEDULER_GROUP: &str = "farm-scheduler";
 
 #[derive(Debug, thiserror::Error)]
@@ -61,8 +68,24 @@ pub enum ClusterError {
     Timeout { addr: String },
     #[error("{addr} does not speak HTTP: {source}")]
     Http { addr: String, source: hyper::Error },
-    #[error("scheduler {addr} refused the connection: {status}{hint}")]
-    Refused { addr: String, status: StatusCode, hint: &'static str },
+    #[error("scheduler {addr} refused the connection: {status}; {reason}")]
+    Refused { addr: String, status: StatusCode, reason: String },
+    /// It waits for the leader to go; `leader` is that one's address, if it is known.
+    #[error("scheduler {addr} stands by{}", leader.as_ref().map(|leader| format!(", {leader} leads")).unwrap_or_default())]
+    Standby { addr: String, leader: Option<String> },
+}
+
+/// Whether a node whose upgrade request has these headers speaks as we do; if not, what to tell it.
+pub fn check_protocol(headers: &HeaderMap) -> Result<(), String> {
+    let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or("unknown");
+    let (protocol, version, ours) = (text(PROTOCOL_HEADER), text(VERSION_HEADER), crate::VERSION);
+    if protocol == PROTOCOL.to_string() {
+        return Ok(());
+    }
+    Err(format!(
+        "the node is of version {version:.40} and speaks protocol {protocol:.10}, the scheduler is of version {ours} and \
+         speaks protocol {PROTOCOL}; run the same version on both"
+    ))
 }
 
 /// What the process learns from its peers.
@@ -254,6 +277,13 @@ impl Cluster {
         }
     }
 
+    /// Ends every session. [`ClusterEvent::Closed`] follows for each.
+    pub fn disconnect_all(&self) {
+        for (_, session) in lock(&self.sessions).values() {
+            session.stop(Some("disconnected by us".to_owned()));
+        }
+    }
+
     fn open(&self, upgraded: hyper::upgrade::Upgraded, label: String, is_server: bool) -> Result<(), ClusterError> {
         let stream = Box::new(UpgradedStream { io: TokioIo::new(upgraded), label });
         self.server
@@ -305,21 +335,45 @@ async fn upgrade(
         .header(HOST, addr)
         .header(CONNECTION, "upgrade")
         .header(UPGRADE, UPGRADE_PROTOCOL)
-        .header(BOOT_HEADER, boot.to_string());
+        .header(BOOT_HEADER, boot.to_string())
+        .header(PROTOCOL_HEADER, PROTOCOL.to_string())
+        .header(VERSION_HEADER, crate::VERSION);
     if let Some(secret) = secret {
         request = request.header(AUTHORIZATION, format!("Bearer {secret}"));
     }
-    let refused = |status, hint| ClusterError::Refused { addr: addr.to_owned(), status, hint };
-    let request = request.body(Empty::<Bytes>::new()).map_err(|_| {
-        refused(StatusCode::BAD_REQUEST, "; the address or the secret has characters that HTTP forbids")
+    let request = request.body(Empty::<Bytes>::new()).map_err(|_| ClusterError::Refused {
+        addr: addr.to_owned(),
+        status: StatusCode::BAD_REQUEST,
+        reason: "the address or the secret has characters that HTTP forbids".to_owned(),
     })?;
     let response = sender.send_request(request).await.map_err(http)?;
-    match response.status() {
-        StatusCode::SWITCHING_PROTOCOLS => hyper::upgrade::on(response).await.map_err(http),
+    if response.status() != StatusCode::SWITCHING_PROTOCOLS {
+        return Err(refusal(addr, response).await);
+    }
+    if let Some(theirs) = response.headers().get(VERSION_HEADER).and_then(|version| version.to_str().ok())
+        && theirs != crate::VERSION
+    {
+        tracing::warn!(scheduler = addr, theirs, ours = crate::VERSION, "the scheduler is of another version");
+    }
+    hyper::upgrade::on(response).await.map_err(http)
+}
+
+/// Why a node is not let in, as far as the answer says it.
+async fn refusal(addr: &str, response: Response<Incoming>) -> ClusterError {
+    let (addr, status) = (addr.to_owned(), response.status());
+    let body = Limited::new(response.into_body(), MAX_REFUSAL).collect().await;
+    let error = body.ok().and_then(|body| serde_json::from_slice::<ApiError>(&body.to_bytes()).ok());
+    let said = error.as_ref().map(|error| error.error.clone());
+    match status {
+        // Also where a proxy says so: the next scheduler may do.
+        StatusCode::SERVICE_UNAVAILABLE => ClusterError::Standby { addr, leader: error.and_then(|error| error.leader) },
         StatusCode::UNAUTHORIZED => {
-            Err(refused(StatusCode::UNAUTHORIZED, "; pass the scheduler's secret with --secret-file"))
+            ClusterError::Refused { addr, status, reason: "pass the scheduler's secret with --secret-file".to_owned() }
         }
-        status => Err(refused(status, "; is this a farm-scheduler of the same version?")),
+        _ => {
+            let reason = said.unwrap_or_else(|| "is this a farm-scheduler of the same version?".to_owned());
+            ClusterError::Refused { addr, status, reason }
+        }
     }
 }
 

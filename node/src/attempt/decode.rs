@@ -66,7 +66,7 @@ impl ClipDecode<'_> {
         let progress = |done| {
             monitor.advance(Progress { stage: Stage::Decode, done, total, eta_seconds: None });
         };
-        progress(0);
+        begin(spec, monitor);
         let around = Surroundings {
             want_hands: Box::new(move |round| {
                 // The foreman is there as long as the stitcher.
@@ -75,7 +75,7 @@ impl ClipDecode<'_> {
             expected,
             arrivals,
             progress: Box::new(progress),
-            stop: monitor.stop.clone(),
+            stop: monitor.orders.stop_flag(),
             log: Box::new(|line| monitor.log(line)),
         };
         let tiles = self.shape.plan.tiles.len() as u32;
@@ -110,7 +110,7 @@ impl ClipDecode<'_> {
                         shape: spec.latent_shape(),
                         latent: latent.clone(),
                         link,
-                        stop: monitor.stop.clone(),
+                        stop: monitor.orders.stop_flag(),
                     };
                     local.spawn(async move { handle.decode(work, reservation).await });
                     let name = format!("{} {device}", self.workshop.node);
@@ -141,6 +141,11 @@ impl ClipDecode<'_> {
             error => Failure::new(FailureKind::Device, error),
         })
     }
+}
+
+/// From here on the attempt decodes.
+pub(super) fn begin(spec: &RenderSpec, monitor: &Monitor) {
+    monitor.advance(Progress { stage: Stage::Decode, done: 0, total: spec.num_frames, eta_seconds: None });
 }
 
 /// Who decodes, as the scheduler says, or as has to do without it.

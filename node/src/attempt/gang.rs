@@ -4,17 +4,17 @@ use std::sync::Arc;
 
 use farm_core::comm::{Patience, local};
 use farm_core::id::DeviceIndex;
-use farm_core::job::state::FailureKind;
 use farm_core::model::pipeline::Start;
 use farm_core::parallel::group::RankGroup;
 use farm_core::wire::to_node::StartAttempt;
 use futures::future::{join, join_all};
 
-use super::{Failure, Lease, Workshop};
+use super::{Lease, Workshop};
 use crate::checkpoints::{Checkpoints, Slot};
 use crate::device_thread::{Denoise, Denoised, DeviceHandle, Monitor, RenderError};
 
-/// The finished latent of the clip, from the leader.
+/// The finished latent of the clip, from the leader. An attempt that is to be handed over ends with
+/// [`RenderError::HandedOver`] once its latent is in the store, or cannot be put there.
 pub(super) async fn denoise(
     workshop: &Arc<Workshop>,
     start: &StartAttempt,
@@ -22,7 +22,7 @@ pub(super) async fn denoise(
     from: Start,
     lease: &Lease,
     monitor: &Monitor,
-) -> Result<Denoised, Failure> {
+) -> Result<Denoised, RenderError> {
     let handles = handles(workshop, start)?;
     // The scheduler writes its own line into the job's log when it hands the attempt out.
     let (attempt, devices) = (start.key, &start.devices);
@@ -47,26 +47,28 @@ pub(super) async fn denoise(
     let ranks = ranks.collect::<Result<Vec<_>, RenderError>>()?;
     // From here on only the devices' threads have it, and let go of it.
     drop(slot);
-    let (denoised, ()) = join(join_all(ranks), checkpoints.save_all(inbox)).await;
-    Ok(of_all(denoised, devices)?)
+    let saved = |step| monitor.progress.save(step);
+    let (denoised, ()) = join(join_all(ranks), checkpoints.save_all(inbox, &saved)).await;
+    of_all(denoised, devices)
 }
 
 /// The devices of the lease, by rank.
-fn handles<'a>(workshop: &'a Workshop, start: &StartAttempt) -> Result<Vec<&'a DeviceHandle>, Failure> {
+fn handles<'a>(workshop: &'a Workshop, start: &StartAttempt) -> Result<Vec<&'a DeviceHandle>, RenderError> {
     let (devices, topology) = (&start.devices, start.topology);
     if devices.len() != topology.world() {
         let message = format!("{topology} needs {} devices, the lease has {}", topology.world(), devices.len());
-        return Err(Failure::new(FailureKind::Device, message));
+        return Err(RenderError::device(message));
     }
     let known = workshop.devices.len();
     let handle = |device: &DeviceIndex| {
-        let missing = || Failure::new(FailureKind::Device, format!("no device {device}, the node has {known}"));
+        let missing = || RenderError::device(format!("no device {device}, the node has {known}"));
         workshop.devices.get(device.0 as usize).ok_or_else(missing)
     };
     devices.iter().map(handle).collect()
 }
 
-/// The leader's latent, or the failure that ended the group: that of the first rank that failed by itself, if any did.
+/// The leader's latent, or what ended the group: the leader's hand-over, or the failure of the first rank that failed by
+/// itself, if any did.
 fn of_all(denoised: Vec<Result<Denoised, RenderError>>, devices: &[DeviceIndex]) -> Result<Denoised, RenderError> {
     let mut ended = None;
     let mut latent = None;
@@ -74,6 +76,7 @@ fn of_all(denoised: Vec<Result<Denoised, RenderError>>, devices: &[DeviceIndex])
         match denoised {
             Ok(denoised) if rank == 0 => latent = Some(denoised),
             Ok(_) => {}
+            Err(error @ RenderError::HandedOver { .. }) => return Err(error),
             Err(RenderError::Failed { kind, message }) => {
                 let place = match devices {
                     [_] => String::new(),

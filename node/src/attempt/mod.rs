@@ -7,11 +7,11 @@
 mod decode;
 mod gang;
 pub mod help;
+mod memory;
 mod result;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -22,6 +22,7 @@ use farm_core::job::state::{FailureKind, Progress, Stage};
 use farm_core::model::config::VaeConfig;
 use farm_core::model::latent::LatentCheckpoint;
 use farm_core::model::pipeline::Start;
+use farm_core::parallel::cost::{ModelShape, Site};
 use farm_core::store::artifact::{ArtifactStore, StoreError};
 use farm_core::store::key;
 use farm_core::wire::to_node::StartAttempt;
@@ -32,7 +33,7 @@ use self::decode::ClipDecode;
 use crate::checkpoints::Checkpoints;
 use crate::data_plane::DataPlane;
 use crate::decode as tiles;
-use crate::device_thread::{Denoised, DeviceHandle, Monitor, RenderError, Reservation};
+use crate::device_thread::{Denoised, DeviceHandle, Monitor, Orders, RenderError, Reservation};
 use crate::progress::ProgressCell;
 use crate::scratch::Scratch;
 
@@ -49,21 +50,28 @@ pub struct Workshop {
     pub models: HashMap<String, Offered>,
     /// Steps between two latent checkpoints of a clip; 0 for none.
     pub checkpoint_steps: u32,
+    /// What the devices are, if their memory is limited.
+    pub memory: Option<Site>,
     /// A scheduler that has not said by then who decodes is away; one of the lease's own devices begins.
     pub alone_after: Duration,
     /// Lets other nodes' devices join decodes, and this node's join others'.
     pub data: DataPlane,
     /// Takes lines for jobs' logs.
     pub log: Box<dyn Fn(AttemptKey, String) + Send + Sync>,
+    /// Told which attempts hold devices, before they get them and after they have given them back.
+    pub holding: Box<Holding>,
     /// Asks the scheduler for devices to decode on.
     pub want_hands: Box<dyn Fn(AttemptKey, HandsWanted) + Send + Sync>,
 }
+
+type Holding = dyn Fn(&[AttemptKey]) + Send + Sync;
 
 /// A model that the node has.
 #[derive(Clone)]
 pub struct Offered {
     /// Content hash of the checkpoint.
     pub hash: String,
+    pub shape: ModelShape,
     pub vae: VaeConfig,
 }
 
@@ -127,14 +135,14 @@ impl From<RenderError> for Failure {
         match error {
             RenderError::Failed { kind, message } => Self { kind, message },
             RenderError::Group(error) => Self::new(FailureKind::Device, error),
-            // Whoever stopped it does not wait for this.
-            RenderError::Stopped => Self::new(FailureKind::Device, "stopped"),
+            // Whoever stopped it does not wait for this, and a hand-over is no failure where it is asked for.
+            error @ (RenderError::Stopped | RenderError::HandedOver { .. }) => Self::new(FailureKind::Device, error),
         }
     }
 }
 
 /// Runs the attempt to its end. Devices are given back as soon as they have nothing more to do: those that do not decode
-/// when the latent is finished, the others with their last tile. Setting `stop` ends the devices' part at their next
+/// when the latent is finished, the others with their last tile. [`Orders::stop`] ends the devices' part at their next
 /// step; dropping the future ends ours. `hands` brings the answers to what is asked for.
 pub async fn run(
     workshop: Arc<Workshop>,
@@ -142,10 +150,10 @@ pub async fn run(
     lease: Lease,
     hands: mpsc::Receiver<Hands>,
     progress: ProgressCell,
-    stop: Arc<AtomicBool>,
+    orders: Orders,
 ) -> AttemptOutcome {
     let attempt = start.key;
-    let outcome = match attempt_clip(&workshop, &start, lease, hands, progress, stop).await {
+    let outcome = match attempt_clip(&workshop, &start, lease, hands, progress, orders).await {
         Ok(outcome) => outcome,
         Err(Failure { kind, mut message }) => {
             if message.len() > MAX_MESSAGE_BYTES {
@@ -157,6 +165,7 @@ pub async fn run(
     };
     match &outcome {
         AttemptOutcome::Completed { accepted, .. } => tracing::info!(%attempt, %accepted, "attempt completed"),
+        AttemptOutcome::Interrupted { step } => tracing::info!(%attempt, step, "attempt handed back"),
         AttemptOutcome::Failed { kind, message } => {
             tracing::warn!(%attempt, kind = kind.as_str(), %message, "attempt failed");
             (workshop.log)(attempt, format!("failed ({}): {message}", kind.as_str()));
@@ -171,7 +180,7 @@ async fn attempt_clip(
     lease: Lease,
     hands: mpsc::Receiver<Hands>,
     progress: ProgressCell,
-    stop: Arc<AtomicBool>,
+    orders: Orders,
 ) -> Result<AttemptOutcome, Failure> {
     let began = Instant::now();
     let attempt = start.key;
@@ -182,7 +191,7 @@ async fn attempt_clip(
             (workshop.log)(attempt, line);
         })
     };
-    let monitor = Monitor::new(progress, stop, log);
+    let monitor = Monitor::new(progress, orders, log);
 
     let spec: RenderSpec = serde_json::from_str(&start.spec_json)
         .map_err(|e| Failure::new(FailureKind::Input, format!("the spec cannot be rendered: {e}")))?;
@@ -209,7 +218,13 @@ async fn attempt_clip(
     let folder = Arc::new(workshop.scratch.attempt().map_err(scratch_failure)?);
     let clip = folder.path().join("clip.mp4");
 
-    let latent = latent(workshop, start, &checkpoints, &lease, &monitor).await?;
+    let latent = match latent(workshop, start, &checkpoints, &lease, &monitor).await? {
+        Reached::Finished(latent) => latent,
+        Reached::HandedOver => return Ok(AttemptOutcome::Interrupted { step: monitor.progress.saved() }),
+    };
+    if let Some(site) = &workshop.memory {
+        memory::check_decode(&shape, &model.vae, site).inspect_err(|_| decode::begin(&spec, &monitor))?;
+    }
     let decode = ClipDecode {
         workshop,
         start,
@@ -278,6 +293,13 @@ struct Latent {
     warnings: Vec<String>,
 }
 
+/// How far an attempt comes before its decode.
+enum Reached {
+    Finished(Latent),
+    /// It is to go on elsewhere, from the last latent in the store.
+    HandedOver,
+}
+
 /// The finished latent: an earlier attempt's, or made by the devices of the lease. It is in the store when this returns, so
 /// that nothing that happens to the decode makes anybody denoise again.
 async fn latent(
@@ -286,7 +308,7 @@ async fn latent(
     checkpoints: &Checkpoints,
     lease: &Lease,
     monitor: &Monitor,
-) -> Result<Latent, Failure> {
+) -> Result<Reached, Failure> {
     let spec = &checkpoints.spec;
     // A first attempt has nothing to go on with.
     let from = if start.key.attempt.0 > 1 { checkpoints.latest(&|note| monitor.log(note)).await } else { None };
@@ -297,10 +319,27 @@ async fn latent(
         }
         from => {
             if let Some(checkpoint) = &from {
+                monitor.progress.save(checkpoint.step);
                 monitor.log(format!("resumed at step {} of {}", checkpoint.step, spec.num_inference_steps));
             }
+            if monitor.hands_over() {
+                return Ok(Reached::HandedOver);
+            }
+            if let Some(site) = &workshop.memory {
+                memory::check_denoise(workshop.model(&start.model, &start.model_hash)?, spec, start.topology, site)?;
+            }
             let from = from.map_or(Start::Seed, Start::Checkpoint);
-            gang::denoise(workshop, start, checkpoints, from, lease, monitor).await?
+            match gang::denoise(workshop, start, checkpoints, from, lease, monitor).await {
+                Err(RenderError::HandedOver { step }) => {
+                    let saved = monitor.progress.saved();
+                    if saved < step {
+                        monitor
+                            .log(format!("the latent of step {step} is not stored; the last one is of step {saved}"));
+                    }
+                    return Ok(Reached::HandedOver);
+                }
+                denoised => denoised?,
+            }
         }
     };
     let Denoised { latent, text_seconds, denoise_seconds, warnings } = denoised;
@@ -308,7 +347,8 @@ async fn latent(
     let finished = LatentCheckpoint { step: spec.num_inference_steps, values: latent };
     let finished = Arc::new(checkpoints.finish(finished).await.map_err(store_failure)?);
     let stored = checkpoints.bytes(finished.clone()).await.map_err(store_failure)?;
-    Ok(Latent { finished, stored, text_seconds, denoise_seconds, warnings })
+    monitor.progress.save(spec.num_inference_steps);
+    Ok(Reached::Finished(Latent { finished, stored, text_seconds, denoise_seconds, warnings }))
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use farm_core::id::{AttemptNo, DeviceIndex, Epoch, JobId};
 use farm_core::job::spec::GenerationDefaults;
+use farm_core::parallel::cost::devices::Devices;
 use farm_core::parallel::group::RankGroup;
 use farm_core::parallel::topology::Topology;
 use farm_core::tiles::hand::{Hand, Todo};
@@ -112,8 +113,10 @@ async fn workshop(
         devices,
         models,
         checkpoint_steps,
+        memory: None,
         alone_after: Duration::from_millis(50),
         data: DataPlane::start(options).await.unwrap(),
+        holding: Box::new(|_| ()),
         log: Box::new(move |_, line| lines.lock().unwrap().push(line)),
         want_hands: Box::new(move |_, wanted| {
             let hands = Hands { round: wanted.round, keep: all.clone(), helpers: 0 };
@@ -129,12 +132,12 @@ fn attempt(
     start: StartAttempt,
     kept: Reservation,
     progress: ProgressCell,
-    stop: Arc<AtomicBool>,
+    orders: Orders,
 ) -> impl Future<Output = AttemptOutcome> + Send + use<> {
     let lease = start.devices.iter().map(|&device| (device, kept.clone())).collect();
     let (tell, hands) = mpsc::channel(4);
     *answers.lock().unwrap() = Some(tell);
-    run(workshop.clone(), start, lease, hands, progress, stop)
+    run(workshop.clone(), start, lease, hands, progress, orders)
 }
 
 /// A node of one fake device.
@@ -152,13 +155,22 @@ impl Bench {
         let denoised = Arc::<AtomicUsize>::default();
         let device = FakeDevice { behaviour, denoised: denoised.clone() };
         let devices = vec![DeviceHandle::spawn(DeviceIndex(0), device).unwrap()];
-        let models = [("tiny".to_owned(), Offered { hash: "abc".into(), vae: vae() })].into();
+        let models =
+            [("tiny".to_owned(), Offered { hash: "abc".into(), shape: ModelShape::mochi1(), vae: vae() })].into();
         let (workshop, answers, log) = workshop(&data, devices, models, 0).await;
         Self { workshop, answers, denoised, log, data }
     }
 
+    /// With devices that have so many bytes each.
+    fn limit(&mut self, memory: f64) {
+        let known = Devices::embedded().unwrap();
+        let (mut device, link) = (known.device("cpu").unwrap(), known.link("local").unwrap());
+        device.memory = memory;
+        Arc::get_mut(&mut self.workshop).unwrap().memory = Some(Site::one_host(device, link));
+    }
+
     async fn run(&self, start: StartAttempt) -> AttemptOutcome {
-        attempt((&self.workshop, &self.answers), start, Arc::new(()), ProgressCell::new(), Arc::default()).await
+        attempt((&self.workshop, &self.answers), start, Arc::new(()), ProgressCell::new(), Orders::default()).await
     }
 
     fn scratch_entries(&self) -> usize {
@@ -175,7 +187,7 @@ fn job() -> JobId {
 }
 
 /// Nobody decodes with it.
-fn vae() -> VaeConfig {
+pub(super) fn vae() -> VaeConfig {
     VaeConfig {
         latent_channels: 12,
         channels: vec![32],
@@ -205,14 +217,14 @@ fn start(n: u32) -> StartAttempt {
 fn accepted(outcome: &AttemptOutcome) -> u32 {
     match outcome {
         AttemptOutcome::Completed { accepted, .. } => accepted.0,
-        AttemptOutcome::Failed { kind, message } => panic!("{kind:?}: {message}"),
+        other => panic!("{other:?}"),
     }
 }
 
 fn failure(outcome: AttemptOutcome) -> (FailureKind, String) {
     match outcome {
         AttemptOutcome::Failed { kind, message } => (kind, message),
-        AttemptOutcome::Completed { accepted, .. } => panic!("completed, accepted {accepted}"),
+        other => panic!("{other:?}"),
     }
 }
 
@@ -315,13 +327,13 @@ impl Drop for Tell {
 async fn an_aborted_attempt_gives_its_device_back_and_leaves_nothing() {
     let begun = Arc::new(tokio::sync::Notify::new());
     let bench = Bench::new(Behaviour::StepUntilStopped(begun.clone())).await;
-    let stop = Arc::new(AtomicBool::new(false));
+    let orders = Orders::default();
     let (told, released) = tokio::sync::oneshot::channel();
     let reservation = Arc::new(Tell(Some(told)));
     let at = (&bench.workshop, &bench.answers);
-    let running = tokio::spawn(attempt(at, start(1), reservation, ProgressCell::new(), stop.clone()));
+    let running = tokio::spawn(attempt(at, start(1), reservation, ProgressCell::new(), orders.clone()));
     begun.notified().await;
-    stop.store(true, Ordering::Relaxed);
+    orders.stop();
     running.abort();
     released.await.unwrap();
     assert!(running.await.unwrap_err().is_cancelled());
@@ -334,7 +346,7 @@ async fn the_device_is_free_before_the_upload_begins() {
     let (told, mut released) = tokio::sync::oneshot::channel();
     let progress = ProgressCell::new();
     let at = (&bench.workshop, &bench.answers);
-    let attempt = attempt(at, start(1), Arc::new(Tell(Some(told))), progress.clone(), Arc::default());
+    let attempt = attempt(at, start(1), Arc::new(Tell(Some(told))), progress.clone(), Orders::default());
     tokio::pin!(attempt);
     // Whichever of the two is seen first, an attempt that uploads has no device any more.
     let outcome = std::future::poll_fn(|cx| {
@@ -369,6 +381,62 @@ async fn without_a_word_from_the_scheduler_a_device_of_the_lease_decodes() {
     let (other, _unheard) = mpsc::channel(4);
     *bench.answers.lock().unwrap() = Some(other);
     let lease = [(DeviceIndex(0), Arc::new(()) as Reservation)].into();
-    let outcome = run(bench.workshop.clone(), start(1), lease, hands, ProgressCell::new(), Arc::default()).await;
+    let outcome = run(bench.workshop.clone(), start(1), lease, hands, ProgressCell::new(), Orders::default()).await;
     assert_eq!(accepted(&outcome), 1);
+}
+
+#[tokio::test]
+async fn an_attempt_that_yields_before_its_first_step_ends_with_none_and_uses_no_device() {
+    let bench = Bench::new(Behaviour::Render).await;
+    let orders = Orders::default();
+    orders.hand_over();
+    let at = (&bench.workshop, &bench.answers);
+    let outcome = attempt(at, start(1), Arc::new(()), ProgressCell::new(), orders).await;
+    assert_eq!(outcome, AttemptOutcome::Interrupted { step: 0 });
+    assert_eq!(bench.denoised.load(Ordering::Relaxed), 0);
+    assert_eq!(accepted(&bench.run(start(2)).await), 2);
+}
+
+#[tokio::test]
+async fn a_yield_in_decode_or_upload_runs_to_the_end() {
+    for stage in [Stage::Decode, Stage::Upload] {
+        let bench = Bench::new(Behaviour::Render).await;
+        let (orders, progress) = (Orders::default(), ProgressCell::new());
+        let at = (&bench.workshop, &bench.answers);
+        let attempt = attempt(at, start(1), Arc::new(()), progress.clone(), orders.clone());
+        tokio::pin!(attempt);
+        let mut told = false;
+        let outcome = std::future::poll_fn(|cx| {
+            if progress.get().stage == stage {
+                orders.hand_over();
+                told = true;
+            }
+            attempt.as_mut().poll(cx)
+        });
+        assert_eq!(accepted(&outcome.await), 1);
+        assert!(told, "{stage:?} was not seen");
+    }
+}
+
+#[tokio::test]
+async fn a_clip_that_is_predicted_to_have_no_room_is_not_begun() {
+    let mut bench = Bench::new(Behaviour::Render).await;
+    bench.limit(1e6);
+    let (kind, message) = failure(bench.run(start(1)).await);
+    assert_eq!(kind, FailureKind::OutOfMemory);
+    assert!(message.contains("denoising it takes about") && message.contains("1000000"), "{message}");
+    assert_eq!(bench.denoised.load(Ordering::Relaxed), 0);
+}
+
+#[tokio::test]
+async fn a_tile_that_is_predicted_to_have_no_room_fails_in_the_decode_with_the_latent_stored() {
+    let mut bench = Bench::new(Behaviour::FailDecodes).await;
+    failure(bench.run(start(1)).await);
+    bench.limit(1e3);
+    let progress = ProgressCell::new();
+    let at = (&bench.workshop, &bench.answers);
+    let outcome = attempt(at, start(2), Arc::new(()), progress.clone(), Orders::default()).await;
+    let (kind, message) = failure(outcome);
+    assert_eq!((kind, progress.get().stage), (FailureKind::OutOfMemory, Stage::Decode));
+    assert!(message.contains("decoding a tile of 1 takes about"), "{message}");
 }

@@ -3,7 +3,6 @@
 use std::collections::HashMap;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use farm_core::id::{AttemptKey, DeviceIndex};
 use farm_core::job::state::FailureKind;
@@ -17,7 +16,7 @@ use tokio::task::JoinHandle;
 use super::messages::PoolMessage;
 use super::state::{Devices, Holder, Reserve};
 use crate::attempt::{self, Hands, Lease, Workshop, help};
-use crate::device_thread::{Reservation, panic_message};
+use crate::device_thread::{Orders, Reservation, panic_message};
 use crate::progress::ProgressCell;
 use crate::session::messages::SessionMessage;
 
@@ -39,6 +38,8 @@ pub struct State {
     waiting: HashMap<Holder, Waiting>,
     running: HashMap<AttemptKey, Running>,
     helping: HashMap<(AttemptKey, DeviceIndex), Running>,
+    /// Attempts that hold devices, as last said.
+    noted: Vec<AttemptKey>,
 }
 
 enum Waiting {
@@ -47,15 +48,14 @@ enum Waiting {
 }
 
 struct Running {
-    /// Read by the device between two steps.
-    stop: Arc<AtomicBool>,
+    orders: Orders,
     task: JoinHandle<()>,
     hands: Option<mpsc::Sender<Hands>>,
 }
 
 impl Running {
     fn stop(self) {
-        self.stop.store(true, Ordering::Relaxed);
+        self.orders.stop();
         self.task.abort();
     }
 }
@@ -69,7 +69,7 @@ impl Actor for DevicePool {
         let Arguments { workshop, session } = arguments;
         let devices = Devices::new(workshop.devices.len());
         let (running, helping) = (HashMap::new(), HashMap::new());
-        Ok(State { workshop, session, devices, waiting: HashMap::new(), running, helping })
+        Ok(State { workshop, session, devices, waiting: HashMap::new(), running, helping, noted: Vec::new() })
     }
 
     async fn handle(
@@ -117,6 +117,15 @@ impl Actor for DevicePool {
                     running.stop();
                 }
             }
+            PoolMessage::Yield(key) => {
+                if let Some(running) = state.running.get(&key) {
+                    running.orders.hand_over();
+                } else if state.waiting.remove(&Holder::Attempt(key)).is_some() {
+                    state.devices.abort(Holder::Attempt(key));
+                    let outcome = AttemptOutcome::Interrupted { step: 0 };
+                    state.session.cast(SessionMessage::Ended { key, outcome })?;
+                }
+            }
             PoolMessage::Dismiss { key, device } => {
                 let holder = Holder::Help(key, device);
                 state.devices.abort(holder);
@@ -139,6 +148,7 @@ impl Actor for DevicePool {
                         state.session.cast(SessionMessage::HelpEnded { key, device })?;
                     }
                 }
+                state.note();
                 for holder in granted {
                     match state.waiting.remove(&holder) {
                         Some(Waiting::Start(start, progress)) => state.launch(&me, *start, progress),
@@ -158,13 +168,23 @@ impl Actor for DevicePool {
 }
 
 impl State {
+    /// Whose work is on the devices, if that has changed.
+    fn note(&mut self) {
+        let holding = self.devices.attempts();
+        if holding != self.noted {
+            (self.workshop.holding)(&holding);
+            self.noted = holding;
+        }
+    }
+
     fn launch(&mut self, me: &ActorRef<PoolMessage>, start: StartAttempt, progress: ProgressCell) {
         let key = start.key;
-        let stop = Arc::new(AtomicBool::new(false));
+        self.note();
+        let orders = Orders::default();
         let lease: Lease =
             start.devices.iter().map(|&device| (device, reserved(me, Holder::Attempt(key), device))).collect();
         let (hands, answers) = mpsc::channel(ANSWERS);
-        let attempt = attempt::run(self.workshop.clone(), start, lease, answers, progress, stop.clone());
+        let attempt = attempt::run(self.workshop.clone(), start, lease, answers, progress, orders.clone());
         let (pool, session) = (me.clone(), self.session.clone());
         let task = tokio::spawn(async move {
             // Without this a panic of ours would leave the attempt listed as running for ever.
@@ -176,16 +196,17 @@ impl State {
             let _ = pool.cast(PoolMessage::Finished(key));
             let _ = session.cast(SessionMessage::Ended { key, outcome });
         });
-        self.running.insert(key, Running { stop, task, hands: Some(hands) });
+        self.running.insert(key, Running { orders, task, hands: Some(hands) });
     }
 
     fn help(&mut self, me: &ActorRef<PoolMessage>, help: HelpDecode) {
         let (key, device) = (help.key, help.device);
-        let stop = Arc::new(AtomicBool::new(false));
+        self.note();
+        let orders = Orders::default();
         let reservation = reserved(me, Holder::Help(key, device), device);
         // If it panics the reservation is dropped all the same.
-        let task = tokio::spawn(help::run(self.workshop.clone(), help, reservation, stop.clone()));
-        self.helping.insert((key, device), Running { stop, task, hands: None });
+        let task = tokio::spawn(help::run(self.workshop.clone(), help, reservation, orders.stop_flag()));
+        self.helping.insert((key, device), Running { orders, task, hands: None });
     }
 }
 

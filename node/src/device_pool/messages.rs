@@ -16,6 +16,8 @@ pub enum PoolMessage {
     },
     /// Stop it as soon as its device comes up for air; report nothing.
     Abort(AttemptKey),
+    /// Hand it over at its next step border; its end is reported.
+    Yield(AttemptKey),
     /// Who decodes the attempt's clip: these of its own devices, and so many others that will join.
     Hands {
         key: AttemptKey,

@@ -105,6 +105,18 @@ impl Devices {
         held.map(|(index, _)| DeviceIndex(index)).collect()
     }
 
+    /// Whose work is on the devices, each attempt once.
+    pub fn attempts(&self) -> Vec<AttemptKey> {
+        let mut attempts = Vec::new();
+        for hold in self.holds.iter().flatten() {
+            let (Holder::Attempt(key) | Holder::Help(key, _)) = hold.holder;
+            if !attempts.contains(&key) {
+                attempts.push(key);
+            }
+        }
+        attempts
+    }
+
     /// A device of the holder is idle. Returns those in the queue that have got theirs now.
     pub fn release(&mut self, holder: Holder, device: DeviceIndex) -> Vec<Holder> {
         if let Some(hold) = self.holds.get_mut(device.0 as usize)

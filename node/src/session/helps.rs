@@ -6,7 +6,7 @@ use farm_core::id::{AttemptKey, DeviceIndex};
 use farm_core::wire::to_node::HelpDecode;
 use farm_core::wire::to_scheduler::Helping;
 
-use super::state::Action;
+use super::events::Action;
 
 /// Ended helps that are remembered, so that a late repeat of their command is not taken for a new one.
 const REMEMBERED: usize = 1024;

@@ -1,5 +1,7 @@
 //! What the session actor is told.
 
+use std::time::Duration;
+
 use farm_core::id::{AttemptKey, DeviceIndex};
 use farm_core::wire::cluster::{ClusterError, ClusterEvent};
 use farm_core::wire::to_scheduler::AttemptOutcome;
@@ -45,6 +47,13 @@ pub enum SessionMessage {
     },
     /// Time passes.
     Tick,
-    /// Leave the farm.
-    Stop,
+    /// A report is on disk, or the disk cannot take it.
+    Kept {
+        number: u64,
+    },
+    /// Hand everything back and end, within the time.
+    Leave {
+        reason: String,
+        patience: Duration,
+    },
 }

@@ -8,29 +8,23 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use farm_core::id::{AttemptKey, BootId, DeviceIndex, Epoch};
-use farm_core::job::state::FailureKind;
 use farm_core::wire::Envelope;
 use farm_core::wire::to_node::{HelpDecode, SCHEDULER_SILENCE, StartAttempt, ToNode};
-use farm_core::wire::to_scheduler::{
-    AttemptOutcome, AttemptReport, DeviceInfo, ModelInfo, Registration, Roles, RunningAttempt, ToScheduler,
-};
-use rand::rngs::StdRng;
-use rand::{Rng, SeedableRng};
+use farm_core::wire::to_scheduler::{AttemptOutcome, AttemptReport, Registration, RunningAttempt, ToScheduler};
 
+use super::dialer::{Dialer, Missed};
+use super::events::{Action, Event, Offer};
 use super::helps::Helps;
+use super::reports::Reports;
 use crate::progress::ProgressCell;
 
-/// Waits before dialling again: doubled from the first to the last, then kept. Jittered, so that the nodes of a farm do
-/// not come back in step.
-const FIRST_REDIAL: Duration = Duration::from_millis(200);
-const LAST_REDIAL: Duration = Duration::from_secs(5);
 /// Wait after the scheduler has refused the node: somebody has to change something first.
 const REFUSED_REDIAL: Duration = Duration::from_secs(10);
 /// More than the transport's own time limits add up to.
 const DIAL: Duration = Duration::from_secs(30);
 /// From a successful dial to a usable session, and from `Register` to its answer.
 const HANDSHAKE: Duration = Duration::from_secs(10);
-/// An unanswered `Register`, and a report that is not acknowledged, are sent again after this.
+/// An unanswered `Register` is sent again after this.
 const RESEND: Duration = Duration::from_secs(3);
 /// An unanswered wish for hands is sent again after this: devices wait for the answer.
 const RESEND_WISH: Duration = Duration::from_secs(1);
@@ -39,80 +33,16 @@ const RESEND_WISH: Duration = Duration::from_secs(1);
 const CUT_OFF: Duration = Duration::from_secs(120);
 /// Heartbeat intervals that a scheduler may ask for.
 const HEARTBEAT_RANGE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(3));
-/// How long a node that leaves waits for its last reports to be acknowledged.
-const FAREWELL: Duration = Duration::from_millis(500);
+/// A node that leaves says so as often.
+const SAY_LEAVING: Duration = Duration::from_secs(1);
+/// What is left of its time when a node that leaves gives up waiting for attempts, and hands them back as they are.
+const LAST_WORD: Duration = Duration::from_secs(1);
+/// A node that leaves and has nothing but reports to hand over waits so long for a scheduler to come back.
+const NOBODY: Duration = Duration::from_secs(3);
 /// Ended attempts that are remembered, so that a late repeat of their `Start` is not taken for a new one.
 const REMEMBERED: usize = 1024;
 /// Attempts and unacknowledged reports per device that a node takes on, and likewise helps.
 const HELD_PER_DEVICE: usize = 8;
-
-#[derive(Debug)]
-pub enum Event {
-    Dialed(Result<(), String>),
-    /// A session with this peer can carry frames.
-    Ready(BootId),
-    Closed(BootId),
-    Received(Envelope<ToNode>),
-    /// The peer sent what cannot be read.
-    Undecodable(String),
-    Ended {
-        key: AttemptKey,
-        outcome: AttemptOutcome,
-    },
-    /// An attempt's latent is finished: which devices may decode its tiles, that others reach at `url` with `token`?
-    /// Takes the place of earlier rounds.
-    WantHands {
-        key: AttemptKey,
-        round: u32,
-        tiles: u32,
-        url: String,
-        token: String,
-    },
-    /// A running attempt has given back all its devices but these.
-    Released {
-        key: AttemptKey,
-        keep: Vec<DeviceIndex>,
-    },
-    /// The device has stopped helping the attempt and is idle.
-    HelpEnded {
-        key: AttemptKey,
-        device: DeviceIndex,
-    },
-    Log {
-        key: AttemptKey,
-        line: String,
-    },
-    Tick,
-    Stop,
-}
-
-#[derive(Debug)]
-pub enum Action {
-    Dial,
-    Disconnect(BootId),
-    Send(ToScheduler),
-    Start {
-        start: Box<StartAttempt>,
-        progress: ProgressCell,
-    },
-    /// Stop the attempt; its end is of no interest any more.
-    Abort(AttemptKey),
-    /// The answer to the attempt's wish, once a round: it keeps these devices, and so many others will join.
-    Hands {
-        key: AttemptKey,
-        round: u32,
-        keep: Vec<DeviceIndex>,
-        helpers: u32,
-    },
-    Help(Box<HelpDecode>),
-    /// Stop helping. The device counts as helping until [`Event::HelpEnded`].
-    Dismiss {
-        key: AttemptKey,
-        device: DeviceIndex,
-    },
-    /// The node has left the farm: end the process.
-    Exit,
-}
 
 #[derive(Debug)]
 enum Link {
@@ -140,13 +70,15 @@ enum Link {
 }
 
 #[derive(Debug)]
-struct Held {
+pub struct Held {
     key: AttemptKey,
     progress: ProgressCell,
     /// Devices of its lease that it has not given back.
     devices: Vec<DeviceIndex>,
     /// Not answered yet.
     wish: Option<Wish>,
+    /// It was told to hand over.
+    yielding: bool,
 }
 
 /// For devices that decode.
@@ -159,23 +91,16 @@ struct Wish {
     resend: Instant,
 }
 
+/// How a node leaves.
 #[derive(Debug)]
-struct Pending {
-    number: u64,
-    held: Held,
-    report: AttemptReport,
-    resend: Instant,
-}
-
-/// What the node offers; sent with every registration.
-#[derive(Clone, Debug)]
-pub struct Offer {
-    pub devices: Vec<DeviceInfo>,
-    /// How fast they are, as the registration says it.
-    pub site_json: Option<String>,
-    pub models: Vec<ModelInfo>,
-    pub store: String,
-    pub roles: Roles,
+struct Farewell {
+    reason: String,
+    since: Instant,
+    /// It exits at the latest.
+    until: Instant,
+    /// What it still runs is handed back as it is.
+    last_word: Instant,
+    say: Instant,
 }
 
 #[derive(Debug)]
@@ -188,22 +113,20 @@ pub struct Session {
     running: Vec<Held>,
     helps: Helps,
     /// Reports that are not acknowledged, oldest first.
-    outbox: Vec<Pending>,
-    last_report: u64,
+    reports: Reports,
     ended: VecDeque<AttemptKey>,
     /// Commands that came from an older epoch or were meant for another process.
     refused: u64,
-    redial: Duration,
-    rng: StdRng,
+    dialer: Dialer,
     /// When the node was last joined; none while it is.
     cut_off: Option<Instant>,
     /// Set when the node is leaving.
-    farewell: Option<Instant>,
+    farewell: Option<Farewell>,
 }
 
 impl Session {
-    /// A session that dials at its first tick. `seed` is for the jitter.
-    pub fn new(boot: BootId, offer: Offer, seed: u64, now: Instant) -> Self {
+    /// A session that dials at its first tick, with the reports that earlier processes of the node could not deliver.
+    pub fn new(boot: BootId, offer: Offer, earlier: Vec<(u64, AttemptReport)>, dialer: Dialer, now: Instant) -> Self {
         Self {
             boot,
             offer,
@@ -211,12 +134,10 @@ impl Session {
             epoch: Epoch(0),
             running: Vec::new(),
             helps: Helps::default(),
-            outbox: Vec::new(),
-            last_report: 0,
+            reports: Reports::new(earlier, now),
             ended: VecDeque::new(),
             refused: 0,
-            redial: FIRST_REDIAL,
-            rng: StdRng::seed_from_u64(seed),
+            dialer,
             cut_off: Some(now),
             farewell: None,
         }
@@ -240,9 +161,9 @@ impl Session {
                     self.link = Link::Opening { until: now + HANDSHAKE };
                 }
             }
-            Event::Dialed(Err(reason)) => {
+            Event::Dialed(Err(missed)) => {
                 if matches!(self.link, Link::Dialing { .. }) {
-                    self.dial_later(&reason, now);
+                    self.miss(missed, now);
                 }
             }
             // The session may be usable before the dialler has said so.
@@ -252,15 +173,20 @@ impl Session {
             },
             Event::Closed(peer) => {
                 if self.peer() == Some(peer) {
-                    self.lose("the scheduler closed the session", now);
+                    let reason = "the scheduler closed the session";
+                    match self.link {
+                        Link::Joined { .. } => self.lose(reason, now),
+                        _ => self.miss(Missed::Unreachable(reason.to_owned()), now),
+                    }
                 }
             }
             Event::Undecodable(reason) => {
                 tracing::warn!(%reason, "cannot read what the scheduler sent");
-                self.drop_link(REFUSED_REDIAL, now, out);
+                self.refuse_link(now, out);
             }
             Event::Received(envelope) => self.receive(envelope, now, out),
-            Event::Ended { key, outcome } => self.end(key, outcome, now),
+            Event::Ended { key, outcome } => self.end(key, outcome, now, out),
+            Event::Kept { number } => self.reports.kept(number),
             Event::WantHands { key, round, tiles, url, token } => {
                 let newer = |wish: &Wish| wish.round < round;
                 if let Some(held) = self.held_mut(key).filter(|held| held.wish.as_ref().is_none_or(newer)) {
@@ -285,7 +211,7 @@ impl Session {
                 }
             }
             Event::Tick => {}
-            Event::Stop => self.leave(now, out),
+            Event::Leave { reason, patience } => self.leave(reason, patience, now, out),
         }
         self.tick(now, out);
     }
@@ -301,11 +227,11 @@ impl Session {
             return;
         }
         match envelope.body {
-            ToNode::Welcome { heartbeat_ms } => self.welcome(envelope.epoch, heartbeat_ms, now),
+            ToNode::Welcome { heartbeat_ms } => self.welcome(envelope.epoch, heartbeat_ms, now, out),
             ToNode::Refused { reason } => {
                 if let Link::Registering { .. } | Link::Joined { .. } = self.link {
                     tracing::error!(%reason, retry_seconds = REFUSED_REDIAL.as_secs(), "the scheduler refused this node");
-                    self.drop_link(REFUSED_REDIAL, now, out);
+                    self.refuse_link(now, out);
                 }
             }
             ToNode::Reregister => {
@@ -321,13 +247,21 @@ impl Session {
             }
             ToNode::Start(start) => self.start(start, now, out),
             ToNode::Abort { key, reason } => {
-                self.outbox.retain(|pending| pending.held.key != key);
+                out.extend(self.reports.aborted(key).into_iter().map(|number| Action::Forget { number }));
                 if self.forget(key).is_some() {
                     tracing::info!(%key, %reason, "attempt aborted by the scheduler");
                     out.push(Action::Abort(key));
                 }
                 // Also if it is unknown: its `Start` may still be on the way.
                 self.remember(key);
+            }
+            ToNode::Yield { key, reason } => {
+                if self.hand_over(key, out) {
+                    tracing::info!(%key, %reason, "attempt is to be handed back");
+                } else {
+                    // Ended already; the scheduler has not seen the report yet.
+                    self.reports.resend_of(key, now);
+                }
             }
             ToNode::Hands { key, round, keep, helpers } => {
                 let asked = |held: &&mut Held| held.wish.as_ref().is_some_and(|wish| wish.round == round);
@@ -338,20 +272,26 @@ impl Session {
             }
             ToNode::Help(help) => self.help(help, now, out),
             ToNode::Dismiss { key, device } => self.helps.dismiss(key, device, out),
-            ToNode::Acknowledged { report } => self.outbox.retain(|pending| pending.number != report),
+            ToNode::Acknowledged { report } => {
+                out.extend(self.reports.acknowledged(report).into_iter().map(|number| Action::Forget { number }));
+            }
         }
     }
 
-    fn welcome(&mut self, epoch: Epoch, heartbeat_ms: u64, now: Instant) {
+    fn welcome(&mut self, epoch: Epoch, heartbeat_ms: u64, now: Instant, out: &mut Vec<Action>) {
         let Link::Registering { peer, .. } = self.link else { return };
         let interval = Duration::from_millis(heartbeat_ms).clamp(HEARTBEAT_RANGE.0, HEARTBEAT_RANGE.1);
         tracing::info!(%epoch, heartbeat_ms = interval.as_millis(), "joined the farm");
         self.epoch = epoch;
-        self.redial = FIRST_REDIAL;
+        self.dialer.joined();
         self.cut_off = None;
+        if self.offer.crash.take().is_some() {
+            out.push(Action::CrashKnown);
+        }
         self.link = Link::Joined { peer, interval, next_heartbeat: now, last_answer: now };
-        for pending in &mut self.outbox {
-            pending.resend = now;
+        self.reports.resend(now);
+        if let Some(farewell) = &mut self.farewell {
+            farewell.say = now;
         }
         for wish in self.running.iter_mut().filter_map(|held| held.wish.as_mut()) {
             wish.resend = now;
@@ -360,23 +300,27 @@ impl Session {
 
     fn start(&mut self, start: Box<StartAttempt>, now: Instant, out: &mut Vec<Action>) {
         let key = start.key;
-        if let Some(pending) = self.outbox.iter_mut().find(|pending| pending.held.key == key) {
+        if self.reports.resend_of(key, now) {
             // The scheduler has not seen the report yet.
-            pending.resend = now;
             return;
         }
         let known = self.running.iter().any(|held| held.key == key) || self.ended.contains(&key);
         let joined = matches!(self.link, Link::Joined { .. });
-        if known || !joined || self.farewell.is_some() {
+        if known || !joined {
             return;
         }
-        if self.running.len() + self.outbox.len() >= self.limit() {
+        if self.running.len() + self.reports.held().count() >= self.limit() {
             // Not reported, so that the outbox stays bounded; the scheduler repeats what is not listed.
             tracing::warn!(%key, "not started: too many attempts and reports are held already");
             return;
         }
         let progress = ProgressCell::new();
-        self.running.push(Held { key, progress: progress.clone(), devices: start.devices.clone(), wish: None });
+        let devices = start.devices.clone();
+        self.running.push(Held { key, progress: progress.clone(), devices, wish: None, yielding: false });
+        if self.farewell.is_some() {
+            // Told so, the scheduler need not find out that nobody begins.
+            return self.end(key, AttemptOutcome::Interrupted { step: 0 }, now, out);
+        }
         out.push(Action::Start { start, progress });
     }
 
@@ -401,62 +345,96 @@ impl Session {
         }
     }
 
-    fn end(&mut self, key: AttemptKey, outcome: AttemptOutcome, now: Instant) {
+    fn end(&mut self, key: AttemptKey, outcome: AttemptOutcome, now: Instant, out: &mut Vec<Action>) {
         // Aborted in the meantime: nothing is reported for it.
         let Some(mut held) = self.forget(key) else { return };
         self.remember(key);
         held.devices.clear();
         held.wish = None;
-        self.last_report += 1;
         let report = AttemptReport { key, outcome };
-        self.outbox.push(Pending { number: self.last_report, held, report, resend: now });
+        let number = self.reports.add(held, report.clone(), now);
+        out.push(Action::Keep { number, report });
+        // While the report is written, a heartbeat says how far the attempt came.
+        self.beat(now);
     }
 
-    fn leave(&mut self, now: Instant, out: &mut Vec<Action>) {
-        if self.farewell.is_some() {
+    /// True if the attempt runs. It is told once.
+    fn hand_over(&mut self, key: AttemptKey, out: &mut Vec<Action>) -> bool {
+        let Some(held) = self.held_mut(key) else { return false };
+        if !std::mem::replace(&mut held.yielding, true) {
+            out.push(Action::Yield(key));
+        }
+        true
+    }
+
+    fn leave(&mut self, reason: String, patience: Duration, now: Instant, out: &mut Vec<Action>) {
+        let until = now + patience;
+        let last_word = until - LAST_WORD.min(patience / 4);
+        if let Some(farewell) = &mut self.farewell {
+            // Whoever asks again may have less time, never more.
+            farewell.until = farewell.until.min(until);
+            farewell.last_word = farewell.last_word.min(last_word);
             return;
         }
-        self.farewell = Some(now + FAREWELL);
+        self.farewell = Some(Farewell { reason, since: now, until, last_word, say: now });
         let keys: Vec<AttemptKey> = self.running.iter().map(|held| held.key).collect();
         for key in keys {
-            out.push(Action::Abort(key));
-            // Told now, the scheduler need not wait for the lease to run out.
-            let message = "the node was stopped".to_owned();
-            self.end(key, AttemptOutcome::Failed { kind: FailureKind::NodeLost, message }, now);
+            self.hand_over(key, out);
         }
         self.helps.dismiss_all(out);
     }
 
+    /// The farewell of a node that leaves, as far as it is due.
+    fn part(&mut self, now: Instant, out: &mut Vec<Action>) {
+        let joined = matches!(self.link, Link::Joined { .. });
+        let Some(farewell) = &mut self.farewell else { return };
+        let (since, until, last_word) = (farewell.since, farewell.until, farewell.last_word);
+        if joined && now >= farewell.say {
+            farewell.say = now + SAY_LEAVING;
+            out.push(Action::Send(ToScheduler::Leaving { reason: farewell.reason.clone() }));
+        }
+        if now >= last_word {
+            let left: Vec<(AttemptKey, u32)> =
+                self.running.iter().map(|held| (held.key, held.progress.saved())).collect();
+            for (key, step) in left {
+                tracing::warn!(%key, step, "attempt is handed back as it is: there is no time left");
+                out.push(Action::Abort(key));
+                self.end(key, AttemptOutcome::Interrupted { step }, now, out);
+            }
+        }
+        let nobody = self.cut_off.is_some_and(|lost| now >= lost.max(since) + NOBODY);
+        let said = self.running.is_empty() && (self.reports.is_empty() || nobody);
+        if said || now >= until {
+            out.push(Action::Exit);
+        }
+    }
+
     /// Whatever is due by now.
     fn tick(&mut self, now: Instant, out: &mut Vec<Action>) {
+        self.part(now, out);
+        let unreachable = |why: &str| Missed::Unreachable(why.to_owned());
         match self.link {
-            Link::Waiting { until } if now >= until && self.farewell.is_none() => {
+            Link::Waiting { until } if now >= until => {
                 self.link = Link::Dialing { until: now + DIAL };
-                out.push(Action::Dial);
+                out.push(Action::Dial(self.dialer.at()));
             }
-            Link::Dialing { until } if now >= until => self.lose("the dialler does not answer", now),
-            Link::Opening { until } if now >= until => self.lose("the session did not open", now),
-            Link::Registering { until, .. } if now >= until => {
-                tracing::warn!("the scheduler does not answer the registration");
-                self.drop_link(self.redial, now, out);
+            Link::Dialing { until } if now >= until => self.miss(unreachable("the dialler does not answer"), now),
+            Link::Opening { until } if now >= until => self.miss(unreachable("the session did not open"), now),
+            Link::Registering { peer, until, .. } if now >= until => {
+                out.push(Action::Disconnect(peer));
+                self.miss(unreachable("the scheduler does not answer the registration"), now);
             }
             Link::Registering { peer, resend, until } if now >= resend => {
                 self.link = Link::Registering { peer, resend: now + RESEND, until };
                 out.push(Action::Send(self.registration()));
             }
-            Link::Joined { last_answer, .. } if now >= last_answer + SCHEDULER_SILENCE => {
-                tracing::warn!(
-                    seconds = SCHEDULER_SILENCE.as_secs(),
-                    "no heartbeat was answered; dropping the session"
-                );
-                self.drop_link(self.redial, now, out);
+            Link::Joined { peer, last_answer, .. } if now >= last_answer + SCHEDULER_SILENCE => {
+                out.push(Action::Disconnect(peer));
+                let seconds = SCHEDULER_SILENCE.as_secs();
+                self.miss(Missed::Unreachable(format!("no heartbeat was answered for {seconds} s")), now);
             }
             Link::Joined { peer, interval, next_heartbeat, last_answer } => {
-                for pending in self.outbox.iter_mut().filter(|pending| now >= pending.resend) {
-                    pending.resend = now + RESEND;
-                    let (number, report) = (pending.number, pending.report.clone());
-                    out.push(Action::Send(ToScheduler::Report { number, report }));
-                }
+                out.extend(self.reports.due(now).into_iter().map(Action::Send));
                 for Held { key, wish, .. } in &mut self.running {
                     let Some(wish) = wish.as_mut().filter(|wish| now >= wish.resend) else { continue };
                     wish.resend = now + RESEND_WISH;
@@ -480,12 +458,6 @@ impl Session {
             }
             self.helps.dismiss_all(out);
         }
-        if let Some(until) = self.farewell {
-            let said = self.outbox.is_empty() || !matches!(self.link, Link::Joined { .. });
-            if said || now >= until {
-                out.push(Action::Exit);
-            }
-        }
     }
 
     fn register(&mut self, peer: BootId, now: Instant, out: &mut Vec<Action>) {
@@ -494,7 +466,7 @@ impl Session {
     }
 
     fn registration(&self) -> ToScheduler {
-        let Offer { devices, site_json, models, store, roles } = self.offer.clone();
+        let Offer { devices, site_json, models, store, roles, labels, crash } = self.offer.clone();
         let version = farm_core::VERSION.to_owned();
         ToScheduler::Register(Registration {
             version,
@@ -503,6 +475,8 @@ impl Session {
             models,
             store,
             roles,
+            labels,
+            crash,
             running: self.held(),
             helping: self.helps.listed(),
         })
@@ -511,13 +485,12 @@ impl Session {
     /// Every attempt that is the node's business still: also those whose report is not acknowledged, or the scheduler
     /// would take them for lost between their end and their report.
     fn held(&self) -> Vec<RunningAttempt> {
-        let unreported = self.outbox.iter().map(|pending| &pending.held);
         let listed = |held: &Held| RunningAttempt {
             key: held.key,
             progress: held.progress.get(),
             devices: held.devices.clone(),
         };
-        self.running.iter().chain(unreported).map(listed).collect()
+        self.running.iter().chain(self.reports.held()).map(listed).collect()
     }
 
     fn held_mut(&mut self, key: AttemptKey) -> Option<&mut Held> {
@@ -545,31 +518,34 @@ impl Session {
         }
     }
 
-    /// The link is gone by itself.
+    /// The session is gone by itself: the same scheduler is tried again before the others.
     fn lose(&mut self, reason: &str, now: Instant) {
         self.cut_off.get_or_insert(now);
-        self.dial_later(reason, now);
-    }
-
-    /// We end the link and dial again after about `wait`.
-    fn drop_link(&mut self, wait: Duration, now: Instant, out: &mut Vec<Action>) {
-        if let Some(peer) = self.peer() {
-            out.push(Action::Disconnect(peer));
-        }
-        self.cut_off.get_or_insert(now);
-        self.link = Link::Waiting { until: now + self.jittered(wait) };
-    }
-
-    fn dial_later(&mut self, reason: &str, now: Instant) {
-        let wait = self.jittered(self.redial);
-        self.redial = (self.redial * 2).min(LAST_REDIAL);
+        let wait = self.dialer.lost();
         tracing::warn!(%reason, retry_ms = wait.as_millis(), "not connected to the scheduler");
         self.link = Link::Waiting { until: now + wait };
     }
 
-    /// Half to all of `wait`.
-    fn jittered(&mut self, wait: Duration) -> Duration {
-        wait.mul_f64(self.rng.random_range(0.5..=1.0))
+    /// This scheduler does not do; the next is tried.
+    fn miss(&mut self, missed: Missed, now: Instant) {
+        self.cut_off.get_or_insert(now);
+        let wait = self.dialer.missed(&missed);
+        match missed {
+            Missed::Unreachable(reason) => {
+                tracing::warn!(%reason, retry_ms = wait.as_millis(), "not connected to a scheduler");
+            }
+            Missed::Standby { .. } => tracing::debug!(retry_ms = wait.as_millis(), "the scheduler stands by"),
+        }
+        self.link = Link::Waiting { until: now + wait };
+    }
+
+    /// The scheduler and the node do not go together: we end the link and dial again later.
+    fn refuse_link(&mut self, now: Instant, out: &mut Vec<Action>) {
+        if let Some(peer) = self.peer() {
+            out.push(Action::Disconnect(peer));
+        }
+        self.cut_off.get_or_insert(now);
+        self.link = Link::Waiting { until: now + self.dialer.jittered(REFUSED_REDIAL) };
     }
 }
 

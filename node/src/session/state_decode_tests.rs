@@ -69,7 +69,7 @@ fn a_wish_waits_for_a_scheduler_and_ends_with_its_attempt() {
     bench.on(Event::Closed(SCHEDULER));
     (1..=3).for_each(|n| bench.on(want(n, 1)));
     assert!(wishes(&bench.sent()).is_empty());
-    bench.wait_for(|action| matches!(action, Action::Dial));
+    bench.wait_for(|action| matches!(action, Action::Dial(_)));
     bench.on(Event::Dialed(Ok(())));
     bench.on(Event::Ready(SCHEDULER));
     assert!(wishes(&bench.sent()).is_empty(), "nobody knows this node yet");
@@ -145,7 +145,7 @@ fn helps_survive_a_lost_session_but_neither_two_minutes_alone_nor_the_nodes_leav
     bench.on(Event::Closed(SCHEDULER));
     bench.receive(5, help(2, 1));
     assert_eq!(helps(&bench.out), 1, "only a scheduler that listens is obeyed");
-    bench.wait_for(|action| matches!(action, Action::Dial));
+    bench.wait_for(|action| matches!(action, Action::Dial(_)));
     bench.on(Event::Dialed(Ok(())));
     bench.on(Event::Ready(SCHEDULER));
     assert_eq!(helping(&bench.sent()), Some(vec![key(1)]));
@@ -155,7 +155,7 @@ fn helps_survive_a_lost_session_but_neither_two_minutes_alone_nor_the_nodes_leav
 
     let mut leaving = Bench::joined();
     leaving.receive(5, help(1, 1));
-    leaving.on(Event::Stop);
+    leaving.on(Event::Leave { reason: "told to".into(), patience: Duration::from_secs(25) });
     assert_eq!(dismissals(&leaving.out), 1);
     leaving.out.clear();
     leaving.receive(5, help(2, 1));

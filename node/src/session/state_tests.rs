@@ -1,18 +1,22 @@
 use super::*;
 
 use farm_core::id::{AttemptNo, DeviceIndex, JobId, NodeId};
+use farm_core::job::state::FailureKind;
 use farm_core::parallel::topology::Topology;
 use farm_core::tiles::plan::Tiling;
+use farm_core::wire::to_scheduler::{Crash, DeviceInfo, Roles};
 use proptest::prelude::*;
 use uuid::Uuid;
 
 #[path = "state_decode_tests.rs"]
 mod decode;
+#[path = "state_leave_tests.rs"]
+mod leave;
 
 const SCHEDULER: BootId = BootId(Uuid::from_u128(1));
 const BOOT: BootId = BootId(Uuid::from_u128(2));
 
-/// A session with a hand-moved clock.
+/// A session with a hand-moved clock, and a disk that keeps reports at once.
 struct Bench {
     session: Session,
     now: Instant,
@@ -21,6 +25,11 @@ struct Bench {
 
 impl Bench {
     fn new() -> Self {
+        Self::with(1, vec![], None)
+    }
+
+    /// With so many schedulers, reports of an earlier process, and the death of one.
+    fn with(schedulers: usize, earlier: Vec<(u64, AttemptReport)>, crash: Option<Crash>) -> Self {
         let now = Instant::now();
         let offer = Offer {
             devices: vec![DeviceInfo { name: "cpu".into() }],
@@ -28,8 +37,11 @@ impl Bench {
             models: vec![],
             store: "memory:".into(),
             roles: Roles::ALL,
+            labels: [("gpu".to_owned(), "h100".to_owned())].into(),
+            crash,
         };
-        Self { session: Session::new(BOOT, offer, 7, now), now, out: Vec::new() }
+        let session = Session::new(BOOT, offer, earlier, Dialer::new(schedulers, 7), now);
+        Self { session, now, out: Vec::new() }
     }
 
     /// A session welcomed under epoch 5, its registration and first heartbeat taken out.
@@ -41,7 +53,7 @@ impl Bench {
 
     fn join(&mut self, epoch: u64) {
         self.out.clear();
-        self.wait_for(|action| matches!(action, Action::Dial));
+        self.wait_for(|action| matches!(action, Action::Dial(_)));
         self.on(Event::Dialed(Ok(())));
         self.on(Event::Ready(SCHEDULER));
         assert!(matches!(self.out.remove(0), Action::Send(ToScheduler::Register(_))));
@@ -49,7 +61,16 @@ impl Bench {
     }
 
     fn on(&mut self, event: Event) {
+        let before = self.out.len();
         self.session.on(event, self.now, &mut self.out);
+        let kept = |action: &Action| match action {
+            Action::Keep { number, .. } => Some(*number),
+            _ => None,
+        };
+        let kept: Vec<u64> = self.out[before..].iter().filter_map(kept).collect();
+        for number in kept {
+            self.session.on(Event::Kept { number }, self.now, &mut self.out);
+        }
     }
 
     fn receive(&mut self, epoch: u64, body: ToNode) {
@@ -88,6 +109,10 @@ impl Bench {
         self.out.clear();
         starts
     }
+}
+
+fn down() -> Missed {
+    Missed::Unreachable("down".into())
 }
 
 fn received(epoch: u64, boot: BootId, body: ToNode) -> Event {
@@ -168,8 +193,8 @@ fn redialling_backs_off_with_jitter_to_a_cap_and_never_ends() {
     bench.on(Event::Tick);
     let mut waits = Vec::new();
     for _ in 0..50 {
-        waits.push(bench.wait_for(|action| matches!(action, Action::Dial)));
-        bench.on(Event::Dialed(Err("refused".into())));
+        waits.push(bench.wait_for(|action| matches!(action, Action::Dial(_))));
+        bench.on(Event::Dialed(Err(down())));
     }
     assert_eq!(waits[0], Duration::ZERO);
     assert!(waits[1] <= Duration::from_millis(250), "{waits:?}");
@@ -183,10 +208,10 @@ fn a_dialler_that_never_answers_is_not_waited_for() {
     let mut bench = Bench::new();
     bench.on(Event::Tick);
     bench.out.clear();
-    assert!(bench.wait_for(|action| matches!(action, Action::Dial)) > DIAL);
+    assert!(bench.wait_for(|action| matches!(action, Action::Dial(_))) > DIAL);
     // What it brings later comes too late.
-    bench.on(Event::Dialed(Err("slow".into())));
-    bench.wait_for(|action| matches!(action, Action::Dial));
+    bench.on(Event::Dialed(Err(down())));
+    bench.wait_for(|action| matches!(action, Action::Dial(_)));
 }
 
 #[test]
@@ -199,7 +224,7 @@ fn a_registration_is_repeated_until_it_is_answered() {
         bench.wait_for(|action| matches!(action, Action::Send(ToScheduler::Register(_))));
     }
     bench.wait_for(|action| matches!(action, Action::Disconnect(SCHEDULER)));
-    bench.wait_for(|action| matches!(action, Action::Dial));
+    bench.wait_for(|action| matches!(action, Action::Dial(_)));
 }
 
 #[test]
@@ -221,7 +246,7 @@ fn a_session_without_answered_heartbeats_is_dropped_and_redialled() {
     bench.receive(5, ToNode::Acknowledged { report: 99 });
     let wait = bench.wait_for(|action| matches!(action, Action::Disconnect(SCHEDULER)));
     assert!(wait <= Duration::from_secs(1), "{wait:?}");
-    assert!(bench.wait_for(|action| matches!(action, Action::Dial)) <= Duration::from_millis(250));
+    assert!(bench.wait_for(|action| matches!(action, Action::Dial(_))) <= Duration::from_millis(250));
 }
 
 #[test]
@@ -250,7 +275,7 @@ fn a_report_is_sent_until_acknowledged_across_sessions_and_its_attempt_stays_lis
     bench.on(Event::Closed(SCHEDULER));
     bench.pass(Duration::from_secs(30));
     assert!(reports(&bench.sent()).is_empty(), "there is no session");
-    bench.on(Event::Dialed(Err("down".into())));
+    bench.on(Event::Dialed(Err(down())));
     bench.join(6);
     assert_eq!(reports(&bench.sent()), [1], "at once after the welcome");
 
@@ -301,7 +326,7 @@ fn attempts_survive_a_scheduler_restart_but_not_two_minutes_alone() {
     let mut bench = Bench::joined();
     bench.start(1);
     bench.on(Event::Closed(SCHEDULER));
-    bench.wait_for(|action| matches!(action, Action::Dial));
+    bench.wait_for(|action| matches!(action, Action::Dial(_)));
     bench.on(Event::Dialed(Ok(())));
     bench.on(Event::Ready(SCHEDULER));
     let Some(ToScheduler::Register(registration)) = bench.sent().pop() else { panic!("not registered") };
@@ -315,7 +340,7 @@ fn attempts_survive_a_scheduler_restart_but_not_two_minutes_alone() {
     bench.pass(Duration::from_secs(1));
     assert!(bench.out.iter().any(|action| matches!(action, Action::Abort(k) if *k == key(1))));
     bench.on(Event::Ended { key: key(1), outcome: failed() });
-    bench.on(Event::Dialed(Err("down".into())));
+    bench.on(Event::Dialed(Err(down())));
     bench.join(7);
     assert!(reports(&bench.sent()).is_empty());
 }
@@ -328,35 +353,8 @@ fn a_refused_node_waits_longer_before_it_dials_again() {
     bench.on(Event::Ready(SCHEDULER));
     bench.receive(5, ToNode::Refused { reason: "another store".into() });
     assert!(bench.out.iter().any(|action| matches!(action, Action::Disconnect(SCHEDULER))));
-    assert!(bench.wait_for(|action| matches!(action, Action::Dial)) == Duration::ZERO, "the first dial");
-    assert!(bench.wait_for(|action| matches!(action, Action::Dial)) >= REFUSED_REDIAL / 2);
-}
-
-#[test]
-fn a_leaving_node_hands_its_attempts_back_and_exits_once_that_is_acknowledged() {
-    let mut bench = Bench::joined();
-    bench.start(1);
-    bench.on(Event::Stop);
-    assert!(matches!(bench.out[0], Action::Abort(k) if k == key(1)));
-    assert!(!bench.out.iter().any(|action| matches!(action, Action::Exit)));
-    let sent = bench.sent();
-    let handed_back = |message: &ToScheduler| {
-        matches!(message, ToScheduler::Report { report, .. }
-            if matches!(report.outcome, AttemptOutcome::Failed { kind: FailureKind::NodeLost, .. }))
-    };
-    assert!(sent.iter().any(handed_back), "{sent:?}");
-    assert_eq!(bench.start(2), 0);
-    bench.receive(5, ToNode::Acknowledged { report: 1 });
-    assert!(bench.out.iter().any(|action| matches!(action, Action::Exit)));
-
-    // Nobody there: no wait. Nobody answers: a short one.
-    let mut alone = Bench::new();
-    alone.on(Event::Stop);
-    assert!(alone.out.iter().any(|action| matches!(action, Action::Exit)));
-    let mut unanswered = Bench::joined();
-    unanswered.start(1);
-    unanswered.on(Event::Stop);
-    assert!(unanswered.wait_for(|action| matches!(action, Action::Exit)) <= Duration::from_millis(500));
+    assert!(bench.wait_for(|action| matches!(action, Action::Dial(_))) == Duration::ZERO, "the first dial");
+    assert!(bench.wait_for(|action| matches!(action, Action::Dial(_))) >= REFUSED_REDIAL / 2);
 }
 
 #[test]
@@ -382,6 +380,7 @@ enum Step {
     Reregister,
     Seen,
     Ended(u32),
+    Yield(u64, u32),
     Want(u32, u32),
     Hands(u64, u32, u32),
     Help(u64, u32, u32),
@@ -403,6 +402,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         1 => Just(Step::Reregister),
         4 => Just(Step::Seen),
         4 => (1..6u32).prop_map(Step::Ended),
+        2 => (3..6u64, 1..6u32).prop_map(|(epoch, n)| Step::Yield(epoch, n)),
         2 => (1..6u32, 1..4u32).prop_map(|(n, round)| Step::Want(n, round)),
         4 => (3..6u64, 1..6u32, 1..4u32).prop_map(|(epoch, n, round)| Step::Hands(epoch, n, round)),
         4 => (3..6u64, 1..6u32, 1..4u32).prop_map(|(epoch, n, round)| Step::Help(epoch, n, round)),
@@ -422,6 +422,8 @@ proptest! {
         let mut answered: Vec<(AttemptKey, u32)> = Vec::new();
         let mut helped: Vec<(AttemptKey, u32)> = Vec::new();
         let mut busy: Vec<AttemptKey> = Vec::new();
+        let mut yielded: Vec<AttemptKey> = Vec::new();
+        let mut kept: Vec<u64> = Vec::new();
         let mut newest = 0;
         for step in steps {
             let epoch = bench.session.epoch().0;
@@ -429,7 +431,7 @@ proptest! {
             newest = epoch;
             match step {
                 Step::Pass(ms) => bench.pass(Duration::from_millis(ms)),
-                Step::Dialed(ok) => bench.on(Event::Dialed(if ok { Ok(()) } else { Err("down".into()) })),
+                Step::Dialed(ok) => bench.on(Event::Dialed(if ok { Ok(()) } else { Err(down()) })),
                 Step::Ready => bench.on(Event::Ready(SCHEDULER)),
                 Step::Closed => bench.on(Event::Closed(SCHEDULER)),
                 Step::Start(epoch, n) => bench.receive(epoch, start(n)),
@@ -449,6 +451,9 @@ proptest! {
                         ended.push(key(n));
                         bench.on(Event::Ended { key: key(n), outcome: failed() });
                     }
+                }
+                Step::Yield(epoch, n) => {
+                    bench.receive(epoch, ToNode::Yield { key: key(n), reason: "r".into() });
                 }
                 Step::Want(n, round) => {
                     let asks_on = answered.iter().all(|(k, answered)| *k != key(n) || *answered < round);
@@ -472,10 +477,24 @@ proptest! {
                         prop_assert!(bench.session.peer().is_some());
                         started.push(start.key);
                     }
-                    Action::Send(ToScheduler::Report { report, .. }) => {
+                    Action::Send(ToScheduler::Report { report, number }) => {
+                        prop_assert!(kept.contains(&number), "sent before it is on disk");
                         prop_assert!(ended.contains(&report.key) && !aborted.contains(&report.key));
                     }
                     Action::Abort(key) => prop_assert!(started.contains(&key)),
+                    Action::Yield(key) => {
+                        prop_assert!(started.contains(&key) && !ended.contains(&key) && !aborted.contains(&key));
+                        prop_assert!(!yielded.contains(&key), "told twice");
+                        yielded.push(key);
+                    }
+                    Action::Keep { number, report } => {
+                        prop_assert!(ended.contains(&report.key) && !aborted.contains(&report.key));
+                        kept.push(number);
+                    }
+                    Action::Forget { number } => {
+                        prop_assert!(kept.contains(&number), "forgets what was never kept");
+                        kept.retain(|kept| *kept != number);
+                    }
                     Action::Hands { key, round, .. } => {
                         prop_assert!(started.contains(&key) && !ended.contains(&key) && !aborted.contains(&key));
                         prop_assert!(!answered.contains(&(key, round)), "answered twice");

@@ -6,6 +6,7 @@ use axum::body::Body;
 use axum::extract::Query;
 use axum::http::{StatusCode, Uri};
 use bytes::Bytes;
+use farm_core::api::MAX_LIST;
 use serde::de::DeserializeOwned;
 
 use super::Failure;
@@ -39,6 +40,16 @@ pub async fn read_json<T: DeserializeOwned + Default>(body: Body) -> Result<T, F
         return Ok(T::default());
     }
     serde_json::from_slice(&bytes).map_err(|error| Failure::bad_request(format!("the body is not right: {error}")))
+}
+
+/// Length of a page of a listing.
+pub fn limit(asked: Option<u32>) -> Result<u32, Failure> {
+    let limit = asked.unwrap_or(MAX_LIST);
+    if (1..=MAX_LIST).contains(&limit) {
+        Ok(limit)
+    } else {
+        Err(Failure::bad_request(format!("limit {limit} is not in 1..={MAX_LIST}")))
+    }
 }
 
 pub fn query<T: DeserializeOwned>(uri: &Uri) -> Result<T, Failure> {

@@ -7,6 +7,7 @@ use farm_core::api::{ApiError, LineError};
 use farm_core::store::artifact::StoreError;
 
 use crate::actor::{CallError, Refusal};
+use crate::gc::GcError;
 use crate::queue::store::QueueError;
 
 #[derive(Debug)]
@@ -17,7 +18,16 @@ pub struct Failure {
 
 impl Failure {
     pub fn new(status: StatusCode, error: impl Into<String>) -> Self {
-        Self { status, error: ApiError { error: error.into(), lines: Vec::new(), bad_lines: 0 } }
+        Self { status, error: ApiError { error: error.into(), lines: Vec::new(), bad_lines: 0, leader: None } }
+    }
+
+    pub fn is_not_found(&self) -> bool {
+        self.status == StatusCode::NOT_FOUND
+    }
+
+    /// In words, if it is the caller's own.
+    pub fn as_reason(self) -> Result<String, Self> {
+        if self.status.is_client_error() { Ok(self.error.error) } else { Err(self) }
     }
 
     pub fn bad_request(error: impl Into<String>) -> Self {
@@ -34,7 +44,24 @@ impl Failure {
 
     /// A refused submission.
     pub fn lines(error: impl Into<String>, lines: Vec<LineError>, bad_lines: u64) -> Self {
-        Self { status: StatusCode::UNPROCESSABLE_ENTITY, error: ApiError { error: error.into(), lines, bad_lines } }
+        let status = StatusCode::UNPROCESSABLE_ENTITY;
+        Self { status, error: ApiError { error: error.into(), lines, bad_lines, leader: None } }
+    }
+
+    /// What was asked for makes sense, but cannot be.
+    pub fn refused(error: impl Into<String>) -> Self {
+        Self::new(StatusCode::UNPROCESSABLE_ENTITY, error)
+    }
+
+    /// This scheduler does not lead.
+    pub fn stands_by(leader: Option<String>) -> Self {
+        let error = match &leader {
+            Some(leader) => format!("this scheduler stands by; ask {leader}"),
+            None => "no scheduler leads at the moment; try again".to_owned(),
+        };
+        let mut failure = Self::new(StatusCode::SERVICE_UNAVAILABLE, error);
+        failure.error.leader = leader;
+        failure
     }
 }
 
@@ -54,6 +81,10 @@ impl From<QueueError> for Failure {
     fn from(error: QueueError) -> Self {
         match error {
             QueueError::TooManySubmissions(_) => Self::new(StatusCode::TOO_MANY_REQUESTS, error.to_string()),
+            QueueError::Refused(reason) => Self::refused(reason),
+            QueueError::Superseded(_) | QueueError::Timeout(_) => {
+                Self::new(StatusCode::SERVICE_UNAVAILABLE, error.to_string())
+            }
             error => {
                 tracing::error!(%error, "a call failed");
                 Self::new(StatusCode::INTERNAL_SERVER_ERROR, error.to_string())
@@ -76,6 +107,16 @@ impl From<Refusal> for Failure {
         match refusal {
             Refusal::Unknown(_) => Self::not_found(refusal.to_string()),
             Refusal::State { .. } => Self::conflict(refusal.to_string()),
+            Refusal::Early(_) => Self::new(StatusCode::SERVICE_UNAVAILABLE, refusal.to_string()),
+        }
+    }
+}
+
+impl From<GcError> for Failure {
+    fn from(error: GcError) -> Self {
+        match error {
+            GcError::Call(error) => error.into(),
+            GcError::Queue(error) => error.into(),
         }
     }
 }

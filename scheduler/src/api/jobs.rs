@@ -5,16 +5,17 @@ use axum::body::Body;
 use axum::extract::{Path, State};
 use axum::http::{HeaderValue, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
-use farm_core::api::{JobDetail, JobPage, JobView, LogPage, MAX_LIST};
+use farm_core::api::{JobDetail, JobPage, JobView, LogPage, MAX_LIST, WhyView};
 use farm_core::id::{JobId, NodeId, SubmissionId};
 use farm_core::job::state::{JobState, Progress};
 use serde::Deserialize;
 
-use super::{Api, Failure, body};
+use super::{Api, By, Failure, body};
+use crate::core::events::{Scope, Wish};
 use crate::queue::store::{JobFilter, JobRecord};
 
 /// Shortest ending of an id that names a job.
-const MIN_ENDING: usize = 4;
+pub const MIN_ENDING: usize = 4;
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -41,10 +42,7 @@ pub async fn list(State(api): State<Api>, uri: Uri) -> Result<Json<JobPage>, Fai
         Some(after) => Some(find(&api, &after).await?),
         None => None,
     };
-    let limit = query.limit.unwrap_or(MAX_LIST);
-    if !(1..=MAX_LIST).contains(&limit) {
-        return Err(Failure::bad_request(format!("limit {limit} is not in 1..={MAX_LIST}")));
-    }
+    let limit = body::limit(query.limit)?;
     // One more than asked for tells whether there is another page.
     let mut records = api.queue.jobs(JobFilter { state, submission, after, limit: limit + 1 }).await?;
     let more = records.len() > limit as usize;
@@ -68,16 +66,43 @@ pub async fn log(State(api): State<Api>, Path(job): Path<String>, uri: Uri) -> R
     Ok(Json(api.queue.log(job, after, MAX_LIST).await?))
 }
 
-pub async fn cancel(State(api): State<Api>, Path(job): Path<String>) -> Result<Json<JobView>, Failure> {
+pub async fn why(State(api): State<Api>, Path(job): Path<String>) -> Result<Json<WhyView>, Failure> {
+    let record = record(&api, find(&api, &job).await?).await?;
+    let (job, state) = (record.job, record.state);
+    if !state.is_terminal()
+        && let Some(why) = api.scheduler()?.ask(move |farm| farm.why(job)).await?
+    {
+        return Ok(Json(why));
+    }
+    let reason = record.reason.unwrap_or_else(|| match state {
+        JobState::Queued | JobState::Running => "its state is just changing; ask again".to_owned(),
+        ended => format!("it is {}", ended.as_str()),
+    });
+    Ok(Json(WhyView { job, state, code: None, reason, change: None, starts_in_seconds: None, eta_seconds: None }))
+}
+
+pub async fn cancel(State(api): State<Api>, Path(job): Path<String>, by: By) -> Result<Json<JobView>, Failure> {
+    change(&api, &job, Wish::Cancel, by).await
+}
+
+pub async fn pause(State(api): State<Api>, Path(job): Path<String>, by: By) -> Result<Json<JobView>, Failure> {
+    change(&api, &job, |job| Wish::Pause(Scope::Job(job)), by).await
+}
+
+pub async fn resume(State(api): State<Api>, Path(job): Path<String>, by: By) -> Result<Json<JobView>, Failure> {
+    change(&api, &job, |job| Wish::Resume(Scope::Job(job)), by).await
+}
+
+pub async fn retry(State(api): State<Api>, Path(job): Path<String>, by: By) -> Result<Json<JobView>, Failure> {
     let job = find(&api, &job).await?;
-    api.scheduler.cancel(job).await??;
+    api.scheduler()?.retry(job, by.0).await??;
     Ok(Json(view(&api, record(&api, job).await?).await?))
 }
 
-pub async fn retry(State(api): State<Api>, Path(job): Path<String>) -> Result<Json<JobView>, Failure> {
-    let job = find(&api, &job).await?;
-    api.scheduler.retry(job).await??;
-    Ok(Json(view(&api, record(&api, job).await?).await?))
+async fn change(api: &Api, job: &str, wish: impl FnOnce(JobId) -> Wish, by: By) -> Result<Json<JobView>, Failure> {
+    let job = find(api, job).await?;
+    api.wish(wish(job), by).await?;
+    Ok(Json(view(api, record(api, job).await?).await?))
 }
 
 pub async fn clip(State(api): State<Api>, Path(job): Path<String>) -> Result<Response, Failure> {
@@ -104,7 +129,7 @@ pub async fn clip(State(api): State<Api>, Path(job): Path<String>) -> Result<Res
 }
 
 /// The job with this id, or the one whose id ends so.
-async fn find(api: &Api, text: &str) -> Result<JobId, Failure> {
+pub async fn find(api: &Api, text: &str) -> Result<JobId, Failure> {
     let ending = text.to_ascii_lowercase();
     let is_hex = ending.bytes().all(|byte| byte.is_ascii_hexdigit());
     if let Ok(job) = ending.parse::<JobId>() {
@@ -145,13 +170,10 @@ struct Live {
 async fn views(api: &Api, records: Vec<JobRecord>) -> Result<Vec<JobView>, Failure> {
     let jobs: Vec<(JobId, bool)> = records.iter().map(|record| (record.job, record.state.is_terminal())).collect();
     let live = api
-        .scheduler
+        .scheduler()?
         .ask(move |farm| {
             let look = |(job, ended): (JobId, bool)| {
-                (!ended).then(|| Live {
-                    running: farm.running(job),
-                    reason: farm.wait_reason(job).map(|reason| reason.to_string()),
-                })
+                (!ended).then(|| Live { running: farm.running(job), reason: farm.wait_reason(job) })
             };
             jobs.into_iter().map(look).collect::<Vec<_>>()
         })
@@ -178,6 +200,7 @@ fn merge(api: &Api, record: JobRecord, live: Option<Live>) -> JobView {
         prompt: record.request.prompt,
         model: record.model,
         priority: record.priority,
+        tenant: record.tenant,
         submitted: record.submitted,
         finished: record.finished,
         attempt: record.attempt,

@@ -1,10 +1,11 @@
 //! Where nodes come in: an HTTP request that turns into their session.
 
 use axum::extract::{Request, State};
-use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use farm_core::id::BootId;
-use farm_core::wire::cluster::{BOOT_HEADER, UPGRADE_PROTOCOL};
+use farm_core::wire::PROTOCOL;
+use farm_core::wire::cluster::{BOOT_HEADER, PROTOCOL_HEADER, UPGRADE_PROTOCOL, VERSION_HEADER, check_protocol};
 
 use super::{Api, Failure};
 
@@ -25,6 +26,8 @@ pub async fn join(State(api): State<Api>, request: Request) -> Result<Response, 
     let headers = [
         (header::CONNECTION, HeaderValue::from_static("upgrade")),
         (header::UPGRADE, HeaderValue::from_static(UPGRADE_PROTOCOL)),
+        (HeaderName::from_static(PROTOCOL_HEADER), HeaderValue::from(u16::from(PROTOCOL))),
+        (HeaderName::from_static(VERSION_HEADER), HeaderValue::from_static(farm_core::VERSION)),
     ];
     Ok((StatusCode::SWITCHING_PROTOCOLS, headers).into_response())
 }
@@ -37,6 +40,10 @@ fn check(headers: &HeaderMap) -> Result<BootId, Failure> {
             format!("nodes join here, with `upgrade: {UPGRADE_PROTOCOL}`"),
         ));
     }
+    check_protocol(headers).map_err(|reason| {
+        tracing::warn!(%reason, "a node is refused");
+        Failure::new(StatusCode::CONFLICT, reason)
+    })?;
     let boot = text(BOOT_HEADER).and_then(|boot| boot.parse().ok());
     boot.map(BootId).ok_or_else(|| Failure::bad_request(format!("header {BOOT_HEADER} is not a boot id")))
 }

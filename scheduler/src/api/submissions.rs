@@ -1,6 +1,6 @@
 //! A prompt file goes up in pages and is committed once.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 
 use axum::Json;
 use axum::body::Body;
@@ -8,16 +8,17 @@ use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use farm_core::api::{
     CommitSubmission, LineError, MAX_SUBMISSION_BYTES, OpenSubmission, PAGE_BYTES, SubmissionOpened, SubmissionReply,
-    SubmissionStatus,
 };
-use farm_core::id::{JobId, SubmissionId};
-use farm_core::job::prompt::{MAX_LINE_ERRORS, PromptFile, PromptParser};
+use farm_core::id::SubmissionId;
+use farm_core::job::prompt::{PromptFile, PromptParser};
+use farm_core::job::spec::{MAX_AFTER, MAX_PRIORITY};
 use jiff::Timestamp;
 use uuid::Uuid;
 
-use super::{Api, Failure, body};
-use crate::core::resolve::{Keys, Models};
-use crate::queue::store::{Batch, NewJob, Submission};
+use super::draft::{Draft, Prepared};
+use super::{Api, Failure, body, tenants};
+use crate::actor::CallError;
+use crate::queue::store::QueueError;
 
 const MAX_PAGES: u32 = (MAX_SUBMISSION_BYTES / PAGE_BYTES) as u32;
 const MAX_MODEL_NAME: usize = 128;
@@ -31,14 +32,27 @@ fn unknown(id: SubmissionId) -> Failure {
 }
 
 pub async fn open(State(api): State<Api>, body: Body) -> Result<(StatusCode, Json<SubmissionOpened>), Failure> {
-    let OpenSubmission { model, priority } = body::read_json(body).await?;
-    if let Some(name) = &model
+    let open: OpenSubmission = body::read_json(body).await?;
+    if let Some(name) = &open.model
         && (name.is_empty() || name.len() > MAX_MODEL_NAME)
     {
         return Err(Failure::bad_request(format!("model name has {} bytes, not 1..={MAX_MODEL_NAME}", name.len())));
     }
+    if let Some(priority) = open.priority
+        && !(0..=MAX_PRIORITY).contains(&priority)
+    {
+        return Err(Failure::refused(format!("priority {priority} is not in 0..={MAX_PRIORITY}")));
+    }
+    if open.after.len() > MAX_AFTER {
+        let entries = open.after.len();
+        return Err(Failure::refused(format!("\"after\" has {entries} entries, at most {MAX_AFTER} are allowed")));
+    }
+    let tenant = open.tenant.clone();
+    if !api.scheduler()?.ask(move |farm| farm.knows_tenant(&tenant)).await? {
+        return Err(tenants::unknown(&open.tenant));
+    }
     let submission = SubmissionId(Uuid::now_v7());
-    api.queue.open_submission(submission, model, priority, Timestamp::now()).await?;
+    api.queue.open_submission(submission, open, Timestamp::now()).await?;
     Ok((StatusCode::CREATED, Json(SubmissionOpened { submission })))
 }
 
@@ -61,13 +75,6 @@ pub async fn put_page(
     }
 }
 
-pub async fn status(State(api): State<Api>, Path(id): Path<String>) -> Result<Json<SubmissionStatus>, Failure> {
-    let submission = parse_id(&id)?;
-    api.queue.submission(submission).await?.ok_or_else(|| unknown(submission))?;
-    let jobs = api.queue.submission_counts(submission).await?;
-    Ok(Json(SubmissionStatus { submission, jobs }))
-}
-
 pub async fn commit(
     State(api): State<Api>,
     Path(id): Path<String>,
@@ -75,26 +82,41 @@ pub async fn commit(
 ) -> Result<Json<SubmissionReply>, Failure> {
     let id = parse_id(&id)?;
     let options: CommitSubmission = body::read_json(body).await?;
+    let scheduler = api.scheduler()?;
     // Held to the end: a repeated commit waits for the first and then finds its reply.
-    let _permit = api.commits.acquire().await.map_err(|_| Failure::from(crate::actor::CallError::Stopped))?;
+    let _permit = api.commits.acquire().await.map_err(|_| Failure::from(CallError::Stopped))?;
     let submission = api.queue.submission(id).await?.ok_or_else(|| unknown(id))?;
     if let Some(reply) = submission.reply {
         return Ok(Json(reply));
     }
     let file = read_file(&api, id, options.bytes).await?;
-    let models = api.scheduler.ask(|farm| farm.models()).await?;
-    let prepared = blocking(move || prepare(id, file, submission, &models, &options)).await??;
-    let models: BTreeSet<Option<String>> = prepared.jobs.iter().map(|job| job.model.clone()).collect();
-    let committed = api.scheduler.commit(prepared).await?;
-    let reasons = api
-        .scheduler
-        .ask(move |farm| {
-            let reasons = models.iter().filter_map(|model| farm.cannot_start(model.as_deref()));
-            reasons.map(|reason| reason.to_string()).collect::<Vec<_>>()
-        })
-        .await?;
+    let models = scheduler.ask(|farm| farm.models()).await?;
+    let draft = blocking(move || Draft::new(id, file, submission, &models, options)).await??;
+    let prepared = draft.check(&api, &scheduler).await?;
+    let Prepared { batch, named } = blocking(move || prepared.finish()).await??;
+    let models: BTreeSet<Option<String>> = batch.jobs.iter().map(|job| job.model.clone()).collect();
+    let committed = scheduler.commit(batch).await?.map_err(|error| match error {
+        QueueError::Refused(reason) => refused(reason, &named),
+        error => error.into(),
+    })?;
+    let reasons = scheduler.ask(move |farm| {
+        let reasons = models.iter().filter_map(|model| farm.cannot_start(model.as_deref()));
+        reasons.collect::<Vec<_>>()
+    });
+    let reasons = reasons.await?;
     let waiting = (!reasons.is_empty()).then(|| reasons.join("; "));
     Ok(Json(SubmissionReply { waiting, ..committed.reply }))
+}
+
+/// The store's refusal, with the line that names what it speaks of.
+fn refused(reason: String, named: &HashMap<Uuid, u64>) -> Failure {
+    match named.iter().find(|(id, _)| reason.contains(&id.simple().to_string())) {
+        Some((_, &line)) => {
+            let error = LineError { line, column: 1, reason };
+            Failure::lines("1 line is bad, nothing was queued", vec![error], 1)
+        }
+        None => Failure::refused(format!("{reason}; nothing was queued")),
+    }
 }
 
 /// Reads the pages in order, one in memory at a time.
@@ -129,47 +151,4 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) 
         tracing::error!(%error, "reading a prompt file failed");
         Failure::new(StatusCode::INTERNAL_SERVER_ERROR, "reading the prompt file failed; see the scheduler's log")
     })
-}
-
-/// Lines become jobs, or the file is refused.
-fn prepare(
-    id: SubmissionId,
-    file: PromptFile,
-    submission: Submission,
-    models: &Models,
-    options: &CommitSubmission,
-) -> Result<Batch, Failure> {
-    let PromptFile { requests, mut errors, mut bad_lines } = file;
-    let mut keys = Keys::new(options.again.then_some(id));
-    let mut jobs = Vec::with_capacity(requests.len());
-    for (line, request) in requests {
-        let named = request.model.as_ref().or(submission.model.as_ref());
-        let model = models
-            .choose(named.map(String::as_str))
-            .map_err(|error| Failure::new(StatusCode::UNPROCESSABLE_ENTITY, format!("line {line}: {error}")))?;
-        if let Err(reason) = models.check(&request, model.as_deref()) {
-            bad_lines += 1;
-            errors.push(LineError { line, column: 1, reason });
-            continue;
-        }
-        let key = keys
-            .key(&request, named.map(String::as_str))
-            .map_err(|error| Failure::bad_request(format!("line {line}: {error}")))?;
-        // 32 bits: enough for any number of seeds, and short enough to type.
-        let seed = request.seed.unwrap_or_else(|| rand::random::<u32>().into());
-        let priority = request.priority.or(submission.priority).unwrap_or(0);
-        jobs.push(NewJob { job: JobId::new(), key, request, seed, priority, model });
-    }
-    errors.sort_by_key(|error| error.line);
-    errors.truncate(MAX_LINE_ERRORS);
-    if bad_lines > 0 && !options.skip_invalid {
-        let lines = if bad_lines == 1 { "1 line is".to_owned() } else { format!("{bad_lines} lines are") };
-        return Err(Failure::lines(format!("{lines} bad, nothing was queued"), errors, bad_lines));
-    }
-    if jobs.is_empty() {
-        return Err(Failure::lines("no good line, nothing was queued", errors, bad_lines));
-    }
-    let reply =
-        SubmissionReply { submission: id, new: 0, existing: 0, requeued: 0, lines: errors, bad_lines, waiting: None };
-    Ok(Batch { submission: id, jobs, reply })
 }

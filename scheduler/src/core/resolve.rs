@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 
 use farm_core::api::ModelView;
-use farm_core::id::SubmissionId;
+use farm_core::id::{SubmissionId, TenantId};
 use farm_core::job::spec::{GenerationDefaults, RenderRequest, RenderSpec};
 use sha2::{Digest, Sha256};
 
@@ -41,15 +41,19 @@ impl Models {
 }
 
 /// Makes the keys of one file's lines.
-pub struct Keys {
+pub struct Keys<'a> {
     salt: Option<SubmissionId>,
+    tenant: Option<&'a TenantId>,
     seen: HashMap<[u8; 32], u64>,
 }
 
-impl Keys {
-    /// `again` makes keys that no other submission has, so that every line is a new job.
-    pub fn new(again: Option<SubmissionId>) -> Self {
-        Self { salt: again, seen: HashMap::new() }
+impl<'a> Keys<'a> {
+    /// `again` makes keys that no other submission has, so that every line is a new job. Two tenants never share a job: one
+    /// of them would be charged for both, and could cancel it.
+    pub fn new(again: Option<SubmissionId>, tenant: &'a TenantId) -> Self {
+        // The default tenant's keys are those of versions that knew no tenants.
+        let tenant = Some(tenant).filter(|tenant| tenant.as_str() != TenantId::DEFAULT);
+        Self { salt: again, tenant, seen: HashMap::new() }
     }
 
     /// sha-256 over what is rendered, the model asked for, and how many equal lines came before. Priority is left
@@ -61,6 +65,9 @@ impl Keys {
         let occurrence = self.seen.entry(content).or_insert(0);
         let mut key = Sha256::new().chain_update(content).chain_update(occurrence.to_le_bytes());
         *occurrence += 1;
+        if let Some(tenant) = self.tenant {
+            key.update(tenant.as_str());
+        }
         if let Some(salt) = self.salt {
             key.update(salt.0.as_bytes());
         }
@@ -86,28 +93,39 @@ mod tests {
 
     #[test]
     fn equal_lines_differ_by_occurrence_and_priority_does_not_count() {
-        let mut keys = Keys::new(None);
+        let tenant = TenantId::default();
+        let mut keys = Keys::new(None, &tenant);
         let first = keys.key(&request(r#"{"prompt":"a"}"#), None).unwrap();
         let second = keys.key(&request(r#"{"prompt":"a","priority":7}"#), None).unwrap();
         assert_ne!(first, second);
-        let mut later = Keys::new(None);
+        let mut later = Keys::new(None, &tenant);
         assert_eq!(later.key(&request(r#"{"prompt":"a","priority":3}"#), None).unwrap(), first);
         assert_eq!(later.key(&request(r#"{"prompt":"a"}"#), None).unwrap(), second);
     }
 
     #[test]
     fn a_model_on_the_line_and_one_for_the_file_give_the_same_key() {
-        let line = Keys::new(None).key(&request(r#"{"prompt":"a","model":"m"}"#), Some("m")).unwrap();
-        let file = Keys::new(None).key(&request(r#"{"prompt":"a"}"#), Some("m")).unwrap();
+        let line =
+            Keys::new(None, &TenantId::default()).key(&request(r#"{"prompt":"a","model":"m"}"#), Some("m")).unwrap();
+        let file = Keys::new(None, &TenantId::default()).key(&request(r#"{"prompt":"a"}"#), Some("m")).unwrap();
         assert_eq!(line, file);
-        assert_ne!(line, Keys::new(None).key(&request(r#"{"prompt":"a"}"#), None).unwrap());
+        assert_ne!(line, Keys::new(None, &TenantId::default()).key(&request(r#"{"prompt":"a"}"#), None).unwrap());
+    }
+
+    #[test]
+    fn tenants_do_not_share_jobs() {
+        let a = request(r#"{"prompt":"a"}"#);
+        let key = |tenant: &str| Keys::new(None, &tenant.parse().unwrap()).key(&a, None).unwrap();
+        assert_eq!(key("x"), key("x"));
+        assert_ne!(key("x"), key("y"));
+        assert_ne!(key("x"), key(TenantId::DEFAULT));
     }
 
     #[test]
     fn again_gives_keys_of_its_own() {
         let a = request(r#"{"prompt":"a"}"#);
-        let salted = |n| Keys::new(Some(SubmissionId(Uuid::from_u128(n)))).key(&a, None).unwrap();
-        assert_ne!(salted(1), Keys::new(None).key(&a, None).unwrap());
+        let salted = |n| Keys::new(Some(SubmissionId(Uuid::from_u128(n))), &TenantId::default()).key(&a, None).unwrap();
+        assert_ne!(salted(1), Keys::new(None, &TenantId::default()).key(&a, None).unwrap());
         assert_ne!(salted(1), salted(2));
     }
 

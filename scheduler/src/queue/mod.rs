@@ -13,13 +13,16 @@ pub mod store;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 
+#[cfg(test)]
+mod suite;
+
 use std::sync::Arc;
 
 use self::location::Location;
 use self::sql::SqlQueue;
 use self::store::{QueueError, QueueStore};
 
-/// Opens the queue at a folder or a `postgres://` URL and brings its tables up to date.
-pub async fn open(place: &str) -> Result<Arc<dyn QueueStore>, QueueError> {
-    Ok(Arc::new(SqlQueue::open(&place.parse::<Location>()?).await?))
+/// Opens the queue, makes it if it is absent, and brings its tables up to date.
+pub async fn open(location: &Location) -> Result<Arc<dyn QueueStore>, QueueError> {
+    Ok(Arc::new(SqlQueue::open(location).await?))
 }

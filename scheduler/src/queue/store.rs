@@ -219,6 +219,9 @@ pub trait QueueStore: Send + Sync {
     /// The leader is there. To be called every second. An error means that the lead is lost, or may be.
     fn beat(&self, epoch: Epoch) -> Stored<'_, ()>;
 
+    /// The leader ends its reign: somebody else may begin one at once.
+    fn resign(&self, epoch: Epoch) -> Stored<'_, ()>;
+
     /// The newest leader, if there ever was one.
     fn leader(&self) -> Stored<'_, Option<Leader>>;
 

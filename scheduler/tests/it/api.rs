@@ -1,6 +1,6 @@
 //! Every route, and what bad calls are told.
 
-use farm_core::api::{FarmInfo, JobDetail, JobPage, JobView, LogPage, NodeList, OpenSubmission, SubmissionStatus};
+use farm_core::api::{BatchView, FarmInfo, JobDetail, JobPage, JobView, LogPage, NodeList, OpenSubmission};
 use farm_core::job::state::{FailureKind, JobState, Progress, Stage};
 use farm_core::wire::to_node::ToNode;
 use farm_core::wire::to_scheduler::{AttemptOutcome, RunningAttempt, ToScheduler};
@@ -63,8 +63,8 @@ async fn a_job_can_be_followed_from_submission_to_clip() {
     assert_eq!(fetched.headers()["content-length"], clip.len().to_string().as_str());
     assert_eq!(fetched.headers()["x-content-sha256"], "ab".repeat(32).as_str());
     assert_eq!(fetched.bytes().await.unwrap(), clip);
-    let status: SubmissionStatus = http.get(&format!("/v1/submissions/{}", reply.submission)).await;
-    assert_eq!(status.jobs[&JobState::Done], 1);
+    let batch: BatchView = http.get(&format!("/v1/submissions/{}", reply.submission)).await;
+    assert_eq!((batch.jobs[&JobState::Done], batch.summary.as_str()), (1, "1 of 1 done"));
 }
 
 #[tokio::test]

@@ -1,9 +1,7 @@
 //! The program itself: what it prints and refuses, and how it comes back from kill -9, with a node on the real wire.
 
-use std::io::{BufRead, BufReader};
-use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Command, Output};
 
 use farm_core::api::{FarmInfo, JobDetail, JobPage, OpenSubmission};
 use farm_core::id::{AttemptNo, BootId, Epoch, NodeId};
@@ -30,36 +28,8 @@ fn fails(mut command: Command) -> String {
     String::from_utf8(stderr).unwrap()
 }
 
-/// A running scheduler, killed with the test.
-struct Process {
-    child: Child,
-    http: Http,
-}
-
-impl Process {
-    fn start(data: &Path, listen: &str) -> Self {
-        let mut child = command(data, listen).stdout(Stdio::piped()).spawn().unwrap();
-        let mut line = String::new();
-        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
-        let address = line.trim().strip_prefix("listening on http://").unwrap_or_else(|| panic!("{line:?}"));
-        Self { http: Http::new(address.parse().unwrap(), None), child }
-    }
-
-    /// Sends a signal and gives the exit code, if it was not the signal that ended it.
-    fn signal(&mut self, signal: i32) -> Option<i32> {
-        // SAFETY: plain numbers; the child is not reaped yet, so the number is its own.
-        assert_eq!(unsafe { libc::kill(self.child.id() as libc::pid_t, signal) }, 0);
-        let status = self.child.wait().unwrap();
-        assert!(status.code().is_some() || status.signal().is_some());
-        status.code()
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
+fn launch(data: &Path, listen: &str) -> Process {
+    Process::start(command(data, listen))
 }
 
 /// A node on the real wire, with no renderer behind it.
@@ -119,7 +89,7 @@ impl WireNode {
 async fn a_scheduler_killed_in_mid_clip_goes_on_where_it_was() {
     let folder = tempfile::tempdir().unwrap();
     let store = ArtifactStore::open(folder.path().join("results").to_str().unwrap()).unwrap();
-    let mut first = Process::start(folder.path(), "127.0.0.1:0");
+    let mut first = launch(folder.path(), "127.0.0.1:0");
     let mut node = WireNode::start().await;
     node.dial(&first.http).await;
     node.say(ToScheduler::Register(registration(1, &["tiny"], store.url()))).await;
@@ -132,10 +102,10 @@ async fn a_scheduler_killed_in_mid_clip_goes_on_where_it_was() {
         })
         .await;
 
-    assert_eq!(first.signal(libc::SIGKILL), None);
+    assert_eq!(first.end(libc::SIGKILL), None);
     node.wait_for(|event| matches!(event, ClusterEvent::Closed { .. })).await;
     let address = first.http.address.to_string();
-    let mut second = Process::start(folder.path(), &address);
+    let mut second = launch(folder.path(), &address);
     let info: FarmInfo = second.http.get("/v1/farm").await;
     assert_eq!((info.epoch, info.jobs[&JobState::Running], info.jobs[&JobState::Queued]), (Epoch(2), 1, 1));
 
@@ -161,7 +131,7 @@ async fn a_scheduler_killed_in_mid_clip_goes_on_where_it_was() {
         })
         .await;
     assert_eq!((next.epoch, next.attempt), (Epoch(2), AttemptNo(1)));
-    assert_eq!(second.signal(libc::SIGTERM), Some(0));
+    assert_eq!(second.end(libc::SIGTERM), Some(0));
 }
 
 #[test]
@@ -175,6 +145,17 @@ fn bad_settings_are_refused_with_a_hint() {
     weak.arg("--secret-file").arg(&file);
     let weak = fails(weak);
     assert!(weak.contains("chmod 600") || weak.contains("less than 16"), "{weak}");
+    let mut both = command(folder.path(), "127.0.0.1:0");
+    both.args(["--queue", "postgres://farm@127.0.0.1/farm"]);
+    assert!(fails(both).contains("cannot be used with"));
+    let mut folder_for_many = Command::new(env!("CARGO_BIN_EXE_farm-scheduler"));
+    folder_for_many.args(["--queue", "data", "--store", "results"]);
+    assert!(fails(folder_for_many).contains("a folder is named with --data"));
+    let mut prices = command(folder.path(), "127.0.0.1:0");
+    let file = folder.path().join("farm.toml");
+    std::fs::write(&file, "[prices]\nevery_hour = 1\n").unwrap();
+    prices.arg("--config").arg(&file);
+    assert!(fails(prices).contains("farm.toml is not right"));
     let mut nowhere = command(folder.path(), "127.0.0.1:0");
     nowhere.args(["--secret-file", "/does/not/exist"]);
     assert!(fails(nowhere).contains("cannot open secret file"));
@@ -183,12 +164,12 @@ fn bad_settings_are_refused_with_a_hint() {
 #[tokio::test]
 async fn a_data_folder_has_one_scheduler_and_ctrl_c_ends_it_cleanly() {
     let folder = tempfile::tempdir().unwrap();
-    let mut first = Process::start(folder.path(), "127.0.0.1:0");
+    let mut first = launch(folder.path(), "127.0.0.1:0");
     let second = fails(command(folder.path(), "127.0.0.1:0"));
     assert!(second.contains("in use by another farm-scheduler"), "{second}");
     let page: JobPage = first.http.get("/v1/jobs").await;
     assert!(page.jobs.is_empty());
-    assert_eq!(first.signal(libc::SIGINT), Some(0));
-    let mut third = Process::start(folder.path(), "127.0.0.1:0");
-    assert_eq!(third.signal(libc::SIGTERM), Some(0));
+    assert_eq!(first.end(libc::SIGINT), Some(0));
+    let mut third = launch(folder.path(), "127.0.0.1:0");
+    assert_eq!(third.end(libc::SIGTERM), Some(0));
 }

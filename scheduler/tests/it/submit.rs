@@ -91,10 +91,10 @@ async fn a_cancelled_job_is_queued_again_by_its_file_with_its_seed() {
 #[tokio::test]
 async fn priorities_come_from_the_line_then_from_the_submission() {
     let rig = Rig::start().await;
-    let file = "{\"prompt\":\"a\"}\n{\"prompt\":\"b\",\"priority\":-2}\n";
+    let file = "{\"prompt\":\"a\"}\n{\"prompt\":\"b\",\"priority\":2}\n";
     rig.http.submit(OpenSubmission { priority: Some(5), ..options() }, file).await;
     let page: JobPage = rig.http.get("/v1/jobs").await;
-    assert_eq!(page.jobs.iter().map(|job| job.priority).collect::<Vec<_>>(), [5, -2]);
+    assert_eq!(page.jobs.iter().map(|job| job.priority).collect::<Vec<_>>(), [5, 2]);
 }
 
 #[tokio::test]

@@ -1,11 +1,15 @@
 //! A scheduler on a real port, nodes that are only messages, and a client.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
+use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
+use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use farm_core::api::{CommitSubmission, JobResult, OpenSubmission, PAGE_BYTES, StageSeconds, SubmissionOpened};
+use farm_core::api::{
+    CommitSubmission, JobResult, OpenSubmission, PAGE_BYTES, StageSeconds, SubmissionOpened, TenantView,
+};
 use farm_core::id::{AttemptKey, BootId, Epoch, NodeId, SubmissionId};
 use farm_core::job::spec::{GenerationDefaults, RenderSpec};
 use farm_core::parallel::cost::ModelShape;
@@ -20,14 +24,18 @@ use farm_core::wire::to_scheduler::{
 use farm_core::wire::{Envelope, codec};
 use farm_scheduler::actor::Scheduler;
 use farm_scheduler::api::{Api, Secret, router};
+use farm_scheduler::config::Config;
 use farm_scheduler::core::farm::Limits;
+use farm_scheduler::gc::Gc;
+use farm_scheduler::lead::{Candidate, Standing};
 use farm_scheduler::link::NodeLink;
 use farm_scheduler::listen;
-use farm_scheduler::queue::sqlite::SqliteQueue;
-use farm_scheduler::queue::store::QueueStore;
+use farm_scheduler::queue::location::Location;
+use farm_scheduler::queue::store::Retention;
 use reqwest::{Method, RequestBuilder, Response, StatusCode};
 use serde::de::DeserializeOwned;
 use tokio::net::TcpListener;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
@@ -67,6 +75,10 @@ impl NodeLink for Sent {
     fn accept(&self, _: hyper::upgrade::Upgraded, _: BootId) -> Result<(), ClusterError> {
         Ok(())
     }
+
+    fn disconnect(&self, _: BootId) {}
+
+    fn disconnect_all(&self) {}
 }
 
 pub struct Rig {
@@ -81,10 +93,22 @@ pub struct Rig {
 
 impl Rig {
     pub async fn start() -> Self {
-        Self::with_secret(None).await
+        Self::set_up(None, Config::default()).await
     }
 
     pub async fn with_secret(secret: Option<&str>) -> Self {
+        Self::set_up(secret, Config::default()).await
+    }
+
+    /// One that keeps nothing of ended jobs.
+    pub async fn forgetful() -> Self {
+        let none = Duration::ZERO;
+        let mut config = Config::default();
+        config.keep.0 = Retention { leftovers: none, logs: none, jobs: Duration::from_secs(3600), audit: none };
+        Self::set_up(None, config).await
+    }
+
+    async fn set_up(secret: Option<&str>, config: Config) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let secret = secret.map(|text| {
             use std::os::unix::fs::PermissionsExt;
@@ -94,19 +118,31 @@ impl Rig {
             Secret::read(&file).unwrap()
         });
         let artifacts = ArtifactStore::open(folder.path().join("results").to_str().unwrap()).unwrap();
-        let queue: Arc<dyn QueueStore> =
-            Arc::new(SqliteQueue::open(&folder.path().join("queue.sqlite")).await.unwrap());
+        let queue = farm_scheduler::queue::open(&Location::folder(folder.path())).await.unwrap();
         let sent = Arc::new(Sent::default());
         let link: Arc<dyn NodeLink> = sent.clone();
-        let (scheduler, _) =
-            Scheduler::start(Limits::default(), queue.clone(), artifacts.url().to_owned(), Tiling::AUTO, link.clone())
-                .await
-                .unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
+        let candidate = Candidate {
+            store: queue.clone(),
+            is_shared: false,
+            link: link.clone(),
+            address: address.to_string(),
+            limits: Limits::default(),
+            results: artifacts.url().to_owned(),
+            tiling: Tiling::AUTO,
+        };
         let stop = CancellationToken::new();
+        let (standing, stands) = watch::channel(Standing::StandsBy(None));
+        tokio::spawn(candidate.run(standing, stop.clone()));
+        let scheduler = until("a leader", async || match &*stands.borrow() {
+            Standing::Leads(scheduler) => Some(scheduler.clone()),
+            Standing::StandsBy(_) => None,
+        })
+        .await;
         let token = secret.as_ref().map(|secret| secret.as_str().to_owned());
-        let api = Api::new(scheduler.clone(), queue, artifacts.clone(), link, secret);
+        let gc = Gc::new(artifacts.clone(), queue.clone(), config.keep.0);
+        let api = Api::new(stands, queue, artifacts.clone(), link, secret, gc, config.prices);
         tokio::spawn(listen::serve(listener, router(api), stop.clone()));
         Self { http: Http::new(address, token), scheduler, sent, artifacts, _folder: folder, stop }
     }
@@ -123,7 +159,6 @@ impl Rig {
 impl Drop for Rig {
     fn drop(&mut self) {
         self.stop.cancel();
-        self.scheduler.stop();
     }
 }
 
@@ -142,6 +177,8 @@ pub fn registration(devices: usize, models: &[&str], store: &str) -> Registratio
         models: models.iter().map(model).collect(),
         store: store.to_owned(),
         roles: Roles::ALL,
+        labels: BTreeMap::new(),
+        crash: None,
         running: Vec::new(),
         helping: Vec::new(),
     }
@@ -221,6 +258,41 @@ pub fn completed(start: &StartAttempt, bytes: u64) -> AttemptOutcome {
     AttemptOutcome::Completed { accepted: start.key.attempt, result_json, warnings: vec!["cut".to_owned()] }
 }
 
+/// A running scheduler, killed with the test.
+pub struct Process {
+    child: Child,
+    pub http: Http,
+}
+
+impl Process {
+    /// Starts the program and waits until it knows who leads.
+    pub fn start(mut command: Command) -> Self {
+        let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        let address = line.trim().strip_prefix("listening on http://").unwrap_or_else(|| panic!("{line:?}"));
+        Self { http: Http::new(address.parse().unwrap(), None), child }
+    }
+
+    pub fn send(&self, signal: i32) {
+        // SAFETY: plain numbers; the child is not reaped yet, so the number is its own.
+        assert_eq!(unsafe { libc::kill(self.child.id() as libc::pid_t, signal) }, 0);
+    }
+
+    /// Sends a signal that ends it and gives the exit code, if it was not the signal itself that did.
+    pub fn end(&mut self, signal: i32) -> Option<i32> {
+        self.send(signal);
+        self.child.wait().unwrap().code()
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
 /// A client of the API.
 #[derive(Clone)]
 pub struct Http {
@@ -247,7 +319,15 @@ impl Http {
     }
 
     pub async fn post<T: DeserializeOwned>(&self, path: &str) -> T {
-        ok(self.request(Method::POST, path)).await
+        ok(self.request(Method::POST, path).header("x-farm-user", "ada")).await
+    }
+
+    pub async fn set_tenant(&self, tenant: &str, spec: &str) -> TenantView {
+        ok(self
+            .request(Method::PUT, &format!("/v1/tenants/{tenant}"))
+            .header("x-farm-user", "ada")
+            .body(spec.to_owned()))
+        .await
     }
 
     /// Uploads a file, page by page.

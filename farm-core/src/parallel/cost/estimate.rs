@@ -5,12 +5,10 @@
 
 use std::collections::HashMap;
 
-use super::{Candidate, ClipShape, LinkRates, ModelShape, Site};
+use super::{Candidate, ClipShape, LinkRates, ModelShape, Site, USABLE_MEMORY};
 use crate::parallel::shard::{Shares, Split};
 use crate::parallel::topology::Topology;
 
-/// Part of a device's memory that a group may fill; the rest is for the driver, its kernels and gaps between blocks.
-const USABLE_MEMORY: f64 = 0.95;
 /// Bytes of the values of partial attention results, rotary tables and the like.
 const F32: f64 = 4.0;
 

@@ -22,6 +22,8 @@ pub use self::shape::{ClipShape, ModelShape};
 pub use self::volume::sent_values_per_layer;
 use crate::parallel::topology::{MAX_RANKS, Topology, TopologyError};
 
+/// Part of a device's memory that a group may fill; the rest is for the driver, its kernels and gaps between blocks.
+pub const USABLE_MEMORY: f64 = 0.95;
 /// How much faster a group with a ring has to be than one without.
 const RING_GAIN: f64 = 1.1;
 

@@ -93,23 +93,23 @@ impl Gang {
     }
 
     async fn run(&self, start: StartAttempt) -> AttemptOutcome {
-        self.attempt(start, Arc::new(()), Arc::default()).await
+        self.attempt(start, Arc::new(()), Orders::default()).await
     }
 
     fn attempt(
         &self,
         start: StartAttempt,
         kept: Reservation,
-        stop: Arc<AtomicBool>,
+        orders: Orders,
     ) -> impl Future<Output = AttemptOutcome> + Send + use<> {
-        attempt((&self.workshop, &self.answers), start, kept, ProgressCell::new(), stop)
+        attempt((&self.workshop, &self.answers), start, kept, ProgressCell::new(), orders)
     }
 
     /// The result of a clip that goes well.
     async fn result(&self, start: StartAttempt) -> JobResult {
         match self.run(start).await {
             AttemptOutcome::Completed { result_json, .. } => serde_json::from_str(&result_json).unwrap(),
-            AttemptOutcome::Failed { kind, message } => panic!("{kind:?}: {message}"),
+            other => panic!("{other:?}"),
         }
     }
 
@@ -158,7 +158,7 @@ async fn one_rank_that_fails_ends_the_attempt_with_its_reason_and_all_devices_wo
         let gang = Gang::new(4, Some(fault)).await;
         let (told, released) = tokio::sync::oneshot::channel();
         let (reservation, start) = (Arc::new(Tell(Some(told))), gang.start(1, 1, topology(2, 1, 2)));
-        let (kind, message) = failure(gang.attempt(start, reservation, Arc::default()).await);
+        let (kind, message) = failure(gang.attempt(start, reservation, Orders::default()).await);
         assert_eq!(kind, FailureKind::Device);
         assert_eq!(message, format!("rank 2 of 4 (device 2): {reason}"));
         released.await.unwrap();
@@ -170,12 +170,12 @@ async fn one_rank_that_fails_ends_the_attempt_with_its_reason_and_all_devices_wo
 #[tokio::test]
 async fn an_abort_stops_all_ranks() {
     let gang = Gang::new(4, Some(Fault::Hang)).await;
-    let stop = Arc::new(AtomicBool::new(false));
+    let orders = Orders::default();
     let (told, released) = tokio::sync::oneshot::channel();
     let (reservation, start) = (Arc::new(Tell(Some(told))), gang.start(1, 1, topology(1, 1, 4)));
-    let running = tokio::spawn(gang.attempt(start, reservation, stop.clone()));
+    let running = tokio::spawn(gang.attempt(start, reservation, orders.clone()));
     gang.begun.notified().await;
-    stop.store(true, Ordering::Relaxed);
+    orders.stop();
     running.abort();
     released.await.unwrap();
     gang.result(gang.start(1, 2, topology(1, 1, 4))).await;
@@ -207,13 +207,51 @@ async fn a_clip_goes_on_at_its_latest_latent_at_another_world_size_and_leaves_no
     };
     let (slot, inbox) = Slot::new(4);
     denoise_into(&gang, &start, slot);
-    checkpoints.save_all(inbox).await;
+    checkpoints.save_all(inbox, &|_| ()).await;
     assert_eq!(checkpoints.latest(&|note| panic!("{note}")).await.unwrap().step, 4);
 
     let result = gang.result(start).await;
     assert!(gang.logged("resumed at step 4 of 6"), "{:?}", gang.log.lock().unwrap());
     assert_eq!(result.clip_sha256, whole.clip_sha256);
     assert!(checkpoints.latest(&|_| ()).await.is_none(), "a finished clip keeps no latents");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_yield_at_a_step_border_keeps_the_latent_of_the_whole_gang_and_others_go_on_from_it() {
+    let gang = Gang::new(4, None).await;
+    let long = |job, n, topology| {
+        let start = gang.start(job, n, topology);
+        let spec_json = start.spec_json.replace("\"num_inference_steps\":6", "\"num_inference_steps\":60");
+        StartAttempt { spec_json, ..start }
+    };
+    let whole = gang.result(long(9, 1, Topology::SOLO)).await;
+    for (job, first, then) in [(1, Topology::SOLO, topology(2, 1, 2)), (2, topology(2, 1, 2), topology(1, 1, 3))] {
+        let (orders, progress) = (Orders::default(), ProgressCell::new());
+        let (told, mut released) = tokio::sync::oneshot::channel();
+        let (at, kept) = ((&gang.workshop, &gang.answers), Arc::new(Tell(Some(told))));
+        let running = tokio::spawn(attempt(at, long(job, 1, first), kept, progress.clone(), orders.clone()));
+        // An odd step: the checkpoints that are due come after even ones.
+        while progress.get().stage != Stage::Denoise || progress.get().done % 2 == 0 {
+            assert!(!running.is_finished());
+            tokio::task::yield_now().await;
+        }
+        orders.hand_over();
+        let AttemptOutcome::Interrupted { step } = running.await.unwrap() else { panic!("not handed over") };
+        assert!((1..60).contains(&step));
+        assert!(released.try_recv().is_ok(), "all devices are idle again");
+        let folder = key::latents(JobId(Uuid::from_u128(job)));
+        let stored = gang.workshop.store.list(&folder, 100).await.unwrap();
+        assert!(stored.contains(&key::latent(&folder, step)), "step {step}: {stored:?}");
+
+        // Told again before it has begun, the next one hands over what it was given.
+        let orders = Orders::default();
+        orders.hand_over();
+        let second = gang.attempt(long(job, 2, then), Arc::new(()), orders).await;
+        assert_eq!(second, AttemptOutcome::Interrupted { step });
+        let result = gang.result(long(job, 3, then)).await;
+        assert!(gang.logged(&format!("resumed at step {step} of 60")));
+        assert_eq!(result.clip_sha256, whole.clip_sha256, "{first} and then {then}");
+    }
 }
 
 /// Denoises the clip on one device, and puts its latents into the slot.
@@ -225,7 +263,7 @@ fn denoise_into(gang: &Gang, start: &StartAttempt, slot: Slot) {
         group: RankGroup::solo().unwrap(),
         start: Arc::new(Start::Seed),
         checkpoints: slot,
-        monitor: Monitor::new(ProgressCell::new(), Arc::default(), log),
+        monitor: Monitor::new(ProgressCell::new(), Orders::default(), log),
     };
     let denoised = gang.workshop.devices[0].denoise(work, Arc::new(()));
     futures::executor::block_on(denoised).unwrap();
@@ -239,14 +277,14 @@ async fn an_attempt_that_ends_early_leaves_latents_for_the_next() {
         let spec_json = start.spec_json.replace("\"num_inference_steps\":6", "\"num_inference_steps\":200");
         StartAttempt { spec_json, ..start }
     };
-    let stop = Arc::new(AtomicBool::new(false));
+    let orders = Orders::default();
     let first = long(1, topology(2, 1, 2));
-    let running = tokio::spawn(gang.attempt(first, Arc::new(()), stop.clone()));
+    let running = tokio::spawn(gang.attempt(first, Arc::new(()), orders.clone()));
     let folder = key::latents(JobId(Uuid::from_u128(1)));
     while gang.workshop.store.list(&folder, 1).await.unwrap().is_empty() {
         tokio::task::yield_now().await;
     }
-    stop.store(true, Ordering::Relaxed);
+    orders.stop();
     running.abort();
     assert!(running.await.unwrap_err().is_cancelled());
     let result = gang.result(long(2, topology(1, 1, 3))).await;

@@ -78,7 +78,7 @@ impl Saved {
         });
         let (slot, inbox) = Slot::new(args.checkpoint_steps);
         let saver = checkpoints.clone();
-        let saving = runtime.spawn(async move { saver.save_all(inbox).await });
+        let saving = runtime.spawn(async move { saver.save_all(inbox, &|_| ()).await });
         Ok(Some(Self { runtime, checkpoints, slot, saving }))
     }
 

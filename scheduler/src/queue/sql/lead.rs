@@ -153,6 +153,17 @@ impl SqlQueue {
         if beaten.rows_affected() == 0 { Err(QueueError::Superseded(epoch)) } else { Ok(()) }
     }
 
+    pub(super) async fn step_down(&self, epoch: Epoch) -> Result<(), QueueError> {
+        if let Seat::Contested { session, .. } = &self.seat
+            && let Some(connection) = session.lock().await.take()
+        {
+            // The lock ends with the session, whatever the server is told of its end.
+            tracing::debug!(%epoch, "resigned");
+            answered(connection.close()).await?;
+        }
+        Ok(())
+    }
+
     pub(super) async fn read_leader(&self) -> Result<Option<Leader>, QueueError> {
         let text = format!("SELECT address, epoch, {} - beat AS silent FROM leader", self.dialect.now_ms());
         let row = query(text).fetch_one(&self.readers).await?;

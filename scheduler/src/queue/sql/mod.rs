@@ -103,6 +103,12 @@ impl SqlQueue {
         Ok(tx)
     }
 
+    /// A write that stops in the middle.
+    #[cfg(test)]
+    pub async fn unfinished(&self, epoch: Epoch) -> Result<Transaction<'static, Any>, QueueError> {
+        self.begin_in(epoch).await
+    }
+
     /// A transaction whose reads all see one moment.
     async fn begin_read(&self) -> Result<Transaction<'static, Any>, QueueError> {
         Ok(self.readers.begin_with(self.dialect.begin_read()).await?)
@@ -156,6 +162,10 @@ impl QueueStore for SqlQueue {
 
     fn beat(&self, epoch: Epoch) -> Stored<'_, ()> {
         self.say_alive(epoch).boxed()
+    }
+
+    fn resign(&self, epoch: Epoch) -> Stored<'_, ()> {
+        self.step_down(epoch).boxed()
     }
 
     fn leader(&self) -> Stored<'_, Option<Leader>> {
