@@ -25,6 +25,7 @@ use super::clock::{Span, timed};
 use crate::core::effects::{Change, Effects};
 use crate::core::events::{Ask, Counts, Event, LiveJob, LoadedRequest, Saved, SavedBatch, Submitted, Time};
 use crate::core::farm::{Farm, Limits};
+use crate::queue::store::NewJob;
 
 const STORE: &str = "file:///results";
 /// 2026-01-01, in milliseconds since 1970.
@@ -263,6 +264,23 @@ impl World {
             attempt: AttemptNo(0),
             counts: Counts { least_devices: kind.least_devices, ..Counts::default() },
             running: None,
+        }
+    }
+
+    /// A job as the queue store is given it.
+    pub fn new_job(&self, ix: usize) -> NewJob {
+        let item = &self.items[ix];
+        let kind = &self.kinds[item.kind as usize];
+        let mut key = [0; 32];
+        key[..8].copy_from_slice(&(ix as u64).to_le_bytes());
+        NewJob {
+            job: job_id(ix),
+            key,
+            request: kind.request.clone(),
+            seed: 1,
+            priority: item.priority.into(),
+            model: kind.model.clone(),
+            after: Vec::new(),
         }
     }
 

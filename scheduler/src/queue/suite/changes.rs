@@ -59,7 +59,10 @@ async fn a_job_passes_through_its_states(queue: &Queue) {
     assert_eq!(attempts[0].devices, [DeviceIndex(1), DeviceIndex(3)]);
     store.apply(epoch, &[Change::Retried { job }], at(50)).await.unwrap();
     let (state, live) = store.live_job(job).await.unwrap().unwrap();
-    assert_eq!((state, live.attempt, live.counts, live.running), (JobState::Queued, AttemptNo(2), Counts::default(), None));
+    assert_eq!(
+        (state, live.attempt, live.counts, live.running),
+        (JobState::Queued, AttemptNo(2), Counts::default(), None)
+    );
     assert_eq!(store.live_job(JobId::new()).await.unwrap(), None);
 }
 
@@ -126,7 +129,10 @@ async fn a_job_changes_several_times_in_one_transaction(queue: &Queue) {
     };
     let mut changes = [life(jobs[0], 3), life(jobs[1], 2)].concat();
     changes.extend([Change::Cancelled { job: jobs[1] }, Change::Retried { job: jobs[1] }]);
-    changes.extend([Change::Paused { scope: Scope::Farm, paused: true }, Change::Paused { scope: Scope::Farm, paused: false }]);
+    changes.extend([
+        Change::Paused { scope: Scope::Farm, paused: true },
+        Change::Paused { scope: Scope::Farm, paused: false },
+    ]);
     store.apply(epoch, &changes, at(2)).await.unwrap();
     let live = |job| store.live_job(job);
     let (first, second) = (live(jobs[0]).await.unwrap().unwrap().1, live(jobs[1]).await.unwrap().unwrap().1);
@@ -214,8 +220,14 @@ async fn pauses_drains_and_tenants_outlive_a_restart(queue: &Queue) {
     let spec = TenantSpec { share: 2.5, quota };
     let node = NodeId("a".to_owned());
     let paused = |paused| {
-        [Scope::Farm, Scope::Tenant(tenant.clone()), Scope::Tenant(TenantId::default()), Scope::Batch(submission), Scope::Job(job)]
-            .map(|scope| Change::Paused { scope, paused })
+        [
+            Scope::Farm,
+            Scope::Tenant(tenant.clone()),
+            Scope::Tenant(TenantId::default()),
+            Scope::Batch(submission),
+            Scope::Job(job),
+        ]
+        .map(|scope| Change::Paused { scope, paused })
     };
     let mut changes = vec![Change::Tenant { tenant: tenant.clone(), spec: spec.clone() }];
     changes.extend(paused(true));

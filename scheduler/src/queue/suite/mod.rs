@@ -41,7 +41,7 @@ impl Queue {
     }
 
     async fn open(&self) -> Arc<dyn QueueStore> {
-        super::open(&self.place).await.unwrap()
+        super::open(&self.place.parse().unwrap()).await.unwrap()
     }
 
     /// Opens it and leads.
@@ -168,7 +168,7 @@ fn key(job: JobId, attempt: u32, epoch: Epoch) -> AttemptKey {
 
 fn started(key: AttemptKey) -> Change {
     Change::Started {
-        start: Box::new(StartAttempt {
+        start: Arc::new(StartAttempt {
             key,
             devices: vec![DeviceIndex(1), DeviceIndex(3)],
             topology: Topology::new(2, 1, 1).unwrap(),

@@ -5,9 +5,7 @@ use farm_core::id::{JobId, SubmissionId, TenantId};
 use farm_core::job::state::JobState;
 use uuid::Uuid;
 
-use super::super::store::{
-    JobFilter, MAX_OPEN_SUBMISSIONS, NewDependency, NewJob, QueueError, STALE_SUBMISSION_MS,
-};
+use super::super::store::{JobFilter, MAX_OPEN_SUBMISSIONS, NewDependency, NewJob, QueueError, STALE_SUBMISSION_MS};
 use super::{
     Queue, after, at, batch, done, finish, jobs, key, new_job, opened, refusal, refused, rules, started, state, submit,
 };
@@ -76,10 +74,7 @@ async fn failed_and_cancelled_jobs_are_queued_again(queue: &Queue) {
     let (submission, again) = submit(&*store, epoch, vec![urgent(1), urgent(2), urgent(3), urgent(4)]).await;
     assert_eq!((again.reply.new, again.reply.requeued, again.reply.existing), (0, 2, 2));
     let queued = again.submitted.queued;
-    assert_eq!(
-        queued.iter().map(|job| (job.job, job.priority)).collect::<Vec<_>>(),
-        [(jobs[0], 9), (jobs[1], 9)]
-    );
+    assert_eq!(queued.iter().map(|job| (job.job, job.priority)).collect::<Vec<_>>(), [(jobs[0], 9), (jobs[1], 9)]);
     assert_eq!(again.submitted.joined, jobs[2..]);
     assert_eq!(queued[0].batches.last(), Some(&submission));
     assert_eq!(store.live_job(jobs[0]).await.unwrap(), Some((JobState::Queued, queued[0].clone())));
@@ -117,8 +112,7 @@ async fn a_tenant_has_no_more_jobs_than_its_quota(queue: &Queue) {
     let (store, epoch) = queue.lead().await;
     let most = |submission, lines| super::Batch { max_queued: Some(5), ..batch(submission, lines) };
     let first = opened(&*store).await;
-    let committed =
-        store.commit_submission(epoch, most(first, (1..=4).map(new_job).collect()), at(1)).await.unwrap();
+    let committed = store.commit_submission(epoch, most(first, (1..=4).map(new_job).collect()), at(1)).await.unwrap();
     let second = opened(&*store).await;
     // One of them is there already.
     let lines = || (4..=6).map(new_job).collect::<Vec<_>>();
@@ -149,7 +143,10 @@ async fn lines_come_after_lines_jobs_and_batches(queue: &Queue) {
     let queued = third.submitted.queued;
     let (x, y, z) = (&queued[0], &queued[1], &queued[2]);
     assert_eq!(x.after, [Dependency::Job(y.job), Dependency::Job(a)]);
-    assert_eq!((z.after.as_slice(), queued[3].after.as_slice()), ([Dependency::Batch(earlier)].as_slice(), [].as_slice()));
+    assert_eq!(
+        (z.after.as_slice(), queued[3].after.as_slice()),
+        ([Dependency::Batch(earlier)].as_slice(), [].as_slice())
+    );
     let loaded = async || {
         let jobs = store.load(0).await.unwrap().jobs;
         jobs.into_iter().filter(|job| queued.iter().any(|other| other.job == job.job)).collect::<Vec<_>>()
@@ -167,10 +164,8 @@ async fn what_can_never_be_is_refused(queue: &Queue) {
     let (one, first) = submit(&*store, epoch, vec![new_job(1), new_job(2)]).await;
     let (two, second) = submit(&*store, epoch, vec![new_job(3)]).await;
     let job = |committed: &super::Committed, i: usize| committed.submitted.queued[i].job;
-    let changes = [
-        Change::Failed { job: job(&first, 0), reason: "bad".to_owned() },
-        Change::Cancelled { job: job(&second, 0) },
-    ];
+    let changes =
+        [Change::Failed { job: job(&first, 0), reason: "bad".to_owned() }, Change::Cancelled { job: job(&second, 0) }];
     store.apply(epoch, &changes, at(2)).await.unwrap();
     for (id, reason) in [
         (Uuid::now_v7(), "no job or batch"),
@@ -184,7 +179,8 @@ async fn what_can_never_be_is_refused(queue: &Queue) {
     }
     // Itself, before it is committed.
     let own = opened(&*store).await;
-    let why = refused(store.commit_submission(epoch, batch(own, vec![after(9, [NewDependency::Id(own.0)])]), at(1)).await);
+    let why =
+        refused(store.commit_submission(epoch, batch(own, vec![after(9, [NewDependency::Id(own.0)])]), at(1)).await);
     assert!(why.contains("no job or batch"), "{why}");
     assert_eq!(store.counts().await.unwrap().get(&JobState::Queued), Some(&1), "nothing was written");
 }
@@ -229,9 +225,7 @@ async fn uploads_that_nobody_commits_do_not_pile_up(queue: &Queue) {
     for _ in 1..MAX_OPEN_SUBMISSIONS {
         opened(&*store).await;
     }
-    let open = async |when| {
-        store.open_submission(SubmissionId(Uuid::now_v7()), OpenSubmission::default(), when).await
-    };
+    let open = async |when| store.open_submission(SubmissionId(Uuid::now_v7()), OpenSubmission::default(), when).await;
     let refused = open(at(2)).await;
     assert!(matches!(refused, Err(QueueError::TooManySubmissions(MAX_OPEN_SUBMISSIONS))), "{refused:?}");
     open(at(STALE_SUBMISSION_MS + 10)).await.unwrap();

@@ -36,9 +36,7 @@ const SHORT: Retention = Retention {
 
 async fn usage(store: &dyn QueueStore, by: UsageBy) -> Vec<(String, String, u64, u64, u64, u64)> {
     let used = store.usage(by, EVER.0, EVER.1).await.unwrap();
-    let row = |used: Used| {
-        (used.name, used.device, used.attempts, used.clips, used.device_ms, used.lost_device_ms)
-    };
+    let row = |used: Used| (used.name, used.device, used.attempts, used.clips, used.device_ms, used.lost_device_ms);
     used.into_iter().map(row).collect()
 }
 
@@ -73,7 +71,10 @@ async fn usage_is_what_ended_attempts_used(queue: &Queue) {
     let between = async |since, until| {
         store.usage(UsageBy::Tenant, at(since), at(until)).await.unwrap().iter().map(|used| used.attempts).sum::<u64>()
     };
-    assert_eq!([between(0, 1).await, between(1, DAY).await, between(DAY, 2 * DAY).await, between(9, 9).await], [2, 4, 2, 2]);
+    assert_eq!(
+        [between(0, 1).await, between(1, DAY).await, between(DAY, 2 * DAY).await, between(9, 9).await],
+        [2, 4, 2, 2]
+    );
     assert_eq!(between(-DAY, -DAY / 2).await, 0);
 }
 
@@ -157,7 +158,8 @@ async fn what_live_jobs_need_stays(queue: &Queue) {
     let (_, three) = submit(&*store, epoch, vec![new_job(3), new_job(4)]).await;
     let (_, four) = submit(&*store, epoch, vec![new_job(5)]).await;
     let job = |committed: &super::Committed, i: usize| committed.submitted.queued[i].job;
-    let (first, second, third, live, free) = (job(&one, 0), job(&two, 0), job(&three, 0), job(&three, 1), job(&four, 0));
+    let (first, second, third, live, free) =
+        (job(&one, 0), job(&two, 0), job(&three, 0), job(&three, 1), job(&four, 0));
     let waiter = |n, on| NewJob { priority: 1, ..after(n, [NewDependency::Id(on)]) };
     let (_, waiting) = submit(&*store, epoch, vec![waiter(6, first.0), waiter(7, batch.0)]).await;
     for ended in [first, second, third, free] {
@@ -226,9 +228,17 @@ async fn spoilt_rows_are_noticed(queue: &Queue) {
             "is running without a running attempt",
         ),
         ("UPDATE jobs SET attempt = 2 WHERE seq = 3", "UPDATE jobs SET attempt = 0 WHERE seq = 3", "says attempt 2"),
-        ("UPDATE attempts SET epoch = 9 WHERE job = 2 AND attempt = 1", "UPDATE attempts SET epoch = 1", "after one of epoch 9"),
+        (
+            "UPDATE attempts SET epoch = 9 WHERE job = 2 AND attempt = 1",
+            "UPDATE attempts SET epoch = 1",
+            "after one of epoch 9",
+        ),
         ("UPDATE attempts SET epoch = 9 WHERE job = 1", "UPDATE attempts SET epoch = 1", "which has not begun"),
-        ("UPDATE ledger SET device_ms = device_ms + 1", "UPDATE ledger SET device_ms = device_ms - 1", "by 0 attempts, 0 clips and 1 ms"),
+        (
+            "UPDATE ledger SET device_ms = device_ms + 1",
+            "UPDATE ledger SET device_ms = device_ms - 1",
+            "by 0 attempts, 0 clips and 1 ms",
+        ),
         ("UPDATE ledger SET clips = clips + 1", "UPDATE ledger SET clips = clips - 1", "1 clips"),
         ("DELETE FROM submission_jobs WHERE job = 4", "INSERT INTO submission_jobs VALUES (1, 4)", "is of no batch"),
         ("UPDATE submissions SET jobs = 5", "UPDATE submissions SET jobs = 4", "had 5 jobs"),
@@ -237,11 +247,7 @@ async fn spoilt_rows_are_noticed(queue: &Queue) {
             "UPDATE jobs SET state = 'queued', finished = NULL WHERE seq = 4",
             "failed without a reason",
         ),
-        (
-            "INSERT INTO dependencies VALUES (2, 1, 4, NULL)",
-            "DELETE FROM dependencies",
-            "before job",
-        ),
+        ("INSERT INTO dependencies VALUES (2, 1, 4, NULL)", "DELETE FROM dependencies", "before job"),
     ] {
         connection.execute(sqlx::raw_sql(AssertSqlSafe(spoil))).await.unwrap();
         let violations = store.violations().await.unwrap();
