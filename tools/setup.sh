@@ -11,6 +11,8 @@ packages=(
   ffmpeg fonts-dejavu-core
   # tests put processes on hosts of their own (network namespaces)
   iproute2
+  # tests of several schedulers start a Postgres of their own
+  postgresql
   # crates are downloaded over https
   ca-certificates
 )
@@ -34,6 +36,12 @@ if [ ${#missing[@]} -gt 0 ]; then
   if [ "$(id -u)" != 0 ]; then
     command -v sudo >/dev/null || { echo "setup: run as root, or install sudo: ${missing[*]} are missing" >&2; exit 1; }
     as_root=(sudo)
+  fi
+  # Of Postgres only the programs are wanted: no cluster of the package's own, and no server that runs.
+  clusters=/etc/postgresql-common/createcluster.conf
+  if [ ! -e "$clusters" ]; then
+    "${as_root[@]}" mkdir -p "${clusters%/*}"
+    echo 'create_main_cluster = false' | "${as_root[@]}" tee "$clusters" >/dev/null
   fi
   "${as_root[@]}" apt-get update -qq
   "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"

@@ -131,8 +131,8 @@ type Question = Box<dyn FnOnce(&Farm) + Send>;
 
 /// What somebody wants, and what has to be read of the store first.
 #[derive(Debug)]
-pub enum Order {
-    Wish(Wish),
+enum Order {
+    Wish(Box<Wish>),
     Retry(JobId),
 }
 
@@ -253,7 +253,7 @@ impl Scheduler {
     }
 
     pub async fn wish(&self, wish: Wish, by: String) -> Result<Result<(), Refusal>, CallError> {
-        let order = |reply| Message::Order { order: Order::Wish(wish), by, reply, permit: None };
+        let order = |reply| Message::Order { order: Order::Wish(Box::new(wish)), by, reply, permit: None };
         self.call(CALL_TIMEOUT, order).await
     }
 

@@ -175,7 +175,7 @@ mod tests {
             ("[prices]\ndevice_hour = { cpu = -1 }", "price of \"cpu\""),
             ("[keep]\nleftovers = \"1m\"", "less than 10 min"),
             ("[keep]\njobs = \"30m\"", "less than keep.leftovers"),
-            ("[keep]\nlogs = \"long\"", "keep"),
+            ("[keep]\nlogs = \"long\"", "logs"),
             ("[keep]\nlogs = \"-3d\"", "keep.logs"),
         ] {
             let error = format!("{:#}", Config::parse(text).unwrap_err());

@@ -24,23 +24,28 @@ pub struct Setup {
     /// Where clips go. A folder that lives as long as the farm, if it is left out.
     pub store: Option<String>,
     pub environment: Vec<(String, String)>,
-    /// More arguments of the scheduler.
+    /// More arguments of every scheduler.
     pub scheduler: Vec<String>,
-    /// Programs run on its hosts: the scheduler and `farmctl` on the last one.
+    /// Programs run on its hosts: `farmctl` on the last one, and the scheduler too if nothing else is said.
     pub network: Option<Arc<Network>>,
+    /// Several schedulers: the host of each, and the URL of the Postgres that they share.
+    pub schedulers: Option<(Vec<usize>, String)>,
 }
 
-/// One scheduler and any number of nodes, all gone when it is dropped.
+/// Schedulers and any number of nodes, all gone when it is dropped.
 pub struct Farm {
     folder: tempfile::TempDir,
     store: String,
     setup: Setup,
-    address: String,
-    /// By name; the scheduler's is [`SCHEDULER`].
+    /// Of each scheduler.
+    addresses: Vec<String>,
+    /// By name; a lone scheduler's is [`SCHEDULER`].
     processes: BTreeMap<String, Process>,
 }
 
 pub const SCHEDULER: &str = "scheduler";
+/// Of farms on a network.
+pub const SECRET: &str = "known-to-all-who-take-part";
 
 /// Killed, and waited for, when dropped.
 struct Process(Child);
@@ -64,32 +69,59 @@ impl Farm {
         let folder = tempfile::tempdir().unwrap();
         let own_store = format!("file://{}/store", folder.path().display());
         let store = setup.store.clone().unwrap_or(own_store);
-        let address = match &setup.network {
-            Some(network) => format!("{}:7070", network.address(network.hosts() - 1)),
-            None => "127.0.0.1:0".to_owned(),
+        let addresses = match &setup.network {
+            Some(network) => {
+                let alone = vec![network.hosts() - 1];
+                let hosts = setup.schedulers.as_ref().map_or(alone, |(hosts, _)| hosts.clone());
+                hosts.into_iter().map(|host| format!("{}:7070", network.address(host))).collect()
+            }
+            None => vec!["127.0.0.1:0".to_owned()],
         };
-        let mut farm = Self { folder, store, setup, address, processes: BTreeMap::new() };
+        let mut farm = Self { folder, store, setup, addresses, processes: BTreeMap::new() };
         if let Some(secret) = farm.secret() {
-            std::fs::write(&secret, "known-to-all-who-take-part").unwrap();
+            std::fs::write(&secret, SECRET).unwrap();
             std::fs::set_permissions(&secret, Permissions::from_mode(0o600)).unwrap();
         }
-        farm.start_scheduler();
+        (0..farm.addresses.len()).for_each(|i| farm.start_scheduler_of(i));
         farm
     }
 
-    /// Starts the scheduler, or starts it again: on the same address, over the same data.
+    /// Starts the lone scheduler again: on the same address, over the same data.
     pub fn start_scheduler(&mut self) {
-        let data = self.folder.path().join("queue");
-        let mut command = self.program("farm-scheduler", None);
+        self.start_scheduler_of(0);
+    }
+
+    /// The name of one of several schedulers.
+    pub fn scheduler_name(&self, i: usize) -> String {
+        match self.setup.schedulers {
+            Some(_) => format!("{SCHEDULER}-{i}"),
+            None => SCHEDULER.to_owned(),
+        }
+    }
+
+    /// Starts one of several schedulers, or starts it again.
+    pub fn start_scheduler_of(&mut self, i: usize) {
+        let name = self.scheduler_name(i);
+        let host = self.setup.schedulers.as_ref().map(|(hosts, _)| hosts[i]);
+        let mut command = self.program("farm-scheduler", host);
         command.args(self.secret().into_iter().flat_map(|secret| ["--secret-file".into(), secret]));
-        command.args(["--listen", &self.address, "--store", &self.store, "--data"]).arg(data).stdout(Stdio::piped());
+        match &self.setup.schedulers {
+            Some((_, url)) => command.args(["--queue", url]),
+            None => command.arg("--data").arg(self.folder.path().join("queue")),
+        };
+        command.args(["--listen", &self.addresses[i], "--store", &self.store]).stdout(Stdio::piped());
         command.args(&self.setup.scheduler);
-        let mut child = self.spawn(command, SCHEDULER);
+        let mut child = self.spawn(command, &name);
         let mut line = String::new();
         BufReader::new(child.0.stdout.take().unwrap()).read_line(&mut line).unwrap();
         let address = line.trim().strip_prefix("listening on http://");
-        self.address = address.unwrap_or_else(|| panic!("no scheduler: {}", self.log(SCHEDULER))).to_owned();
-        self.processes.insert(SCHEDULER.to_owned(), child);
+        self.addresses[i] = address.unwrap_or_else(|| panic!("no scheduler: {}", self.log(&name))).to_owned();
+        self.processes.insert(name, child);
+    }
+
+    /// Where nodes and `farmctl` look for a scheduler.
+    fn address(&self) -> String {
+        self.addresses.join(",")
     }
 
     /// Starts a node with the bundled checkpoint and waits until the farm knows it.
@@ -110,9 +142,13 @@ impl Farm {
     pub fn spawn_node(&mut self, name: &str, host: Option<usize>, devices: u32, more: &[&str]) {
         let model = format!("mochi-tiny={}", repository().join("assets/mochi-tiny").display());
         let mut command = self.program("farm-node", host);
-        command.args(["join", "--scheduler", &self.address, "--name", name, "--store", &self.store]);
+        command.args(["join", "--scheduler", &self.address(), "--name", name, "--store", &self.store]);
         command.args(self.secret().into_iter().flat_map(|secret| ["--secret-file".into(), secret]));
-        command.args(["--devices", &format!("cpu:{devices}"), "--threads", "1", "--model", &model]);
+        command.args(["--devices", &format!("cpu:{devices}"), "--model", &model]);
+        // A test's nodes share the machine.
+        if !more.contains(&"--threads") {
+            command.args(["--threads", "1"]);
+        }
         command.arg("--data").arg(self.folder.path().join(name)).args(more);
         let child = self.spawn(command, name);
         self.processes.insert(name.to_owned(), child);
@@ -126,6 +162,10 @@ impl Farm {
     /// `kill -9`.
     pub fn kill_node(&mut self, name: &str) {
         assert!(self.processes.remove(name).is_some(), "{name} does not run");
+    }
+
+    pub fn is_running(&self, name: &str) -> bool {
+        self.processes.contains_key(name)
     }
 
     /// Sends a signal to a process, which has to be there.
@@ -174,6 +214,18 @@ impl Farm {
         self.program("farmctl", None).args(args).stdin(Stdio::null()).output().unwrap()
     }
 
+    /// Starts a `farmctl` command and does not wait for it.
+    pub fn spawn_farmctl(&self, args: &[&str]) -> Child {
+        let mut command = self.program("farmctl", None);
+        command.args(args).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        command.spawn().unwrap()
+    }
+
+    /// Of all schedulers.
+    pub fn addresses(&self) -> &[String] {
+        &self.addresses
+    }
+
     /// What a `farmctl` command prints with `--json`; null if it fails.
     pub fn json(&self, args: &[&str]) -> Value {
         let output = self.farmctl(&[args, &["--json"]].concat());
@@ -209,7 +261,7 @@ impl Farm {
             None => Command::new(program),
         };
         let environment = self.setup.environment.iter().map(|(name, value)| (name, value));
-        command.envs(environment).env("FARM_SCHEDULER", &self.address);
+        command.envs(environment).env("FARM_SCHEDULER", self.address());
         command.envs(self.secret().map(|secret| ("FARM_SECRET_FILE", secret)));
         // A test that is killed leaves nothing behind.
         // SAFETY: only prctl is called between fork and exec.

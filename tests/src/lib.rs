@@ -4,6 +4,7 @@ pub mod clip;
 pub mod dice;
 pub mod farm;
 pub mod network;
+pub mod postgres;
 pub mod proxy;
 pub mod s3;
 
@@ -15,10 +16,11 @@ pub fn repository() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap()
 }
 
-/// The folder of the built programs, of this test's profile.
+/// The folder of the built programs, of the profile of this program or test.
 pub fn programs() -> PathBuf {
-    let test = std::env::current_exe().unwrap();
-    let folder = test.ancestors().nth(2).unwrap().to_owned();
+    let own = std::env::current_exe().unwrap();
+    let folder = own.parent().unwrap();
+    let folder = if folder.ends_with("deps") { folder.parent().unwrap() } else { folder }.to_owned();
     for program in ["farmctl", "farm-scheduler", "farm-node"] {
         assert!(
             folder.join(program).exists(),

@@ -10,7 +10,7 @@ use farm_core::wire::to_scheduler::ToScheduler;
 use farm_core::wire::{Envelope, codec};
 use jiff::Timestamp;
 
-use super::{COMMIT_TIMEOUT, Message, Order, Refusal, Reign, is_refusal};
+use super::{COMMIT_TIMEOUT, Message, Order, Question, Refusal, Reign, is_refusal};
 use crate::core::effects::{Effects, Send as ToSend};
 use crate::core::events::{Event, Scope, Time, Wish};
 use crate::core::farm::Farm;
@@ -32,7 +32,7 @@ pub(super) struct State {
     /// What follows from the turn so far and is not committed.
     due: Effects,
     /// What to say to callers after that.
-    answers: Vec<Box<dyn FnOnce(&Farm) + Send>>,
+    answers: Vec<Question>,
 }
 
 impl State {
@@ -108,7 +108,7 @@ impl State {
             Order::Retry(job) => (job, true),
             Order::Wish(wish) => match live_job(&wish) {
                 Some(job) if !self.farm.holds(job) => (job, false),
-                _ => return Ok(Ok(wish)),
+                _ => return Ok(Ok(*wish)),
             },
         };
         // What this turn has decided of the job has to be in the row that is read now.

@@ -173,9 +173,9 @@ async fn look_up(api: &Api, entry: &str, endings: &mut usize) -> Result<Result<U
             Err(failure) if failure.is_not_found() => {
                 Ok(Err(format!("\"after\": no line, job or batch is called {entry:?}")))
             }
-            Err(failure) => failure.as_reason().map(Err),
+            Err(failure) => failure.into_reason().map(Err),
         },
-        Err(failure) => failure.as_reason().map(Err),
+        Err(failure) => failure.into_reason().map(Err),
     }
 }
 

@@ -26,7 +26,7 @@ impl Failure {
     }
 
     /// In words, if it is the caller's own.
-    pub fn as_reason(self) -> Result<String, Self> {
+    pub fn into_reason(self) -> Result<String, Self> {
         if self.status.is_client_error() { Ok(self.error.error) } else { Err(self) }
     }
 

@@ -37,9 +37,10 @@ pub struct Postgres {
     server: Child,
     port: u16,
     programs: PathBuf,
+    setup: Setup,
     databases: AtomicU32,
     // Last, so that it is removed when the server is gone.
-    _folder: TempDir,
+    folder: TempDir,
 }
 
 impl Postgres {
@@ -64,11 +65,46 @@ impl Postgres {
             fs::write(&path, rules + "host all all 0.0.0.0/0 trust\n").expect("rules of access");
         }
         for _ in 0..TRIES {
-            if let Some((server, port)) = serve(&programs, user, folder.path(), setup) {
-                return Self { server, port, programs, databases: AtomicU32::new(0), _folder: folder };
+            let port = free_port();
+            if let Some(server) = serve(&programs, user, folder.path(), setup, port) {
+                let (setup, databases) = (setup.clone(), AtomicU32::new(0));
+                return Self { server, port, programs, setup, databases, folder };
             }
         }
         panic!("postgres does not start: {}", log(folder.path()));
+    }
+
+    /// `kill -9` of the server, which takes its sessions with it.
+    pub fn kill(&mut self) {
+        // Both fail only for a process that has ended.
+        let _ = self.server.kill();
+        let _ = self.server.wait();
+    }
+
+    /// Starts a killed server again, over the same data and on the same port.
+    ///
+    /// # Panics
+    /// If it does not start.
+    pub fn start_again(&mut self) {
+        let end = Instant::now() + START;
+        // As long as sessions of the killed server are there, a new one refuses.
+        loop {
+            match serve(&self.programs, user(), self.folder.path(), &self.setup, self.port) {
+                Some(server) => return self.server = server,
+                None => assert!(Instant::now() < end, "postgres does not start again: {}", log(self.folder.path())),
+            }
+            sleep(Duration::from_millis(200));
+        }
+    }
+
+    /// Sends a signal to the server and all its sessions.
+    pub fn signal(&self, signal: libc::c_int) {
+        let server = self.server.id();
+        let children = fs::read_to_string(format!("/proc/{server}/task/{server}/children")).unwrap_or_default();
+        for pid in children.split_whitespace().filter_map(|pid| pid.parse().ok()).chain([server as libc::pid_t]) {
+            // SAFETY: sends a signal to processes of ours; one that has just ended is no harm.
+            unsafe { libc::kill(pid, signal) };
+        }
     }
 
     pub fn port(&self) -> u16 {
@@ -112,8 +148,11 @@ impl Drop for Postgres {
     }
 }
 
-fn serve(programs: &Path, user: Option<(u32, u32)>, folder: &Path, setup: &Setup) -> Option<(Child, u16)> {
-    let port = TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr()).expect("a free port").port();
+fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr()).expect("a free port").port()
+}
+
+fn serve(programs: &Path, user: Option<(u32, u32)>, folder: &Path, setup: &Setup, port: u16) -> Option<Child> {
     let durable = if setup.durable { "on" } else { "off" };
     let mut command = as_user(&programs.join("postgres"), user, folder);
     command.arg("-D").arg(folder.join("data")).args(["-p", &port.to_string()]);
@@ -145,7 +184,7 @@ fn serve(programs: &Path, user: Option<(u32, u32)>, folder: &Path, setup: &Setup
         let mut ready = Command::new(programs.join("pg_isready"));
         ready.args(["-q", "-h", "127.0.0.1", "-U", "farm", "-d", "postgres", "-p", &port.to_string()]);
         if ready.status().is_ok_and(|status| status.success()) {
-            return Some((server, port));
+            return Some(server);
         }
         sleep(Duration::from_millis(20));
     }

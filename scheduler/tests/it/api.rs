@@ -1,7 +1,10 @@
 //! Every route, and what bad calls are told.
 
+use farm_core::VERSION;
 use farm_core::api::{BatchView, FarmInfo, JobDetail, JobPage, JobView, LogPage, NodeList, OpenSubmission};
 use farm_core::job::state::{FailureKind, JobState, Progress, Stage};
+use farm_core::wire::PROTOCOL;
+use farm_core::wire::cluster::{PROTOCOL_HEADER, VERSION_HEADER};
 use farm_core::wire::to_node::ToNode;
 use farm_core::wire::to_scheduler::{AttemptOutcome, RunningAttempt, ToScheduler};
 use reqwest::{Method, StatusCode};
@@ -159,11 +162,10 @@ async fn every_failure_is_an_api_error() {
     refused(call(Method::POST, "/v1/submissions").body(r#"{"priority":"high"}"#), StatusCode::BAD_REQUEST).await;
     refused(call(Method::POST, "/v1/submissions").body(" ".repeat(100_000)), StatusCode::PAYLOAD_TOO_LARGE).await;
     refused(call(Method::POST, "/v1/cluster"), StatusCode::UPGRADE_REQUIRED).await;
-    refused(
-        call(Method::POST, "/v1/cluster").header("upgrade", "mochi-farm").header("connection", "upgrade"),
-        StatusCode::BAD_REQUEST,
-    )
-    .await;
+    let join = || call(Method::POST, "/v1/cluster").header("upgrade", "mochi-farm").header("connection", "upgrade");
+    refused(join(), StatusCode::CONFLICT).await;
+    let of_this_version = join().header(PROTOCOL_HEADER, PROTOCOL.to_string()).header(VERSION_HEADER, VERSION);
+    refused(of_this_version, StatusCode::BAD_REQUEST).await;
 }
 
 #[tokio::test]

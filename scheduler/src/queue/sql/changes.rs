@@ -87,15 +87,18 @@ struct Writer<'a> {
     at: i64,
 }
 
-/// A job that has, or has not, an attempt under way.
-const IDLE: &str = "NOT EXISTS (SELECT 1 FROM attempts a WHERE a.job = jobs.seq AND a.outcome = 'running')";
-
 impl Writer<'_> {
     async fn group(&mut self, kind: Kind, group: &[&Change]) -> Result<(), QueueError> {
         let mut rows = Rows::new();
         for change in group {
             rows.push(&row(change)?);
         }
+        let of_state = |states: &[&str]| self.dialect.is_one_of("jobs.state", states);
+        let of_outcome = |outcome| self.dialect.is_one_of("a.outcome", &[outcome]);
+        // The job has no attempt under way.
+        let idle =
+            format!("NOT EXISTS (SELECT 1 FROM attempts a WHERE a.job = jobs.seq AND {})", of_outcome("running"));
+        let (live, running) = (of_state(&["queued", "running"]), of_state(&["running"]));
         match kind {
             Kind::Started => self.start(&rows, group).await,
             Kind::AttemptEnded => self.end_attempts(&rows, group).await,
@@ -103,34 +106,36 @@ impl Writer<'_> {
                 let columns = [Text("job"), Text("result"), Text("warnings"), Integer("accepted")];
                 let set =
                     "state = 'done', result = v.result, warnings = v.warnings, accepted = v.accepted, finished = $2";
-                let fits = "jobs.state = 'running' AND EXISTS (SELECT 1 FROM attempts a WHERE a.job = jobs.seq \
-                            AND a.attempt = jobs.attempt AND a.outcome = 'completed')";
-                self.update_jobs(&rows, group, "done", &columns, set, fits).await
+                let fits = format!(
+                    "{running} AND EXISTS (SELECT 1 FROM attempts a WHERE a.job = jobs.seq AND a.attempt = jobs.attempt AND {})",
+                    of_outcome("completed")
+                );
+                self.update_jobs(&rows, group, "done", &columns, set, &fits).await
             }
             Kind::Requeued => {
                 let (columns, set) = ([Text("job"), Text("counts")], "state = 'queued', counts = v.counts");
-                let fits = format!("jobs.state = 'running' AND {IDLE}");
+                let fits = format!("{running} AND {idle}");
                 self.update_jobs(&rows, group, "queued", &columns, set, &fits).await
             }
             Kind::Counted => {
                 let (columns, set) = ([Text("job"), Text("counts")], "counts = v.counts");
-                self.update_jobs(&rows, group, "counted", &columns, set, "jobs.state IN ('queued', 'running')").await
+                self.update_jobs(&rows, group, "counted", &columns, set, &live).await
             }
             Kind::Failed => {
                 let (columns, set) =
                     ([Text("job"), Text("reason")], "state = 'failed', reason = v.reason, finished = $2");
-                let fits = format!("jobs.state IN ('queued', 'running') AND {IDLE}");
+                let fits = format!("{live} AND {idle}");
                 self.update_jobs(&rows, group, "failed", &columns, set, &fits).await
             }
             Kind::Cancelled => {
                 let (columns, set) = ([Text("job")], "state = 'cancelled', finished = $2");
-                let fits = format!("jobs.state IN ('queued', 'running') AND {IDLE}");
+                let fits = format!("{live} AND {idle}");
                 self.update_jobs(&rows, group, "cancelled", &columns, set, &fits).await
             }
             Kind::Retried => {
                 let set = "state = 'queued', reason = NULL, finished = NULL, counts = '{}', clean = 0";
-                let fits = "jobs.state IN ('failed', 'cancelled')";
-                self.update_jobs(&rows, group, "queued again", &[Text("job")], set, fits).await
+                let fits = of_state(&["failed", "cancelled"]);
+                self.update_jobs(&rows, group, "queued again", &[Text("job")], set, &fits).await
             }
             Kind::Audit => {
                 let v = self.dialect.rows(&[Text("who"), Text("action"), Text("subject"), Text("detail")]);
@@ -160,8 +165,9 @@ impl Writer<'_> {
         ];
         let set = "state = 'running', attempt = v.attempt, node = v.node, model = v.model, model_hash = v.model_hash, \
                    spec = v.spec, reason = NULL";
-        let fits = "jobs.state = 'queued' AND jobs.attempt = v.attempt - 1";
-        self.update_jobs(rows, group, "started", &columns, set, fits).await?;
+        let queued = self.dialect.is_one_of("jobs.state", &["queued"]);
+        let fits = format!("{queued} AND jobs.attempt = v.attempt - 1");
+        self.update_jobs(rows, group, "started", &columns, set, &fits).await?;
         let insert = format!(
             "INSERT INTO attempts (job, attempt, epoch, node, boot, devices, device, model, tenant, base, started, outcome) \
              SELECT j.seq, v.attempt, v.epoch, v.node, v.boot, v.devices, v.device, v.model, j.tenant, v.base, $2, 'running' \
@@ -184,7 +190,8 @@ impl Writer<'_> {
             "UPDATE attempts SET outcome = v.outcome, message = v.message, device_ms = v.device_ms, ended = $2 \
              FROM {v} AS v JOIN jobs j ON j.id = v.job \
              WHERE attempts.job = j.seq AND attempts.attempt = v.attempt AND attempts.epoch = v.epoch \
-             AND attempts.outcome = 'running'"
+             AND {}",
+            self.dialect.is_one_of("attempts.outcome", &["running"])
         );
         self.run(&end, rows, group, "ended as attempts").await?;
         let charge = format!(

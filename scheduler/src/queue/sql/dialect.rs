@@ -49,6 +49,17 @@ impl Dialect {
         }
     }
 
+    /// Whether a column has one of some words, none of which is part of another, for rows that are found by their keys. Said
+    /// plainly, either planner would rather walk along an index of all rows that have the word, and compare each of them
+    /// with each key: it does not know that there are many.
+    pub(super) fn is_one_of(self, column: &str, words: &[&str]) -> String {
+        let one = |word: &&str| match self {
+            Self::Sqlite => format!("+{column} = '{word}'"),
+            Self::Postgres => format!("strpos({column}, '{word}') > 0"),
+        };
+        format!("({})", words.iter().map(one).collect::<Vec<_>>().join(" OR "))
+    }
+
     /// Begins a transaction that writes.
     pub(super) fn begin_write(self) -> &'static str {
         match self {

@@ -119,13 +119,13 @@ const SQLITE_SESSION: &str = "PRAGMA journal_mode = WAL; PRAGMA synchronous = FU
      PRAGMA busy_timeout = 10000;";
 
 /// Nothing waits for ever: not for a lock, not for a client that has stopped in a transaction, not for a network that is
-/// cut. `owner` names the sessions of this store, so that they can be ended together.
+/// cut. A plan that was made for a young table is not kept when it has grown. `owner` names the sessions of this store, so that they can be ended together.
 fn postgres_session(owner: &str, statement: Duration) -> String {
     format!(
         "SET application_name = '{owner}'; SET statement_timeout = {}; SET lock_timeout = 10000; \
          SET idle_in_transaction_session_timeout = 15000; SET tcp_keepalives_idle = 2; \
          SET tcp_keepalives_interval = 1; SET tcp_keepalives_count = 3; SET tcp_user_timeout = 5000; \
-         SET jit = off;",
+         SET jit = off; SET plan_cache_mode = force_custom_plan; SET random_page_cost = 1.1;",
         statement.as_millis()
     )
 }

@@ -194,11 +194,9 @@ impl Commit {
                 targets.insert(job.0, Target { on: Dependency::Job(job), n: get_i64(&row, "seq")?, done });
             }
         }
-        for id in ids {
-            if !targets.contains_key(&id) {
-                let target = self.batch_target(id).await?;
-                targets.insert(id, target);
-            }
+        let others: Vec<Uuid> = ids.into_iter().filter(|id| !targets.contains_key(id)).collect();
+        for id in others {
+            targets.insert(id, self.batch_target(id).await?);
         }
         Ok(targets)
     }

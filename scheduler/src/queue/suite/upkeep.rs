@@ -220,12 +220,12 @@ async fn spoilt_rows_are_noticed(queue: &Queue) {
         (
             "UPDATE jobs SET state = 'queued' WHERE seq = 2",
             "UPDATE jobs SET state = 'running' WHERE seq = 2",
-            "is queued and has a running attempt",
+            "is queued and has 1 running attempts",
         ),
         (
             "UPDATE jobs SET state = 'running' WHERE seq = 3",
             "UPDATE jobs SET state = 'queued' WHERE seq = 3",
-            "is running without a running attempt",
+            "is running and has 0 running attempts",
         ),
         ("UPDATE jobs SET attempt = 2 WHERE seq = 3", "UPDATE jobs SET attempt = 0 WHERE seq = 3", "says attempt 2"),
         (
