@@ -39,9 +39,11 @@ fn thread_time() -> Duration {
     Duration::new(now.tv_sec.unsigned_abs(), now.tv_nsec.unsigned_abs() as u32)
 }
 
-/// Resident memory of this process in MiB: now, and at most so far. None where the system does not say.
-pub fn memory_mib() -> Option<(f64, f64)> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+/// Resident memory of a process, this one if none is named, in MiB: now, and at most so far. None where the system does
+/// not say.
+pub fn memory_mib(process: Option<u32>) -> Option<(f64, f64)> {
+    let process = process.map_or("self".to_owned(), |id| id.to_string());
+    let status = std::fs::read_to_string(format!("/proc/{process}/status")).ok()?;
     let kib = |name: &str| {
         let line = status.lines().find_map(|line| line.strip_prefix(name))?;
         line.trim_start_matches(':').trim().trim_end_matches("kB").trim().parse::<f64>().ok()

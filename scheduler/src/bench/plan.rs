@@ -34,7 +34,7 @@ pub struct Args {
 
 pub fn run(args: &Args) -> anyhow::Result<Report> {
     let mut world = World::new(Rules::default(), TENANTS, Saved::default());
-    let before = memory_mib();
+    let before = memory_mib(None);
     let shape = ModelShape::mochi1();
     let models: Vec<_> = (0..MODELS).map(|i| model(&format!("model-{i}"), &shape)).collect();
     for _ in 0..args.nodes {
@@ -55,7 +55,7 @@ pub fn run(args: &Args) -> anyhow::Result<Report> {
     };
     world.items.reserve_exact(args.jobs);
     world.submit((0..args.jobs).map(item));
-    let queued = memory_mib();
+    let queued = memory_mib(None);
 
     let mut rates = Vec::new();
     let (mut known, mut spent) = (0, world.costs.total());
@@ -81,7 +81,7 @@ pub fn run(args: &Args) -> anyhow::Result<Report> {
     let all = sorted(rates);
     report.figure("slowest slice", quantile(&all, 0.0), "/s");
     report.goal("decisions in a second of one core, median", quantile(&all, 0.5), "/s", Limit::AtLeast(200_000.0));
-    if let (Some((before, _)), Some((queued, _)), Some((now, most))) = (before, queued, memory_mib()) {
+    if let (Some((before, _)), Some((queued, _)), Some((now, most))) = (before, queued, memory_mib(None)) {
         report.figure("memory before", before, "MiB");
         report.figure("memory with all queued", queued, "MiB");
         report.figure("memory at the end", now, "MiB");

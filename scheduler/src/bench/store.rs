@@ -50,11 +50,13 @@ pub fn run(args: &Args) -> anyhow::Result<Report> {
     }
     let mut report = Report::new("store");
     let writing: f64 = commits.iter().sum();
+    let first = commits.first().copied().unwrap_or(0.0);
     let each = sorted(commits);
     report.figure(format!("{}: jobs", stored.kind), args.jobs as f64, "");
     report.figure("submitted in", queued.as_secs_f64(), "s");
     report.figure("commits", each.len() as f64, "");
     report.figure("transitions in a commit", transitions as f64 / each.len().max(1) as f64, "");
+    report.figure("first commit", 1e3 * first, "ms");
     report.figure("commit, p50", 1e3 * quantile(&each, 0.5), "ms");
     report.figure("commit, p99", 1e3 * quantile(&each, 0.99), "ms");
     report.figure("reading requests, of each start", 1e6 * reading / args.jobs.max(1) as f64, "us");

@@ -62,7 +62,7 @@ pub fn run(args: &Args) -> anyhow::Result<Report> {
     let all = args.nodes * args.devices;
     world.submit((0..all + args.queued).map(item));
     // Until all devices are busy; it is another question how long that takes.
-    while world.starts < all as u64 {
+    while world.devices_in_use() < all {
         world.run_tick();
     }
     let filling = std::mem::take(&mut world.costs);
@@ -97,7 +97,7 @@ fn summary(args: &Args, world: &World, filling: usize, span: Time) -> Report {
     report.figure("of one core, all that the core does", 100.0 * total / span.0.as_secs_f64(), "%");
     let beats = world.costs.heartbeats.cpu.as_secs_f64();
     report.figure("of one core, heartbeats", 100.0 * beats / span.0.as_secs_f64(), "%");
-    if let Some((now, _)) = memory_mib() {
+    if let Some((now, _)) = memory_mib(None) {
         report.figure("memory", now, "MiB");
     }
     report.goal("tick with starts, p99", quantile(&placing, 0.99), "ms", Limit::AtMost(100.0));

@@ -295,6 +295,10 @@ impl World {
         self.obey(effects);
     }
 
+    pub fn devices_in_use(&self) -> usize {
+        self.nodes.iter().flat_map(|node| &node.running).map(|running| running.devices.len()).sum()
+    }
+
     /// All that nodes do until the next tick, and the tick.
     pub fn run_tick(&mut self) {
         let at = self.next_tick;

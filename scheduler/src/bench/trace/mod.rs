@@ -104,9 +104,9 @@ pub fn run(args: &Args) -> anyhow::Result<Report> {
         let mean = of(Policy::Own).map_or(f64::MAX, |outcome| outcome.mean);
         report.goal("own prediction: mean wait", mean, "s", Limit::AtMost(480.0));
     } else {
-        // The file's goals over its 671 s of first come, first served.
+        // Of the file it is a fifteenth.
         let part = 100.0 * tenant_mean(Policy::Own) / tenant_mean(Policy::Fifo);
-        report.goal("mean of tenant means, own prediction over first come", part, "%", Limit::AtMost(7.0));
+        report.goal("mean of tenant means, own prediction over first come", part, "%", Limit::AtMost(10.0));
     }
     if let Some(path) = &args.plot {
         let title = if args.file.is_some() { "GenTD26" } else { "synthetic requests" };
@@ -134,4 +134,23 @@ fn describe(rows: &[Row], report: &mut Report) {
         report.figure(format!("run time, {name}"), quantile(&seconds, part), "s");
     }
     report.figure("work", seconds.iter().sum(), "device s");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shares_and_short_requests_first_spare_most_tenants_the_queue() {
+        let rows: Vec<Row> = synthetic::rows(1).into_iter().skip(5000).take(800).collect();
+        let first = rows[0].at;
+        let rows: Vec<Row> = rows.into_iter().map(|row| Row { at: row.at - first, ..row }).collect();
+        let (switch, tick) = (Duration::ZERO, Duration::from_millis(500));
+        let setting = Setting { nodes: 8, devices: 1, load: 0.9, switch, tick };
+        let [fifo, oracle, own] = Policy::ALL.map(|policy| replay::replay(policy, &rows, &setting).unwrap());
+        assert!(oracle.tenant_mean < 0.6 * fifo.tenant_mean, "{} {}", oracle.tenant_mean, fifo.tenant_mean);
+        assert!(own.tenant_mean < 0.7 * fifo.tenant_mean, "{} {}", own.tenant_mean, fifo.tenant_mean);
+        let svg = plot::svg("test", &[fifo, oracle, own]);
+        assert!(svg.len() < 100_000 && svg.matches("<polyline").count() == 6);
+    }
 }

@@ -1,6 +1,7 @@
-//! Requests like those of the published file: its tenants come in sessions of some requests in a row, most of them once;
-//! sessions begin by day and hour as they do there; run times are log-normal around the model's and the batch's means.
-//! All numbers are fitted to the file. `bench trace` prints how near the result comes.
+//! Requests like those of the published file: how many a tenant has falls with its rank; they come in sessions of some in a
+//! row, those of large tenants at a quicker pace; sessions begin by day and hour as they do there; run times are log-normal
+//! around the model's and the batch's means. All numbers are fitted to the file. `bench trace` prints how near the result
+//! comes.
 
 use rand::distr::weighted::WeightedIndex;
 use rand::rngs::StdRng;
@@ -10,13 +11,14 @@ use rand_distr::{Distribution, LogNormal, Normal, Zipf};
 use super::Row;
 
 const TENANTS: u32 = 4247;
-const SESSIONS: usize = 5905;
-/// Sessions beyond each tenant's first, by the tenant's rank.
-const TENANT_ZIPF: f64 = 0.8;
+/// Requests of the tenant of rank r, from 1: SIZE · (r + 1)^−FALL, at least one.
+const SIZE: f64 = 1800.0;
+const FALL: f64 = 0.85;
 /// Of the logarithm of a session's requests: mean and deviation.
-const LENGTH: (f64, f64) = (0.80, 1.17);
-/// Likewise of the seconds between two of them.
-const GAP: (f64, f64) = (4.28, 1.08);
+const LENGTH: (f64, f64) = (2.4, 1.3);
+/// Likewise of the seconds between two of them, and what of it a tenant's requests take away with their logarithm.
+const GAP: (f64, f64) = (4.8, 1.0);
+const PACE: f64 = 0.3;
 /// Requests by hour after the first midnight, UTC+8, and by day.
 const HOURS: [f64; 24] = [
     3830.0, 1094.0, 1169.0, 1211.0, 668.0, 360.0, 337.0, 253.0, 123.0, 45.0, 36.0, 2.0, 0.0, 3.0, 3.0, 40.0, 640.0,
@@ -43,28 +45,31 @@ pub fn rows(seed: u64) -> Vec<Row> {
     let random = &mut StdRng::seed_from_u64(seed);
     let (days, hours) = (weighted(DAYS), weighted(HOURS));
     let length = LogNormal::new(LENGTH.0, LENGTH.1).expect(LEGAL);
-    let gap = LogNormal::new(GAP.0, GAP.1).expect(LEGAL);
     let noise = Normal::new(0.0, NOISE).expect(LEGAL);
-    let often = Zipf::new(f64::from(TENANTS), TENANT_ZIPF).expect(LEGAL);
     let model_of = Zipf::new(f64::from(MODELS), MODEL_ZIPF).expect(LEGAL);
     let images_of = weighted(IMAGES.map(|(_, weight, _)| weight));
     let steps_of = weighted(STEPS.map(|(_, weight)| weight));
     let mut rows = Vec::new();
-    for session in 0..SESSIONS {
-        let tenant = if session < TENANTS as usize { session as u32 } else { often.sample(random) as u32 - 1 };
-        let hour = 24 * days.sample(random) + hours.sample(random);
-        let mut at = 3600.0 * (hour as f64 + random.random::<f64>());
-        let mut model = model_of.sample(random) as u32 - 1;
-        let (images, _, of_images) = IMAGES[images_of.sample(random)];
-        let (steps, _) = STEPS[steps_of.sample(random)];
-        let requests = (length.sample(random).round() as u32).clamp(1, 250);
-        for _ in 0..requests {
-            let of_model = MODEL_MEANS.get(model as usize).copied().unwrap_or(OTHER_MODEL);
-            let seconds = (of_model + of_images + noise.sample(random)).exp().round().clamp(1.0, 600.0);
-            rows.push(Row { at, seconds, tenant, model, images, steps, text: [100, 60] });
-            at += gap.sample(random).min(1800.0);
-            if random.random_bool(OTHER) {
-                model = model_of.sample(random) as u32 - 1;
+    for tenant in 0..TENANTS {
+        let all = ((SIZE * f64::from(tenant + 2).powf(-FALL)) as u32).max(1);
+        let gap = LogNormal::new(GAP.0 - PACE * f64::from(all).ln(), GAP.1).expect(LEGAL);
+        let mut left = all;
+        while left > 0 {
+            let hour = 24 * days.sample(random) + hours.sample(random);
+            let mut at = 3600.0 * (hour as f64 + random.random::<f64>());
+            let mut model = model_of.sample(random) as u32 - 1;
+            let (images, _, of_images) = IMAGES[images_of.sample(random)];
+            let (steps, _) = STEPS[steps_of.sample(random)];
+            let requests = (length.sample(random).round() as u32).clamp(1, left);
+            left -= requests;
+            for _ in 0..requests {
+                let of_model = MODEL_MEANS.get(model as usize).copied().unwrap_or(OTHER_MODEL);
+                let seconds = (of_model + of_images + noise.sample(random)).exp().round().clamp(1.0, 600.0);
+                rows.push(Row { at, seconds, tenant, model, images, steps, text: [100, 60] });
+                at += gap.sample(random).min(1800.0);
+                if random.random_bool(OTHER) {
+                    model = model_of.sample(random) as u32 - 1;
+                }
             }
         }
     }
