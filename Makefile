@@ -3,7 +3,7 @@
 export PATH := $(PATH):$(or $(CARGO_HOME),$(HOME)/.cargo)/bin
 BIN := $(or $(CARGO_TARGET_DIR),target)/release
 
-.PHONY: setup build demo test lint alone chaos bench bench-usp bench-tiles bench-decode bench-sched clean
+.PHONY: setup build demo test lint alone chaos sim bench bench-usp bench-tiles bench-decode bench-overhead bench-sched clean
 
 setup:
 	@tools/setup.sh
@@ -32,11 +32,18 @@ alone:
 	cargo check --locked -p farm-node --no-default-features
 
 # What `make test` does a few times, many times: a group of four processes loses a rank, fifty times; a hundred clips are
-# decoded by three nodes that are killed, paused, cut off, slowed down and lied to. Takes root.
+# decoded by three nodes that are killed, paused, cut off, slowed down and lied to; five hundred clips while two schedulers,
+# their database and four nodes are killed, paused and cut off for five minutes. Takes root.
 chaos: setup
 	cargo build --workspace --locked
 	FARM_FAULTS=50 cargo test --locked -p farm-tests --test group_faults -- --nocapture
 	FARM_DECODE_CLIPS=100 cargo test --locked -p farm-tests --test decode_faults -- --nocapture
+	FARM_SCHEDULER_CLIPS=500 FARM_SCHEDULER_SECONDS=300 cargo test --locked -p farm-tests --test scheduler_faults -- --nocapture
+
+# The scheduler's core under random faults: 20,000 schedules of 2 to 20 nodes and 20 of 10,000, at most ten minutes on
+# two cores. Prints its seed; again with that one, and other options: make sim SIM="--seed 1 --schedules 100 --large 0".
+sim: setup
+	cargo run --release --locked -p farm-scheduler --example sim -- $(SIM)
 
 # Where the time of one clip goes. Ends with one line of figures, and PASS or FAIL.
 bench: build
@@ -61,6 +68,11 @@ bench-decode: build
 bench-sched: setup
 	cargo build --release --locked -p farm-scheduler --features testing
 	tools/bench-sched.sh $(BIN)/farm-scheduler $(TRACE)
+
+# A clip of a minute, rendered by one process and by a farm of one node in turn. Takes ten minutes.
+bench-overhead: build
+	cargo build --release --locked -p farm-tests --bin farm-overhead
+	$(BIN)/farm-overhead
 
 clean:
 	cargo clean

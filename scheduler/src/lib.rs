@@ -11,6 +11,7 @@
 //! | [`link`] | the way to the nodes |
 //! | [`bench`] | how fast and how fair it is |
 //! | [`listen`], [`run`] | the one port; start and stop |
+//! | [`sim`] | a simulator of the whole farm around the core |
 
 pub mod actor;
 pub mod api;
@@ -23,3 +24,4 @@ pub mod link;
 pub mod listen;
 pub mod queue;
 pub mod run;
+pub mod sim;

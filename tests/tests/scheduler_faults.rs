@@ -148,9 +148,9 @@ impl Scene {
         if !possible || self.broken.contains_key(&victim) {
             return;
         }
-        let fault = match (victim, self.dice.roll(3)) {
+        let fault = match (victim, self.dice.roll(4)) {
             (Victim::Database, roll) => [Fault::Kill, Fault::Pause][roll % 2],
-            (_, roll) => [Fault::Kill, Fault::Pause, Fault::Cut][roll],
+            (_, roll) => [Fault::Kill, Fault::Kill, Fault::Pause, Fault::Cut][roll],
         };
         self.strike(victim, fault);
     }
@@ -259,7 +259,7 @@ fn watch(farm: &Farm, network: &Arc<Network>) -> Arc<Mutex<Look>> {
 /// Clips of about a second of one core.
 fn lines(clips: std::ops::Range<u64>) -> String {
     let line = |n: u64| {
-        let steps = [6, 12, 24, 48][n as usize % 4];
+        let steps = [32, 64, 128, 256][n as usize % 4];
         format!(
             r#"{{"prompt": "a red ball growing on a black background", "id": "clip-{n}", "num_inference_steps": {steps}, "num_frames": 13, "seed": {n}}}"#
         )

@@ -85,4 +85,22 @@ impl Dependencies {
     pub fn waiting_for(&self, dependency: Dependency) -> Vec<JobId> {
         self.waiting.get(&dependency).map(|jobs| jobs.iter().copied().collect()).unwrap_or_default()
     }
+
+    /// Both directions say the same, and what is waited for is not over.
+    pub fn check(&self, is_open: impl Fn(Dependency) -> bool) -> Result<(), String> {
+        let there: usize = self.of_job.values().map(|after| after.iter().collect::<BTreeSet<_>>().len()).sum();
+        let back: usize = self.waiting.values().map(BTreeSet::len).sum();
+        if there != back {
+            return Err(format!("{there} dependencies one way, {back} the other"));
+        }
+        for (job, after) in &self.of_job {
+            if let Some(lost) = after.iter().find(|on| !self.waiting.get(*on).is_some_and(|jobs| jobs.contains(job))) {
+                return Err(format!("{lost:?} does not know of job {job} that comes after it"));
+            }
+            if let Some(over) = after.iter().find(|on| !is_open(**on)) {
+                return Err(format!("job {job} comes after {over:?}, which is over"));
+            }
+        }
+        Ok(())
+    }
 }

@@ -81,6 +81,17 @@ impl Classes {
         let entries = self.entries.iter().enumerate().filter(|(_, entry)| entry.jobs > 0 && entry.waiting > 0);
         entries.map(|(i, entry)| (ClassIx(i as u32), entry.waiting))
     }
+
+    /// Each class has so many jobs, and so many of them wait for devices.
+    pub fn check(&self, counted: &HashMap<ClassIx, (u64, u64)>) -> Result<(), String> {
+        for (i, entry) in self.entries.iter().enumerate() {
+            let (known, counted) = ((entry.jobs, entry.waiting), counted.get(&ClassIx(i as u32)));
+            if known != counted.copied().unwrap_or_default() {
+                return Err(format!("class {i} counts {known:?}, its jobs make {counted:?}"));
+            }
+        }
+        Ok(())
+    }
 }
 
 #[cfg(test)]

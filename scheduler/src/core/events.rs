@@ -211,7 +211,7 @@ pub struct Counts {
 }
 
 /// What a job comes after.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Dependency {
     Job(JobId),
     /// All jobs of it.

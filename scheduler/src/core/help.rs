@@ -151,7 +151,11 @@ impl Farm {
         }
         for (key, device) in adopted {
             if let Some(lease) = self.lease_mut(&key) {
-                lease.helpers.push((id.clone(), device));
+                let helper = (id.clone(), device);
+                // It may be there still, from before its node was lost for a while.
+                if !lease.helpers.contains(&helper) {
+                    lease.helpers.push(helper);
+                }
             }
         }
     }
@@ -190,7 +194,7 @@ impl Farm {
     }
 
     /// A device has stopped helping.
-    fn end_help(&mut self, id: &NodeId, index: usize) {
+    pub(super) fn end_help(&mut self, id: &NodeId, index: usize) {
         let Some(node) = self.nodes.get_mut(id) else { return };
         let slot = std::mem::replace(&mut node.devices[index].slot, Slot::Free);
         self.replan = true;

@@ -12,8 +12,9 @@ use super::batch::Batch;
 use super::class::Class;
 use super::effects::{Change, Effects, Outcome};
 use super::events::{Dependency, LiveAttempt, LiveJob, SavedBatch, Submitted};
-use super::farm::{Bill, Confirmation, Farm, Job, Lease, Phase, Slot};
+use super::farm::{Bill, Confirmation, Farm, Job, Lease, Node, Phase, Slot};
 use super::plan::UNKNOWN_SECONDS;
+use super::planted::{Bug, planted};
 use super::tenant::{Tenant, TenantIx};
 
 /// How a job ends for good.
@@ -44,7 +45,8 @@ impl Farm {
         let Submitted { batch, queued, joined } = submitted;
         let batch_id = batch.as_ref().map(|batch| batch.submission);
         if let Some(batch) = batch {
-            self.batches.insert(batch.submission, Batch::new(batch));
+            // Heard of twice, it has its jobs already.
+            self.batches.entry(batch.submission).or_insert_with(|| Batch::new(batch));
         }
         for job in queued {
             self.admit_job(job);
@@ -71,7 +73,7 @@ impl Farm {
     /// A job from the store, queued or running.
     pub(super) fn admit_job(&mut self, live: LiveJob) {
         let id = live.job;
-        if self.jobs.contains_key(&id) {
+        if self.jobs.contains_key(&id) && !planted(Bug::AdmittedTwice) {
             return;
         }
         let tenant = self.tenant(&live.tenant);
@@ -173,7 +175,8 @@ impl Farm {
     /// Whether it may not start whatever is free.
     pub(super) fn is_held(&self, id: JobId, job: &Job) -> bool {
         let batch_paused = |batch| self.batches.get(batch).is_some_and(|batch: &Batch| batch.paused);
-        job.paused || !self.dependencies.of(id).is_empty() || job.batches.iter().any(batch_paused)
+        let after = !self.dependencies.of(id).is_empty() && !planted(Bug::DependencyIgnored);
+        job.paused || after || job.batches.iter().any(batch_paused)
     }
 
     /// Puts a job that has no devices in the queue, or holds it.
@@ -333,7 +336,8 @@ impl Farm {
         let Some(Job { phase: Phase::Running(lease), .. }) = self.jobs.get(&id) else { return };
         let (key, node, boot) = (lease.key, lease.node.clone(), lease.boot);
         fx.send(&node, boot, ToNode::Abort { key, reason: reason.to_owned() });
-        self.release(id, Slot::Stopping(key), Outcome::Aborted, Some(reason.to_owned()), fx);
+        let slot = if planted(Bug::FreedTooEarly) { Slot::Free } else { Slot::Stopping(key) };
+        self.release(id, slot, Outcome::Aborted, Some(reason.to_owned()), fx);
     }
 
     /// Ends a running job's lease; the job itself is left in no queue. `slot` is what its devices become, and who helps is
@@ -352,12 +356,15 @@ impl Farm {
         let bill = lease.bill;
         let running = now.since(bill.since) * lease.devices.len() as u32;
         let helped: Duration = lease.helpers.iter().map(|helper| self.helper_time(&lease.key, helper)).sum();
+        let helped = if planted(Bug::HelpersNotCharged) { Duration::ZERO } else { helped };
         let used = bill.used + running + helped;
         let Some(job) = self.jobs.get_mut(&id) else { return };
         let tenant = &mut self.tenants[job.tenant.0 as usize];
         tenant.usage.end(bill.charged, bill.since.0.as_secs_f64(), used.as_secs_f64(), at, hour);
         tenant.running -= 1;
-        tenant.devices -= lease.devices.len() as u32;
+        if outcome != Outcome::Failed(FailureKind::NodeLost) || !planted(Bug::LostLeaseCounts) {
+            tenant.devices -= lease.devices.len() as u32;
+        }
         if let Some(node) = self.nodes.get_mut(&lease.node) {
             node.leases.remove(&id);
             for device in node.devices.iter_mut().filter(|device| device.slot == Slot::Leased(id)) {
@@ -366,7 +373,9 @@ impl Farm {
         }
         self.orphans.remove(&id);
         let device_ms = used.as_millis() as u64;
-        fx.changes.push(Change::AttemptEnded { key: lease.key, outcome, message, device_ms });
+        if outcome != Outcome::Interrupted || !planted(Bug::RequeuedWhileRunning) {
+            fx.changes.push(Change::AttemptEnded { key: lease.key, outcome, message, device_ms });
+        }
         self.replan = true;
         self.dismiss_helpers(lease.key, &lease.helpers, fx);
     }
@@ -389,6 +398,10 @@ impl Farm {
 
     /// A node is gone, and with it all that it ran.
     pub(super) fn lose_node(&mut self, id: &NodeId, why: &str, fx: &mut Effects) {
+        // What it helped with is charged up to now.
+        let helps = |node: &Node| (0..node.devices.len()).filter(|i| matches!(node.devices[*i].slot, Slot::Helping(_))).collect();
+        let helping: Vec<usize> = self.nodes.get(id).map(helps).unwrap_or_default();
+        helping.into_iter().for_each(|device| self.end_help(id, device));
         let Some(mut node) = self.nodes.remove(id) else { return };
         self.boots.remove(&node.boot);
         self.withdraw(id, &mut node);

@@ -16,12 +16,14 @@
 //! | [`hands`], [`help`] | which devices decode a finished latent, and how others are lent for it |
 //! | [`health`] | nodes that fail what others can do |
 //! | [`view`], [`why`], [`eta`] | what people may ask: the farm, why a job waits, when it is done |
+//! | [`check`] | what must hold after every event |
 //! | [`resolve`] | which model a prompt line means, and the key that makes submitting idempotent |
 //!
 //! The state here is a cache of the queue store plus what nodes last said. Every change is committed before anybody
 //! is told of it, so a crash at any point loses only what nobody was told.
 
 mod batch;
+pub mod check;
 mod class;
 pub mod effects;
 mod eta;
@@ -35,6 +37,7 @@ mod help;
 mod jobs;
 mod lend;
 mod plan;
+pub(crate) mod planted;
 mod preempt;
 mod rates;
 mod register;

@@ -19,6 +19,7 @@ use super::effects::Effects;
 use super::farm::{Farm, Node, Slot};
 use super::fit::Fit;
 use super::lend::{Blocked, Round};
+use super::planted::{Bug, planted};
 use super::stock::Filed;
 use super::tenant::{Place, TenantIx};
 
@@ -255,7 +256,7 @@ impl Farm {
         if let Some(reason) = &node.leaving {
             return Some(format!("leaving: {reason}"));
         }
-        if self.drained.contains(id) {
+        if self.drained.contains(id) && !planted(Bug::DrainForgotten) {
             return Some("drained".to_owned());
         }
         let (left, why) = self.health.get(id)?.quarantine(self.now)?;

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use farm_core::api::JobResult;
 use farm_core::id::{AttemptKey, AttemptNo, BootId, DeviceIndex, JobId, NodeId};
-use farm_core::job::state::{FailureKind, Stage};
+use farm_core::job::state::{FailureKind, Progress, Stage};
 use farm_core::store::key;
 use farm_core::wire::to_node::ToNode;
 use farm_core::wire::to_scheduler::{AttemptOutcome, AttemptReport, Helping, RunningAttempt};
@@ -13,6 +13,9 @@ use farm_core::wire::to_scheduler::{AttemptOutcome, AttemptReport, Helping, Runn
 use super::effects::{Change, Effects, Outcome};
 use super::farm::{Bill, Confirmation, Farm, Job, Phase, Slot, shortened};
 use super::jobs::End;
+use super::plan::has_labels;
+use super::planted::{Bug, planted};
+use super::stock::Group;
 
 /// Longest wait between two attempts.
 const MAX_BACKOFF: Duration = Duration::from_secs(60);
@@ -35,7 +38,10 @@ impl Farm {
         helping: &[Helping],
         fx: &mut Effects,
     ) {
-        let Some(node) = self.nodes.get_mut(id).filter(|node| seq > node.heartbeat) else { return };
+        let Some(node) = self.nodes.get_mut(id).filter(|node| seq > node.heartbeat || planted(Bug::OldHeartbeatTaken))
+        else {
+            return;
+        };
         node.heartbeat = seq;
         let boot = node.boot;
         self.on_running(id, boot, running, fx);
@@ -50,9 +56,10 @@ impl Farm {
             match self.lease_mut(&attempt.key).filter(|lease| lease.node == *id && lease.boot == boot) {
                 Some(lease) => {
                     lease.confirmation = Confirmation::Listed;
-                    if lease.progress != Some(attempt.progress) {
-                        (lease.progress, lease.moved) = (Some(attempt.progress), now);
+                    if lease.progress.map(place) != Some(place(attempt.progress)) {
+                        lease.moved = now;
                     }
+                    lease.progress = Some(attempt.progress);
                     if let Some(yielding) = &lease.yielding {
                         fx.send(id, boot, ToNode::Yield { key: attempt.key, reason: yielding.reason.to_string() });
                     }
@@ -176,7 +183,8 @@ impl Farm {
     ) {
         fx.send(id, boot, ToNode::Acknowledged { report: number });
         let AttemptReport { key, outcome } = report;
-        if !self.lease(&key).is_some_and(|lease| lease.node == *id && lease.boot == boot) {
+        let current = self.lease(&key).is_some_and(|lease| lease.node == *id && lease.boot == boot);
+        if !current && !planted(Bug::StaleReportAccepted) {
             self.counters.stale_reports += 1;
             return fx.note(format!("node {id}: report on attempt {key} is stale and changes nothing"));
         }
@@ -241,6 +249,7 @@ impl Farm {
         fx.log(key.job, Some(key.attempt), message.clone());
         self.release(key.job, Slot::Free, Outcome::Interrupted, Some(message), fx);
         let Some(job) = self.jobs.get_mut(&key.job) else { return };
+        job.counts.losses += u32::from(planted(Bug::HandingBackCounts));
         job.counts.preemptions += u32::from(yielding.is_some_and(|yielding| yielding.preempted));
         fx.changes.push(Change::Requeued { job: key.job, counts: job.counts });
         self.wait(key.job);
@@ -264,7 +273,7 @@ impl Farm {
                 self.reservations.drop_node(&node);
             }
         }
-        let largest = self.largest_node();
+        let largest = self.largest_for(key.job);
         let limits = self.limits.clone();
         let Some(job) = self.jobs.get_mut(&key.job) else { return };
         let counts = &mut job.counts;
@@ -324,10 +333,13 @@ impl Farm {
         }
     }
 
-    /// Devices of the largest node that starts clips.
-    fn largest_node(&self) -> usize {
-        let groups = self.stock.groups().filter(|(_, group)| group.spec.roles.denoise);
-        groups.map(|(_, group)| group.spec.devices).max().unwrap_or(0)
+    /// Devices of the largest node that could take the job.
+    fn largest_for(&self, id: JobId) -> usize {
+        let Some(job) = self.jobs.get(&id) else { return 0 };
+        let (class, fit) = (self.classes.get(job.class), self.fit(job.class));
+        let groups = fit.choices.iter().map(|choice| self.stock.group(choice.group));
+        let labelled = |group: &&Group| group.nodes.iter().any(|node| has_labels(self.nodes.get(node), class));
+        groups.filter(labelled).map(|group| group.spec.devices).max().unwrap_or(0)
     }
 }
 
@@ -335,6 +347,11 @@ enum Verdict {
     Fail(String),
     Delay(Duration),
     Requeue,
+}
+
+/// How far an attempt is, whatever it expects: a group that hangs may expect something else every time, or nonsense.
+fn place(progress: Progress) -> (Stage, u32, u32) {
+    (progress.stage, progress.done, progress.total)
 }
 
 /// How long an attempt may say the same of its progress.

@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, HashMap};
 use farm_core::id::{JobId, NodeId};
 
 use super::events::Time;
+use super::planted::{Bug, planted};
 
 /// At most so many jobs have a node kept for them.
 const MAX_RESERVATIONS: usize = 16;
@@ -56,6 +57,9 @@ impl Reservations {
     }
 
     pub fn drop_job(&mut self, job: JobId) {
+        if planted(Bug::ReservationKept) {
+            return;
+        }
         if let Some(reservation) = self.of_job.remove(&job) {
             self.of_node.remove(&reservation.node);
         }
@@ -65,5 +69,18 @@ impl Reservations {
         if let Some(job) = self.of_node.remove(node) {
             self.of_job.remove(&job);
         }
+    }
+
+    /// Jobs and nodes say the same, and each pair makes sense.
+    pub fn check(&self, makes_sense: impl Fn(JobId, &NodeId) -> bool) -> Result<(), String> {
+        if self.of_job.len() != self.of_node.len() {
+            return Err(format!("{} jobs have {} nodes kept for them", self.of_job.len(), self.of_node.len()));
+        }
+        for (job, kept) in &self.of_job {
+            if self.of_node.get(&kept.node) != Some(job) || !makes_sense(*job, &kept.node) {
+                return Err(format!("node {} is kept for job {job} for no reason", kept.node));
+            }
+        }
+        Ok(())
     }
 }

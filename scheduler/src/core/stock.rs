@@ -194,6 +194,31 @@ impl Stock {
         }
         *filed = new;
     }
+
+    /// The groups have the nodes that say so, each filed where it says. `node` gives its group and where it is filed.
+    pub fn check(&self, node: impl Fn(&NodeId) -> Option<(GroupIx, Option<Filed>)>) -> Result<(), String> {
+        for (i, group) in self.groups.iter().enumerate() {
+            let mut free = vec![0; group.free.len()];
+            for id in &group.nodes {
+                match node(id) {
+                    Some((ix, filed)) if ix.0 as usize == i => {
+                        let Some((warm, devices)) = filed else { continue };
+                        let place = group.warm.get(&warm).and_then(|by_free| by_free.get(&devices));
+                        if !place.is_some_and(|nodes| nodes.contains(id)) {
+                            return Err(format!("node {id} is not filed under {warm:?} {devices}"));
+                        }
+                        free[devices] += 1;
+                    }
+                    _ => return Err(format!("node {id} is not of group {i}")),
+                }
+            }
+            let filed: usize = group.warm.values().flat_map(BTreeMap::values).map(BTreeSet::len).sum();
+            if free != group.free || filed != free.iter().sum::<usize>() {
+                return Err(format!("group {i} counts {:?}, {filed} are filed, nodes say {free:?}", group.free));
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Rates rounded to steps of a sixteenth of a power of two, downwards: nodes of one make differ by less.

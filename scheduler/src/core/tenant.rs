@@ -111,9 +111,9 @@ impl Usage {
         }
     }
 
-    /// Used by attempts that ended in this hour or in the 23 before.
+    /// Used by attempts that ended in this hour or in the 23 before; or later, by the clock of a scheduler that was ahead.
     pub fn day_seconds(&self, hour: i64) -> f64 {
-        self.hours.iter().filter(|(of, _)| *of > hour - QUOTA_HOURS && *of <= hour).map(|(_, sum)| sum).sum()
+        self.hours.iter().filter(|(of, _)| *of > hour - QUOTA_HOURS).map(|(_, sum)| sum).sum()
     }
 
     /// As it counts now: device-seconds of this moment.

@@ -15,6 +15,7 @@ use super::events::{Ask, Dependency};
 use super::farm::{Farm, Job, Node, Phase};
 use super::fit::Fit;
 use super::plan::{Head, has_labels, head};
+use super::planted::{Bug, planted};
 use super::tenant::{Tenant, TenantIx};
 
 /// Names that a reason lists.
@@ -99,7 +100,7 @@ impl Farm {
             }
         };
         count(WaitCode::Planning, self.picked.len() as u64);
-        count(WaitCode::Backoff, self.delayed.len() as u64);
+        count(WaitCode::Backoff, if planted(Bug::ReasonMissing) { 0 } else { self.delayed.len() as u64 });
         let in_line: u64 =
             self.tenants.iter().flat_map(|tenant| tenant.waiting.values()).map(|jobs| jobs.len() as u64).sum();
         let held = queued - self.picked.len() as u64 - self.delayed.len() as u64 - in_line;

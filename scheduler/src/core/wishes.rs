@@ -7,6 +7,7 @@ use super::effects::{Change, Effects};
 use super::events::{Counts, LiveJob, Scope, Wish};
 use super::farm::{Farm, Phase};
 use super::jobs::End;
+use super::planted::{Bug, planted};
 
 impl Farm {
     pub(super) fn on_wish(&mut self, wish: Wish, by: String, fx: &mut Effects) {
@@ -32,7 +33,9 @@ impl Farm {
         if !self.jobs.contains_key(&id) {
             return false;
         }
-        self.stop(id, &format!("cancelled by {by}"), fx);
+        if !planted(Bug::CancelledRunsOn) {
+            self.stop(id, &format!("cancelled by {by}"), fx);
+        }
         self.end(id, End::Cancelled, fx);
         true
     }
