@@ -399,7 +399,9 @@ impl Farm {
     /// A node is gone, and with it all that it ran.
     pub(super) fn lose_node(&mut self, id: &NodeId, why: &str, fx: &mut Effects) {
         // What it helped with is charged up to now.
-        let helps = |node: &Node| (0..node.devices.len()).filter(|i| matches!(node.devices[*i].slot, Slot::Helping(_))).collect();
+        let helps = |node: &Node| {
+            (0..node.devices.len()).filter(|i| matches!(node.devices[*i].slot, Slot::Helping(_))).collect()
+        };
         let helping: Vec<usize> = self.nodes.get(id).map(helps).unwrap_or_default();
         helping.into_iter().for_each(|device| self.end_help(id, device));
         let Some(mut node) = self.nodes.remove(id) else { return };

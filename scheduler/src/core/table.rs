@@ -42,7 +42,10 @@ impl Jobs {
         self.0.len()
     }
 
-    #[cfg(test)]
+    pub fn iter(&self) -> impl Iterator<Item = (&JobId, &Job)> {
+        self.0.iter().map(|(id, job)| (id, &**job))
+    }
+
     pub fn keys(&self) -> impl Iterator<Item = &JobId> {
         self.0.keys()
     }

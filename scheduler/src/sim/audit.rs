@@ -294,7 +294,10 @@ impl World {
         let mut hungry = std::collections::BTreeSet::new();
         for job in lead.farm.live() {
             let code = lead.farm.reason(job).map(|reason| reason.code);
-            if matches!(code, Some(WaitCode::Share | WaitCode::Turn | WaitCode::Busy | WaitCode::Planning | WaitCode::Reserved)) {
+            if matches!(
+                code,
+                Some(WaitCode::Share | WaitCode::Turn | WaitCode::Busy | WaitCode::Planning | WaitCode::Reserved)
+            ) {
                 hungry.extend(lead.farm.tenant_of(job).cloned());
             }
         }

@@ -85,7 +85,8 @@ impl Devices {
 
     /// Who waits, for people.
     pub fn waiting(&self) -> String {
-        let waiting = self.waiting.iter().map(|waiting| format!("{:?} waits for {:?}", waiting.holder, waiting.devices));
+        let waiting =
+            self.waiting.iter().map(|waiting| format!("{:?} waits for {:?}", waiting.holder, waiting.devices));
         waiting.collect::<Vec<_>>().join(", ")
     }
 
