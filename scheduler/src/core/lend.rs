@@ -21,6 +21,9 @@ use super::reserve::Reservation;
 use super::stock::{Found, GroupIx};
 use super::tenant::TenantIx;
 
+/// What the rule's choice for a pass depends on: class, group, devices needed, devices that can be had.
+type Question = (ClassIx, GroupIx, usize, usize);
+
 /// One pass over the queue.
 #[derive(Default)]
 pub(super) struct Round {
@@ -30,8 +33,8 @@ pub(super) struct Round {
     /// Jobs that wait for each group's devices, and those that the pass has started on them.
     pub waiting: HashMap<GroupIx, usize>,
     pub started: HashMap<GroupIx, usize>,
-    /// The rule's choice for the whole pass: by class, group, devices needed and devices that can be had.
-    sizes: RefCell<FxHashMap<(ClassIx, GroupIx, usize, usize), Option<usize>>>,
+    /// The rule's choice for the whole pass.
+    sizes: RefCell<FxHashMap<Question, Option<usize>>>,
     /// Nothing more of these can start.
     pub blocked: HashSet<ClassIx>,
     /// The first job of each tenant that has found no device.

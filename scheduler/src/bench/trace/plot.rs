@@ -15,6 +15,9 @@ const GAP: f64 = 70.0;
 const SECONDS: (f64, f64) = (0.1, 10_000.0);
 const POINTS: usize = 200;
 
+/// What a panel shows of an outcome, sorted.
+type Values = fn(&Outcome) -> &[f64];
+
 pub fn svg(title: &str, outcomes: &[Outcome]) -> String {
     let (width, height) = (LEFT + 2.0 * WIDTH + GAP + 20.0, TOP + HEIGHT + 70.0);
     let mut svg = format!(
@@ -22,7 +25,7 @@ pub fn svg(title: &str, outcomes: &[Outcome]) -> String {
          font-size=\"12\">\n<rect width=\"{width}\" height=\"{height}\" fill=\"white\"/>\n\
          <text x=\"{LEFT}\" y=\"20\" font-size=\"14\">{title}: waits until start</text>\n"
     );
-    let panels: [(&str, fn(&Outcome) -> &[f64]); 2] = [
+    let panels: [(&str, Values); 2] = [
         ("part of the requests", |outcome| &outcome.waits),
         ("part of the tenants, by mean wait", |outcome| &outcome.tenants),
     ];
