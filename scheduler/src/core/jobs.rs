@@ -91,7 +91,10 @@ impl Farm {
         for batch in &live.batches {
             self.enter_batch(*batch, id);
         }
-        self.dependencies.add(id, live.after);
+        // One that runs has waited for them; they may have been tried again since.
+        if live.running.is_none() {
+            self.dependencies.add(id, live.after);
+        }
         let job = Job {
             seq: live.seq,
             priority: live.priority,

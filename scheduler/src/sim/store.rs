@@ -257,9 +257,9 @@ impl Store {
                     let job = job_id(self.rows.len());
                     let seq = self.rows.len() as u64 + 1;
                     let mut after = new.live.after.clone();
-                    after.extend(
-                        new.after_lines.iter().filter_map(|line| lines.get(*line)).map(|on| Dependency::Job(*on)),
-                    );
+                    let on_lines = new.after_lines.iter().filter_map(|line| lines.get(*line));
+                    let on_lines = on_lines.map(|on| Dependency::Job(*on)).filter(|on| !self.is_hopeless(on));
+                    after.extend(on_lines);
                     lines.push(job);
                     let live = LiveJob {
                         job,
