@@ -250,7 +250,8 @@ pub struct NodeView {
     pub alive: bool,
     #[serde(default)]
     pub labels: BTreeMap<String, String>,
-    /// Why it gets no new work though it is there: `drained`, `leaving: …`, `in quarantine for 300 s: …`.
+    /// Why it gets no new work though it is there: `drained`, `leaving: …`, `in quarantine for 300 s: …`; or that it is not there:
+    /// `not joined`.
     #[serde(default)]
     pub closed: Option<String>,
 }

@@ -1,8 +1,11 @@
 //! The one owner of the farm's state: takes events in order, lets the core decide, commits, then speaks.
 //!
 //! What has arrived by the time is taken in one turn and committed in one transaction, for a durable transaction costs
-//! about the same whatever is in it. Nothing of a turn is sent or answered before all of it is on disk.
+//! about the same whatever is in it. Nothing of a turn is sent or answered before all of it is on disk. An actor is handed
+//! one message at a time, so the first of a turn sends another behind all that wait, and that one works the turn.
 
+#[cfg(test)]
+mod tests;
 mod turn;
 
 use std::sync::{Arc, Mutex, PoisonError};
@@ -11,9 +14,8 @@ use std::time::{Duration, Instant};
 use farm_core::id::{BootId, Epoch, JobId};
 use farm_core::job::state::JobState;
 use jiff::Timestamp;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
-use tokio::task::JoinHandle;
-use tokio_util::sync::CancellationToken;
+use ractor::{Actor, ActorProcessingErr, ActorRef, SpawnErr};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use self::turn::{State, within};
 use crate::core::events::{Submitted, Time, Wish};
@@ -23,9 +25,9 @@ use crate::queue::store::{Batch, Committed, LEADER_TTL, Pruned, QueueError, Queu
 
 /// How often the core is told that time passes.
 const TICK: Duration = Duration::from_millis(200);
-/// Messages that may wait for the actor; senders of more wait themselves.
+/// Messages that may wait for the actor; senders of more wait themselves, for its own mailbox has no bound.
 const MAILBOX: usize = 1024;
-/// Messages of one turn.
+/// Messages of one turn, at most.
 const TURN: usize = 256;
 const CALL_TIMEOUT: Duration = Duration::from_secs(10);
 /// A submission of a million lines takes this long at worst.
@@ -163,34 +165,49 @@ enum Message {
     Broken(QueueError),
 }
 
+/// What is in the actor's mailbox.
+enum Mail {
+    /// With its place among those that may wait.
+    Message(Message, OwnedSemaphorePermit),
+    /// All that was there when the turn began has been taken: work it.
+    Flush,
+    /// Time passes.
+    Tick,
+    /// A job may start for which the last turn was too early.
+    Again,
+}
+
+impl ractor::Message for Mail {}
+
 /// What everybody else holds of the actor. Cloning shares it.
 #[derive(Clone)]
 pub struct Scheduler {
-    mailbox: mpsc::Sender<Message>,
+    actor: ActorRef<Mail>,
+    places: Arc<Semaphore>,
     started: Instant,
     store: Arc<dyn QueueStore>,
     reign: Arc<Reign>,
     /// Held by whoever takes up rows of ended jobs, or removes them: commits, retries, pruning. A job that both of two
     /// take up would be taken up twice.
     rows: Arc<Semaphore>,
-    stop: CancellationToken,
 }
 
 impl Scheduler {
-    /// Runs a farm that was restored from `store` at the clock's zero, `started`. The returned task ends with the reign:
-    /// by [`Self::stop`], or by itself, and then the state is to be loaded again by whoever leads next.
-    pub fn start(
+    /// Runs a farm that was restored from `store` at the clock's zero, `started`. The reign ends by [`Self::stop`], or by
+    /// itself, and then the state is to be loaded again by whoever leads next. Nothing is said of the end of an actor that
+    /// panics.
+    pub async fn start(
         farm: Farm,
         started: Instant,
         reign: Arc<Reign>,
         store: Arc<dyn QueueStore>,
         link: Arc<dyn NodeLink>,
-    ) -> (Self, JoinHandle<End>) {
-        let (mailbox, inbox) = mpsc::channel(MAILBOX);
-        let stop = CancellationToken::new();
-        let state = State::new(farm, reign.clone(), store.clone(), link);
-        let task = tokio::spawn(run(state, inbox, started, stop.clone()));
-        (Self { mailbox, started, store, reign, rows: Arc::new(Semaphore::new(1)), stop }, task)
+    ) -> Result<(Self, oneshot::Receiver<End>), SpawnErr> {
+        let (end, ended) = oneshot::channel();
+        let state = State::new(farm, started, reign.clone(), store.clone(), link);
+        let (actor, _) = Actor::spawn(None, Owner, (state, end)).await?;
+        let (places, rows) = (Arc::new(Semaphore::new(MAILBOX)), Arc::new(Semaphore::new(1)));
+        Ok((Self { actor, places, started, store, reign, rows }, ended))
     }
 
     fn now(&self) -> Time {
@@ -277,7 +294,7 @@ impl Scheduler {
 
     /// Ends the reign after the turn that the actor is at.
     pub fn stop(&self) {
-        self.stop.cancel();
+        self.actor.stop(None);
     }
 
     async fn permit(&self) -> Result<OwnedSemaphorePermit, CallError> {
@@ -285,7 +302,8 @@ impl Scheduler {
     }
 
     async fn send(&self, message: Message) -> Result<(), CallError> {
-        self.mailbox.send(message).await.map_err(|_| CallError::Stopped)
+        let place = self.places.clone().acquire_owned().await.map_err(|_| CallError::Stopped)?;
+        self.actor.cast(Mail::Message(message, place)).map_err(|_| CallError::Stopped)
     }
 
     async fn call<T>(
@@ -307,25 +325,94 @@ fn is_refusal(error: &QueueError) -> bool {
     matches!(error, QueueError::Refused(_) | QueueError::TooManySubmissions(_))
 }
 
-/// The actor: turn after turn, until the end of the reign.
-async fn run(mut state: State, mut inbox: mpsc::Receiver<Message>, started: Instant, stop: CancellationToken) -> End {
-    let mut ticks = tokio::time::interval(TICK);
-    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    let mut messages = Vec::with_capacity(TURN);
-    loop {
-        let mut tick = false;
-        tokio::select! {
-            biased;
-            () = stop.cancelled() => return End::Stopped,
-            // Before the mailbox, which may never be empty.
-            _ = ticks.tick() => tick = true,
-            taken = inbox.recv_many(&mut messages, TURN) => if taken == 0 { return End::Stopped },
+/// The actor, and what it knows between two messages.
+struct Owner;
+
+struct Turns {
+    state: State,
+    /// Messages of the next turn.
+    pending: Vec<Message>,
+    /// Time has passed since the last one.
+    tick: bool,
+    /// A [`Mail::Flush`] is on its way.
+    is_begun: bool,
+    /// A [`Mail::Again`] is.
+    is_again: bool,
+    /// Whom to tell how it ended.
+    end: Option<oneshot::Sender<End>>,
+}
+
+impl Actor for Owner {
+    type Msg = Mail;
+    type State = Turns;
+    type Arguments = (State, oneshot::Sender<End>);
+
+    async fn pre_start(
+        &self,
+        me: ActorRef<Mail>,
+        (state, end): (State, oneshot::Sender<End>),
+    ) -> Result<Turns, ActorProcessingErr> {
+        say(&me, Mail::Tick);
+        let pending = Vec::with_capacity(TURN);
+        Ok(Turns { state, pending, tick: false, is_begun: false, is_again: false, end: Some(end) })
+    }
+
+    async fn handle(&self, me: ActorRef<Mail>, mail: Mail, turns: &mut Turns) -> Result<(), ActorProcessingErr> {
+        match mail {
+            Mail::Message(message, _place) => turns.pending.push(message),
+            Mail::Tick => turns.tick = true,
+            Mail::Again => turns.is_again = false,
+            Mail::Flush => {
+                turns.is_begun = false;
+                return turns.work(&me).await;
+            }
         }
-        let tick = tick.then(|| Time(started.elapsed()));
-        if let Err(error) = state.turn(&mut messages, tick).await {
-            // The core has decided something that is not on disk. Acting on it, or on what follows from it, would be
-            // wrong, so this is the end; whoever leads next has the committed state.
-            return End::from(error);
+        if !std::mem::replace(&mut turns.is_begun, true) {
+            say(&me, Mail::Flush);
+        }
+        if turns.pending.len() >= TURN { turns.work(&me).await } else { Ok(()) }
+    }
+
+    async fn post_stop(&self, _: ActorRef<Mail>, turns: &mut Turns) -> Result<(), ActorProcessingErr> {
+        turns.end(End::Stopped);
+        Ok(())
+    }
+}
+
+impl Turns {
+    async fn work(&mut self, me: &ActorRef<Mail>) -> Result<(), ActorProcessingErr> {
+        let tick = std::mem::take(&mut self.tick);
+        match self.state.turn(&mut self.pending, tick).await {
+            Ok(again) => {
+                if tick {
+                    // The next after this one, so that they do not pile up in a turn that takes long.
+                    me.send_after(TICK, || Mail::Tick);
+                }
+                if let Some(wait) = again
+                    && !std::mem::replace(&mut self.is_again, true)
+                {
+                    me.send_after(wait, || Mail::Again);
+                }
+                Ok(())
+            }
+            Err(error) => {
+                // The core has decided something that is not on disk. Acting on it, or on what follows from it, would be
+                // wrong, so this is the end; whoever leads next has the committed state.
+                self.end(End::from(error));
+                Err("the reign has ended".into())
+            }
         }
     }
+
+    fn end(&mut self, end: End) {
+        if let Some(told) = self.end.take() {
+            // Nobody waits any more: it was dropped with the reign.
+            _ = told.send(end);
+        }
+    }
+}
+
+/// To itself, which fails only when it has ended.
+fn say(me: &ActorRef<Mail>, mail: Mail) {
+    drop(me.cast(mail));
 }

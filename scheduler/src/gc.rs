@@ -87,12 +87,12 @@ impl Gc {
             for _ in 0..STEPS {
                 let Standing::Leads(scheduler) = standing.borrow().clone() else { break };
                 match self.step(&scheduler, false).await {
-                    Ok((report, more)) => {
-                        if report != GcReport::default() {
+                    Ok(report) => {
+                        if (GcReport { more: false, ..report }) != GcReport::default() {
                             let GcReport { clips, latents, log_rows, job_rows, audit_rows, errors, .. } = report;
                             tracing::info!(clips, latents, log_rows, job_rows, audit_rows, errors, "cleaned up");
                         }
-                        if !more || report.errors > 0 {
+                        if !report.more || report.errors > 0 {
                             break;
                         }
                     }
@@ -106,8 +106,8 @@ impl Gc {
         }
     }
 
-    /// Removes a bounded number of objects and rows, or only counts them. True if there may be more to do.
-    pub async fn step(&self, scheduler: &Scheduler, dry_run: bool) -> Result<(GcReport, bool), GcError> {
+    /// Removes a bounded number of objects and rows, or only counts them.
+    pub async fn step(&self, scheduler: &Scheduler, dry_run: bool) -> Result<GcReport, GcError> {
         let _turn = self.turn.lock().await;
         let begun = Instant::now();
         let mut report = GcReport { dry_run, ..GcReport::default() };
@@ -136,7 +136,9 @@ impl Gc {
         }
         let pruned = scheduler.prune(self.keep, dry_run).await??;
         (report.log_rows, report.job_rows, report.audit_rows) = (pruned.logs, pruned.jobs, pruned.audit);
-        Ok((report, more || pruned != Pruned::default()))
+        // All old rows are counted, but not all are removed at once.
+        report.more = more || !dry_run && pruned != Pruned::default();
+        Ok(report)
     }
 
     /// Gives the jobs that hold nothing superfluous any more.

@@ -10,7 +10,7 @@ use anyhow::Context;
 use farm_core::tiles::plan::Tiling;
 use farm_core::wire::cluster::ClusterEvent;
 use jiff::Timestamp;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::actor::{End, Reign, Scheduler};
@@ -149,12 +149,10 @@ impl Candidate {
                 actor.await
             }
         };
-        ended.unwrap_or_else(|error| {
-            End::Failed(QueueError::Corrupt(format!("the scheduler's actor ended badly: {error}")))
-        })
+        ended.unwrap_or_else(|_| End::Failed(QueueError::Corrupt("the scheduler's actor has panicked".to_owned())))
     }
 
-    async fn load(&self, reign: &Arc<Reign>) -> Result<(Scheduler, tokio::task::JoinHandle<End>), QueueError> {
+    async fn load(&self, reign: &Arc<Reign>) -> Result<(Scheduler, oneshot::Receiver<End>), QueueError> {
         let wall = Timestamp::now();
         let since = wall.as_second().div_euclid(3600) - USAGE_HOURS;
         let saved = within(LOAD_TIMEOUT, self.store.load(since)).await?;
@@ -163,7 +161,9 @@ impl Candidate {
         let (limits, results) = (self.limits.clone(), self.results.clone());
         let wall = Timestamp::now().as_millisecond();
         let farm = Farm::restore(limits, reign.epoch(), results, self.tiling, saved, wall, Time::default());
-        Ok(Scheduler::start(farm, started, reign.clone(), self.store.clone(), self.link.clone()))
+        Scheduler::start(farm, started, reign.clone(), self.store.clone(), self.link.clone())
+            .await
+            .map_err(|error| QueueError::Corrupt(format!("the scheduler's actor does not start: {error}")))
     }
 }
 

@@ -241,7 +241,8 @@ fn watch(farm: &Farm, network: &Arc<Network>) -> Arc<Mutex<Look>> {
                     };
                     for node in nodes["nodes"].as_array().into_iter().flatten() {
                         let jobs = node["devices"].as_array().into_iter().flatten();
-                        let jobs = jobs.filter(|device| device["helps"] != true).filter_map(|device| device["job"].as_str());
+                        let jobs =
+                            jobs.filter(|device| device["helps"] != true).filter_map(|device| device["job"].as_str());
                         let name = node["node"].as_str().unwrap_or_default().to_owned();
                         seen.running.insert(name, jobs.map(str::to_owned).collect());
                     }
@@ -366,7 +367,10 @@ fn every_prompt_ends_as_one_clip_whatever_dies_stands_still_or_is_cut_off() {
     println!("reigns {}", scene.look.lock().unwrap().epoch);
     if !moved.is_empty() {
         let [half, most, all] = [0.5, 0.99, 1.0].map(|part| percentile(&moved, part));
-        println!("{} clips of killed nodes ran again after p50 {half:.1} s, p99 {most:.1} s, max {all:.1} s", moved.len());
+        println!(
+            "{} clips of killed nodes ran again after p50 {half:.1} s, p99 {most:.1} s, max {all:.1} s",
+            moved.len()
+        );
         assert!(most <= ELSEWHERE.as_secs_f64(), "p99 {most:.1} s is over {ELSEWHERE:?}: {moved:?}");
     }
 }

@@ -1,8 +1,11 @@
 //! One turn of the actor: the core takes the messages, the store what follows, and then everybody hears of it.
 
+#[cfg(test)]
+pub(super) mod tests;
+
 use std::future::Future;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use farm_core::id::JobId;
 use farm_core::job::state::JobState;
@@ -19,11 +22,18 @@ use crate::queue::store::{QueueError, QueueStore};
 
 /// A store that takes longer for one transaction is as good as broken.
 const STORE_TIMEOUT: Duration = Duration::from_secs(120);
+/// A plan in between two ticks comes so long after the one before at least, or as long as that one took: a thousand
+/// reports a second do not plan a thousand times.
+const REST: Duration = Duration::from_millis(20);
 /// Changes of one transaction, about.
 const CHANGES: usize = 4096;
 
 pub(super) struct State {
     farm: Farm,
+    /// The clock's zero.
+    started: Instant,
+    /// No plan in between before this.
+    rests_until: Instant,
     reign: Arc<Reign>,
     store: Arc<dyn QueueStore>,
     link: Arc<dyn NodeLink>,
@@ -36,19 +46,30 @@ pub(super) struct State {
 }
 
 impl State {
-    pub fn new(farm: Farm, reign: Arc<Reign>, store: Arc<dyn QueueStore>, link: Arc<dyn NodeLink>) -> Self {
-        Self { farm, reign, store, link, sent: 0, due: Effects::default(), answers: Vec::new() }
+    pub fn new(
+        farm: Farm,
+        started: Instant,
+        reign: Arc<Reign>,
+        store: Arc<dyn QueueStore>,
+        link: Arc<dyn NodeLink>,
+    ) -> Self {
+        let (due, answers) = (Effects::default(), Vec::new());
+        Self { farm, started, rests_until: started, reign, store, link, sent: 0, due, answers }
     }
 
-    /// Takes all messages, then the tick if there is one.
-    pub async fn turn(&mut self, messages: &mut Vec<Message>, tick: Option<Time>) -> Result<(), QueueError> {
+    /// Takes all messages, and then a tick if it is time for one or if a job may start at once. Gives how long to wait
+    /// with the next turn at most, if one may start later.
+    pub async fn turn(&mut self, messages: &mut Vec<Message>, tick: bool) -> Result<Option<Duration>, QueueError> {
         for message in messages.drain(..) {
             self.take(message).await?;
         }
-        if let Some(at) = tick {
-            self.step(Event::Tick, at).await?;
+        let begun = Instant::now();
+        if tick || self.farm.wants_tick() && begun >= self.rests_until {
+            self.step(Event::Tick, Time(self.started.elapsed())).await?;
+            self.rests_until = Instant::now() + REST.max(begun.elapsed());
         }
-        self.flush().await
+        self.flush().await?;
+        Ok(self.farm.wants_tick().then(|| self.rests_until.saturating_duration_since(Instant::now())))
     }
 
     async fn take(&mut self, message: Message) -> Result<(), QueueError> {

@@ -35,24 +35,23 @@ pub async fn nodes(State(api): State<Api>) -> Result<Json<NodeList>, Failure> {
 }
 
 pub async fn drain(State(api): State<Api>, Path(node): Path<String>, by: By) -> Result<Json<NodeView>, Failure> {
-    let node = NodeId(node);
-    // A name that nobody has is a slip of the pen.
-    _ = view(&api, node.clone()).await?;
-    api.wish(Wish::Drain(node.clone()), by).await?;
-    view(&api, node).await
+    order(&api, NodeId(node), Wish::Drain, by).await
 }
 
-/// Also of a node that is not joined: it may have been drained and left.
 pub async fn undrain(State(api): State<Api>, Path(node): Path<String>, by: By) -> Result<Json<NodeView>, Failure> {
-    let node = NodeId(node);
-    api.wish(Wish::Undrain(node.clone()), by).await?;
-    view(&api, node).await
+    order(&api, NodeId(node), Wish::Undrain, by).await
 }
 
-async fn view(api: &Api, node: NodeId) -> Result<Json<NodeView>, Failure> {
+/// Also of a node that is not there: it may have been drained and left.
+async fn order(api: &Api, node: NodeId, wish: fn(NodeId) -> Wish, by: By) -> Result<Json<NodeView>, Failure> {
     let name = node.clone();
-    let view = api.scheduler()?.ask(move |farm| farm.node_view(&node)).await?;
-    view.map(Json).ok_or_else(|| Failure::not_found(format!("no node {name} has joined")))
+    if !api.scheduler()?.ask(move |farm| farm.knows_node(&name)).await? {
+        // A slip of the pen.
+        let unknown = format!("no node {node} has joined, and none of that name is drained; farmctl nodes lists them");
+        return Err(Failure::not_found(unknown));
+    }
+    api.wish(wish(node.clone()), by).await?;
+    Ok(Json(api.scheduler()?.ask(move |farm| farm.node_view(&node)).await?))
 }
 
 pub async fn queue(State(api): State<Api>) -> Result<Json<QueueView>, Failure> {

@@ -82,8 +82,7 @@ pub async fn audit(State(api): State<Api>, uri: Uri) -> Result<Json<AuditPage>, 
 
 pub async fn gc(State(api): State<Api>, body: Body) -> Result<Json<GcReport>, Failure> {
     let GcRequest { dry_run } = body::read_json(body).await?;
-    let (report, _) = api.gc.step(&api.scheduler()?, dry_run).await?;
-    Ok(Json(report))
+    Ok(Json(api.gc.step(&api.scheduler()?, dry_run).await?))
 }
 
 #[cfg(test)]

@@ -59,5 +59,7 @@ async fn view(api: &Api, tenant: TenantId) -> Result<Json<TenantView>, Failure> 
 }
 
 pub fn unknown(tenant: &TenantId) -> Failure {
-    Failure::not_found(format!("there is no tenant {tenant}; an operator makes one with `farmctl quota {tenant}`"))
+    Failure::not_found(format!(
+        "there is no tenant {tenant}; an operator makes one with `farmctl quota {tenant} --share 1`"
+    ))
 }

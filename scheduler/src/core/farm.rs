@@ -418,6 +418,8 @@ impl Farm {
     /// Applies one event. `now` may run backwards a little between callers; the farm's own time does not.
     pub fn step(&mut self, event: Event, now: Time) -> Effects {
         self.now = self.now.max(now);
+        // Before anything is heard: what waited for this process while it stood still would be judged by a clock that went on.
+        self.forgive_own_pause();
         let mut fx = Effects::default();
         match event {
             Event::FromNode(envelope) => self.on_message(*envelope, &mut fx),
@@ -472,7 +474,6 @@ impl Farm {
     }
 
     fn on_tick(&mut self, fx: &mut Effects) {
-        self.forgive_own_pause();
         self.last_tick = self.now;
         while let Some(&(until, job)) = self.delayed.first()
             && until <= self.now
@@ -502,6 +503,7 @@ impl Farm {
         if gap < self.limits.pause {
             return;
         }
+        self.last_tick = self.now;
         for node in self.nodes.values_mut() {
             node.last_seen = (node.last_seen + gap).min(self.now);
             node.session_closed = node.session_closed.map(|closed| (closed + gap).min(self.now));

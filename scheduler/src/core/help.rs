@@ -79,11 +79,14 @@ impl Farm {
 
     /// What there is for the decode of an attempt. Nobody is told to help where helpers have no way to the attempt.
     fn stock(&self, lease: &Lease, url: &str, token: &str) -> Stock<Place> {
+        // Those that an earlier answer did not name are given back, whether the node has said so or not.
+        let kept = |device: &DeviceIndex| lease.hands.as_ref().is_none_or(|hands| hands.keep.contains(device));
+        let own = lease.devices.iter().copied().filter(kept).collect();
         let mut stock = Stock {
             decoders: Vec::new(),
             spare: Vec::new(),
             wanted: Vec::new(),
-            own: lease.devices.clone(),
+            own,
             own_decode: self.nodes.get(&lease.node).is_some_and(|node| node.roles.decode),
             own_wanted: self.nodes.get(&lease.node).is_some_and(|node| self.is_wanted(node)),
         };

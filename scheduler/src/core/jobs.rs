@@ -11,7 +11,7 @@ use farm_core::wire::to_node::ToNode;
 use super::batch::Batch;
 use super::class::Class;
 use super::effects::{Change, Effects, Outcome};
-use super::events::{Dependency, LiveAttempt, LiveJob, SavedBatch, Submitted};
+use super::events::{Dependency, LiveAttempt, LiveJob, SavedBatch, Scope, Submitted};
 use super::farm::{Bill, Confirmation, Farm, Job, Lease, Node, Phase, Slot};
 use super::plan::UNKNOWN_SECONDS;
 use super::planted::{Bug, planted};
@@ -49,6 +49,7 @@ impl Farm {
             self.batches.entry(batch.submission).or_insert_with(|| Batch::new(batch));
         }
         for job in queued {
+            self.revive(&job.batches, fx);
             self.admit_job(job);
         }
         let Some(batch) = batch_id else { return };
@@ -63,6 +64,13 @@ impl Farm {
         }
         // A batch without anything to do, and one whose jobs had all failed before, is over at once.
         self.end_empty_batch(batch, fx);
+    }
+
+    /// Batches that had ended begin again with one of their jobs; nobody has them paused any more.
+    pub(super) fn revive(&mut self, batches: &[farm_core::id::SubmissionId], fx: &mut Effects) {
+        for batch in batches.iter().filter(|batch| !self.batches.contains_key(*batch)) {
+            fx.changes.push(Change::Paused { scope: Scope::Batch(*batch), paused: false });
+        }
     }
 
     fn enter_batch(&mut self, batch: farm_core::id::SubmissionId, id: JobId) {
@@ -83,7 +91,10 @@ impl Farm {
         for batch in &live.batches {
             self.enter_batch(*batch, id);
         }
-        self.dependencies.add(id, live.after);
+        // One that runs has waited for them; they may have been tried again since.
+        if live.running.is_none() {
+            self.dependencies.add(id, live.after);
+        }
         let job = Job {
             seq: live.seq,
             priority: live.priority,
@@ -247,9 +258,13 @@ impl Farm {
         self.replan = true;
     }
 
-    /// Ends jobs, and those that this ends.
+    /// Ends a job, and those that this ends.
     pub(super) fn end(&mut self, id: JobId, end: End, fx: &mut Effects) {
-        let mut ends = VecDeque::from([(id, end)]);
+        self.end_all(VecDeque::from([(id, end)]), fx);
+    }
+
+    /// Ends jobs, and then those that this ends: what becomes of these themselves has nothing to do with each other.
+    pub(super) fn end_all(&mut self, mut ends: VecDeque<(JobId, End)>, fx: &mut Effects) {
         while let Some((id, end)) = ends.pop_front() {
             self.end_one(id, end, &mut ends, fx);
         }
@@ -296,7 +311,8 @@ impl Farm {
             known.failed += failed as u32;
             if failed && known.is_given_up() {
                 fx.note(format!("batch {batch} is given up: {} of its jobs have failed", known.failed));
-                ends.extend(known.live.iter().map(|job| (*job, End::Cancelled)));
+                // Before those that only come after a job that has failed: its jobs are given up, whatever they come after.
+                known.live.iter().for_each(|job| ends.push_front((*job, End::Cancelled)));
                 for job in known.live.clone() {
                     self.stop(job, "its batch is given up", fx);
                 }

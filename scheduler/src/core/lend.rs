@@ -89,7 +89,7 @@ impl Farm {
         };
         let of_tenant = &self.tenants[tenant.0 as usize];
         // Not blocked for others: the quota is this tenant's.
-        if case.most == 0 || (case.fit.work > 0.0 && !of_tenant.may_use(case.fit.work, self.hour())) {
+        if case.most == 0 || !of_tenant.may_use(case.fit.work, self.hour()) {
             return Err(Blocked::Quota);
         }
         if let Some(place) = kept.as_ref().and_then(|kept| self.kept_place(&case, kept)) {

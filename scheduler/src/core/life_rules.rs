@@ -255,6 +255,33 @@ fn a_batch_is_given_up_when_more_of_its_jobs_fail_than_it_puts_up_with() {
 }
 
 #[test]
+fn jobs_of_a_batch_that_come_after_each_other_are_cancelled_with_it() {
+    for is_given_up in [false, true] {
+        let mut world = world(1);
+        let most = is_given_up.then_some(0);
+        let lines = vec![
+            world.line(1),
+            after(&world, 2, Dependency::Job(job_id(1))),
+            after(&world, 3, Dependency::Job(job_id(2))),
+            world.line(4),
+        ];
+        world.submit_all(lines, Some((7, most)), ANY);
+        let key = world.start().key;
+        assert_eq!(key.job, job_id(1));
+        let outside = world.submit_line(after(&world, 5, Dependency::Job(job_id(3))), ANY);
+        if is_given_up {
+            world.report("a", boot(1), key, failed(FailureKind::Input));
+        } else {
+            world.wish(Wish::CancelBatch(batch_id(7)));
+        }
+        let (failed, cancelled) = (JobState::Failed, JobState::Cancelled);
+        let first = if is_given_up { failed } else { cancelled };
+        assert_eq!([1, 2, 3, 4].map(|n| world.state(job_id(n))), [first, cancelled, cancelled, cancelled]);
+        assert_eq!(world.state(outside), failed, "it is of no batch that was cancelled");
+    }
+}
+
+#[test]
 fn labels_that_a_job_requires_are_those_of_the_node() {
     let mut world = world(1);
     let require = BTreeMap::from([("gpu".to_owned(), "h100".to_owned())]);

@@ -53,7 +53,7 @@ mod why;
 mod wishes;
 
 #[cfg(test)]
-mod fixture;
+pub(crate) mod fixture;
 #[cfg(test)]
 mod gang_rules;
 #[cfg(test)]

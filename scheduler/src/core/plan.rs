@@ -12,7 +12,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use farm_core::id::NodeId;
+use farm_core::id::{JobId, NodeId};
 
 use super::class::{Class, ClassIx};
 use super::effects::Effects;
@@ -126,6 +126,7 @@ impl Farm {
         }
         self.refresh_reservations();
         let mut round = self.round();
+        self.start_kept(&mut round);
         let mut turns = self.turns(&mut round.fits);
         while self.picked.len() < MAX_PICKS
             && let Some(mut turn) = turns.pop()
@@ -158,6 +159,19 @@ impl Farm {
         // Patience ends, and quotas of device-seconds are by the hour.
         self.look_again = self.now + LOOK_AGAIN;
         self.preempt(&round.unlucky, fx);
+    }
+
+    /// Jobs that nodes are kept for go first, wherever they are in their queues: those before them may wait for just these
+    /// nodes.
+    fn start_kept(&mut self, round: &mut Round) {
+        let kept: Vec<JobId> = self.reservations.iter().map(|(job, _)| job).collect();
+        for id in kept {
+            let Some(job) = self.jobs.get(&id) else { continue };
+            let (tenant, class, place) = (job.tenant, job.class, job.place(id));
+            let work = self.fit_in(&mut round.fits, class).work;
+            // If not, its turn comes.
+            let _ = self.try_start(round, tenant, &head(place, class, work));
+        }
     }
 
     /// Something has happened since the last tick that may let a queued job start: the next one need not wait for its time.
@@ -256,6 +270,11 @@ impl Farm {
         if let Some(reason) = &node.leaving {
             return Some(format!("leaving: {reason}"));
         }
+        self.barred(id)
+    }
+
+    /// What is held against a node of this name, whether it is there or not.
+    pub(super) fn barred(&self, id: &NodeId) -> Option<String> {
         if self.drained.contains(id) && !planted(Bug::DrainForgotten) {
             return Some("drained".to_owned());
         }

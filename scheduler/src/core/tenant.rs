@@ -113,7 +113,9 @@ impl Usage {
 
     /// Used by attempts that ended in this hour or in the 23 before; or later, by the clock of a scheduler that was ahead.
     pub fn day_seconds(&self, hour: i64) -> f64 {
-        self.hours.iter().filter(|(of, _)| *of > hour - QUOTA_HOURS).map(|(_, sum)| sum).sum()
+        let of_day = self.hours.iter().filter(|(of, _)| *of > hour - QUOTA_HOURS);
+        // The sum of no floats is minus zero, which people would be shown.
+        of_day.fold(0.0, |sum, (_, used)| sum + used)
     }
 
     /// As it counts now: device-seconds of this moment.
@@ -141,9 +143,11 @@ mod tests {
         let mut usage = Usage::default();
         usage.begin(60.0, 0.0);
         assert!((usage.decayed(0.0) - 60.0).abs() < 1e-9);
+        assert!(usage.day_seconds(5).is_sign_positive(), "nothing is not minus nothing");
         usage.end(60.0, 0.0, 10.0, 30.0, 5);
         assert!((usage.decayed(30.0) - 10.0).abs() < 1e-6);
-        assert_eq!((usage.day_seconds(5), usage.day_seconds(28), usage.day_seconds(29)), (10.0, 10.0, 0.0));
+        let days = [4, 5, 28, 29].map(|hour| usage.day_seconds(hour));
+        assert_eq!(days, [10.0, 10.0, 10.0, 0.0], "also by a clock that is behind");
     }
 
     #[test]

@@ -51,8 +51,28 @@ impl Farm {
         self.nodes.iter().map(|(id, node)| self.view_of_node(id, node)).collect()
     }
 
-    pub fn node_view(&self, id: &NodeId) -> Option<NodeView> {
-        self.nodes.get(id).map(|node| self.view_of_node(id, node))
+    /// Whether a node of this name has joined, or was drained and left, or was in quarantine.
+    pub fn knows_node(&self, id: &NodeId) -> bool {
+        self.nodes.contains_key(id) || self.drained.contains(id) || self.health.contains_key(id)
+    }
+
+    /// Of one that is not there: that, and what awaits it.
+    pub fn node_view(&self, id: &NodeId) -> NodeView {
+        if let Some(node) = self.nodes.get(id) {
+            return self.view_of_node(id, node);
+        }
+        let barred = self.barred(id).map(|why| format!("{why}; "));
+        NodeView {
+            node: id.clone(),
+            version: String::new(),
+            roles: Vec::new(),
+            devices: Vec::new(),
+            models: Vec::new(),
+            last_heartbeat_seconds: 0.0,
+            alive: false,
+            labels: Default::default(),
+            closed: Some(format!("{}not joined", barred.unwrap_or_default())),
+        }
     }
 
     fn view_of_node(&self, id: &NodeId, node: &Node) -> NodeView {

@@ -246,7 +246,7 @@ impl Farm {
             let change = format!("a clip of the tenant ends, or farmctl quota {id} --devices N");
             return Some(because(WaitCode::QuotaDevices, words, change));
         }
-        let most = quota.device_seconds.filter(|_| fit.work > 0.0 && !tenant.may_use(fit.work, self.hour()))?;
+        let most = quota.device_seconds.filter(|_| !tenant.may_use(fit.work, self.hour()))?;
         let used = tenant.usage.day_seconds(self.hour());
         let words = format!(
             "tenant {id} may use {most} device-seconds in 24 hours: {used:.0} are used, running clips and this one go beyond"

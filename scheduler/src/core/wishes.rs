@@ -48,8 +48,10 @@ impl Farm {
     ) -> Option<(&'static str, String, String)> {
         let live: Vec<JobId> = self.batches.get(&batch)?.live.iter().copied().collect();
         for job in &live {
-            self.cancel(*job, by, fx);
+            self.stop(*job, &format!("cancelled by {by}"), fx);
         }
+        // Together: those that come after others of the batch are cancelled like these.
+        self.end_all(live.iter().map(|job| (*job, End::Cancelled)).collect(), fx);
         Some(("cancel", format!("batch {batch}"), format!("{} jobs", live.len())))
     }
 
@@ -60,6 +62,7 @@ impl Farm {
         }
         fx.changes.push(Change::Retried { job: id });
         fx.log(id, None, format!("queued again by {by}"));
+        self.revive(&job.batches, fx);
         self.admit_job(LiveJob { counts: Counts::default(), running: None, ..job });
         true
     }

@@ -327,10 +327,14 @@ impl World {
         }
         run.wish = None;
         let lost = keep.iter().find(|device| !run.devices.contains(device)).copied();
+        let had = run.devices.clone();
         run.devices.retain(|device| keep.contains(device));
         run.helpers = helpers;
         if let Some(device) = lost {
-            return self.fail("I1", format!("attempt {key} is to keep device {device}, which it has given back"));
+            return self.fail(
+                "I1",
+                format!("attempt {key} is to keep {keep:?} in round {round}; it has {had:?}: not {device}"),
+            );
         }
         self.let_go(n, Holder::Attempt(key), &keep);
         self.beat_now(n);

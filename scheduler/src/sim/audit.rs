@@ -22,6 +22,7 @@ use farm_core::wire::to_node::ToNode;
 use farm_core::wire::to_scheduler::ToScheduler;
 
 use super::Ms;
+use super::scheduler::LONGEST_COMMIT;
 use super::store::index_of;
 use super::world::{World, of_boot};
 use crate::core::check::Held;
@@ -30,9 +31,6 @@ use crate::core::events::Event;
 
 /// Turns between two full looks at a large farm.
 const SELDOM: u64 = 400;
-/// A tenant without any device gets one by then, if nothing but devices is wanting: what runs is handed back after a
-/// minute, or ends.
-const HUNGER: Ms = 240_000;
 /// A bill is exact to this for each device: it is counted in whole milliseconds.
 const ROUNDED: Ms = 5;
 
@@ -169,9 +167,12 @@ impl World {
         if !same_reign || !calm || !matches!(outcome, Outcome::Completed | Outcome::Interrupted) {
             return;
         }
+        // The core's time is that of the event, and an attempt begins for it when its request is asked for.
+        let lag = self.lag(scheduler) + ROUNDED;
+        let early = if self.plan.commit_delay > 0 { LONGEST_COMMIT } else { 0 };
         let least = truth.held;
-        let most = (self.now - truth.began + ROUNDED) * truth.devices;
-        if charged + ROUNDED * truth.devices < least || charged > most {
+        let most = (self.now - truth.began + early + ROUNDED) * truth.devices;
+        if charged + lag * truth.devices < least || charged > most {
             let text =
                 format!("attempt {key} is charged {charged} ms; its devices were held {least} ms, at most {most}");
             self.fail("I5", text);
@@ -301,12 +302,15 @@ impl World {
                 hungry.extend(lead.farm.tenant_of(job).cloned());
             }
         }
+        // Whoever floods the farm has to wait until others have used as much.
         hungry.retain(|tenant| lead.farm.tenant_view(tenant).is_some_and(|view| view.devices == 0));
+        hungry.remove(&self.plan.tenants[0]);
+        let bound = self.settle.patience(self.plan.tenants.len());
         self.hungry.retain(|tenant, _| hungry.contains(tenant));
         for tenant in hungry {
             let since = *self.hungry.entry(tenant.clone()).or_insert(self.now);
-            if self.now - since > HUNGER {
-                return self.fail("I7", format!("tenant {tenant} has had no device for {} s", HUNGER / 1000));
+            if self.now - since > bound {
+                return self.fail("I7", format!("tenant {tenant} has had no device for {} s", bound / 1000));
             }
         }
     }

@@ -109,6 +109,9 @@ impl Devices {
     /// The holder lets go of all but `keep`. Gives the milliseconds that it held those, and who gets devices now.
     pub fn release(&mut self, holder: Holder, keep: &[DeviceIndex], now: Ms) -> (Ms, Vec<Holder>) {
         let mut held = 0;
+        if keep.is_empty() {
+            self.waiting.retain(|waiting| waiting.holder != holder);
+        }
         for (i, hold) in self.holds.iter_mut().enumerate() {
             if let Some(Hold { holder: of, since, .. }) = hold
                 && *of == holder

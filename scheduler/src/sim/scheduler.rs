@@ -28,6 +28,7 @@ const CAMPAIGN: Ms = 500;
 const LEADER_TTL: Ms = 5_000;
 /// Messages of a turn.
 const TURN: usize = 256;
+pub const LONGEST_COMMIT: Ms = 3_000;
 const CHANGES: usize = 4096;
 
 /// What the actor takes.
@@ -298,6 +299,8 @@ impl World {
                     lead.answers.push(call);
                 }
             }
+            // Another submission is committed and the core does not know: its sender asks again.
+            Inbound::Commit(..) if self.schedulers[scheduler].lead.as_ref().is_some_and(|lead| lead.rows_taken) => {}
             Inbound::Commit(batch, call) => {
                 if !self.is_flushed(scheduler) {
                     return self.put_back(scheduler, Inbound::Commit(batch, call), at);
@@ -421,7 +424,7 @@ impl World {
     }
 
     fn write(&mut self, scheduler: usize, reign: u32, delay: Ms) {
-        let takes = if delay == 0 { 0 } else { self.random.span(delay, 3_000) };
+        let takes = if delay == 0 { 0 } else { self.random.span(delay, LONGEST_COMMIT) };
         if takes == 0 {
             return self.commit(scheduler);
         }
@@ -529,6 +532,13 @@ impl World {
                 job.is_none_or(|job| lead.farm.holds(job)).then_some(wish)
             }
         }
+    }
+
+    /// How far the core's time is behind.
+    pub fn lag(&self, scheduler: usize) -> Ms {
+        let this = &self.schedulers[scheduler];
+        let core = this.lead.as_ref().map(|lead| lead.farm.now()).unwrap_or_default();
+        this.time(self.now).since(core).as_millis() as Ms
     }
 
     /// A scheduler that leads and can be reached, whether it is the leader or not.

@@ -11,9 +11,9 @@ use crate::core::events::{Scope, Wish};
 
 /// Between two looks.
 const LOOK: Ms = 2_000;
-/// A drain has to be through by then: the longest silence, and the longest attempt.
+/// A drain has to be through by then, and what hangs given up.
 const DRAIN: Ms = 300_000;
-/// What is left has to be done by then, however little it is.
+/// What is left has to be done by then, however little it is, but for what hangs.
 const REST: Ms = 900_000;
 /// After this, jobs that no node of the farm can render are given up by their users.
 const PATIENCE: Ms = 30_000;
@@ -39,12 +39,24 @@ pub struct Settle {
     phase: Phase,
     /// How long the work of a job may take, on all devices together.
     per_job: Ms,
+    /// An attempt that hangs is given up after so long, which is ten times what it is expected to take, by what was measured
+    /// of others at worst: the clock may have jumped.
+    hang: Ms,
 }
 
 impl Settle {
     pub fn new(plan: &Plan) -> Self {
         let longest = plan.kinds.iter().map(|kind| kind.seconds).fold(1.0, f64::max);
-        Self { phase: Phase::Active, per_job: (30_000.0 + 8_000.0 * longest) as Ms }
+        Self {
+            phase: Phase::Active,
+            per_job: (30_000.0 + 8_000.0 * longest) as Ms,
+            hang: (4_000_000.0 + 60_000.0 * longest) as Ms,
+        }
+    }
+
+    /// How long one of so many tenants may be without any device: what runs is handed back after a minute, or ends.
+    pub fn patience(&self, tenants: usize) -> Ms {
+        120_000 + tenants as Ms * self.per_job
     }
 
     pub fn has_begun(&self) -> bool {
@@ -94,7 +106,7 @@ impl World {
                 self.after(1_000, Due::NodeUp { node: n, boots });
             }
         }
-        self.settle.phase = Phase::Draining { until: now + DRAIN };
+        self.settle.phase = Phase::Draining { until: now + DRAIN + self.settle.hang };
     }
 
     fn look_at_drains(&mut self, until: Ms) {
@@ -106,7 +118,10 @@ impl World {
         let busy = self.store.drained.iter().find(is_drained).cloned();
         match busy {
             Some(node) if self.now >= until => {
-                self.fail("I10", format!("node {node} is drained and still busy after {} s", DRAIN / 1000));
+                self.fail(
+                    "I10",
+                    format!("node {node} is drained and still busy after {} s", (DRAIN + self.settle.hang) / 1000),
+                );
             }
             Some(_) => {}
             None => self.open_up(),
@@ -120,7 +135,7 @@ impl World {
         let jobs = self.store.live.len() as Ms;
         let slots: usize = self.nodes.iter().map(|node| node.devices.holds.len()).sum();
         let work = self.settle.per_job * jobs / (slots as Ms / 4).max(1);
-        self.settle.phase = Phase::Ending { since: now, until: now + REST + work, asked: now };
+        self.settle.phase = Phase::Ending { since: now, until: now + REST + self.settle.hang + work, asked: now };
         self.ask_for_all();
     }
 

@@ -52,6 +52,8 @@ pub struct Batch {
     pub max_failures: Option<u32>,
     pub paused: bool,
     pub jobs: Vec<JobId>,
+    /// All its jobs had ended once; some may have been tried again since.
+    pub was_over: bool,
 }
 
 /// A line of a submission.
@@ -255,9 +257,9 @@ impl Store {
                     let job = job_id(self.rows.len());
                     let seq = self.rows.len() as u64 + 1;
                     let mut after = new.live.after.clone();
-                    after.extend(
-                        new.after_lines.iter().filter_map(|line| lines.get(*line)).map(|on| Dependency::Job(*on)),
-                    );
+                    let on_lines = new.after_lines.iter().filter_map(|line| lines.get(*line));
+                    let on_lines = on_lines.map(|on| Dependency::Job(*on)).filter(|on| !self.is_hopeless(on));
+                    after.extend(on_lines);
                     lines.push(job);
                     let live = LiveJob {
                         job,
@@ -288,7 +290,8 @@ impl Store {
                 }
             }
         }
-        self.batches.insert(submission, Batch { max_failures, paused: false, jobs: members.clone() });
+        self.batches.insert(submission, Batch { max_failures, paused: false, jobs: members.clone(), was_over: false });
+        self.note_over(&[submission]);
         let fresh = members.iter().filter(|job| self.row(**job).is_some_and(|row| row.untold));
         submitted.queued = fresh.filter_map(|job| Some(self.live_of(self.row(*job)?))).collect();
         let failed = members.iter().filter(|job| self.row(**job).is_some_and(|row| row.state == JobState::Failed));
@@ -398,8 +401,20 @@ impl Store {
         }
         if let Change::Done { job, .. } | Change::Failed { job, .. } | Change::Cancelled { job } = change {
             self.live.remove(job);
+            let batches = self.row(*job).map(|row| row.live.batches.clone()).unwrap_or_default();
+            self.note_over(&batches);
         }
         Ok(())
+    }
+
+    fn note_over(&mut self, batches: &[SubmissionId]) {
+        for id in batches {
+            if let Some(batch) = self.batches.get_mut(id)
+                && !batch.jobs.iter().any(|job| self.live.contains(job))
+            {
+                batch.was_over = true;
+            }
+        }
     }
 
     fn pause(&mut self, scope: &Scope, paused: bool) -> Result<(), Refused> {
@@ -451,7 +466,11 @@ impl Store {
             return broken("I10", format!("job {job} starts on node {node}, which is drained"));
         }
         let Some(row) = self.row(job) else { return broken("I9", format!("there is no job {job}")) };
-        if let Some(early) = row.after.iter().find(|on| !self.is_done(on)) {
+        let was_done = |on: &Dependency| match on {
+            Dependency::Batch(batch) => self.batches.get(batch).is_some_and(|batch| batch.was_over),
+            Dependency::Job(_) => self.is_done(on),
+        };
+        if let Some(early) = row.after.iter().find(|on| !was_done(on)) {
             return broken("I9", format!("job {job} starts before {early:?} is done"));
         }
         let tenant_paused = self.tenants.get(&row.live.tenant).is_some_and(|(_, paused)| *paused);

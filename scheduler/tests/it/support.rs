@@ -87,17 +87,24 @@ pub struct Rig {
     pub sent: Arc<Sent>,
     pub artifacts: ArtifactStore,
     /// Lives as long as the rig.
-    _folder: tempfile::TempDir,
+    folder: Arc<tempfile::TempDir>,
     stop: CancellationToken,
 }
 
 impl Rig {
     pub async fn start() -> Self {
-        Self::set_up(None, Config::default()).await
+        Self::set_up(folder(), None, Config::default()).await
+    }
+
+    /// The next scheduler on the same data. No node has joined it.
+    pub async fn restart(self) -> Self {
+        let folder = self.folder.clone();
+        drop(self);
+        Self::set_up(folder, None, Config::default()).await
     }
 
     pub async fn with_secret(secret: Option<&str>) -> Self {
-        Self::set_up(secret, Config::default()).await
+        Self::set_up(folder(), secret, Config::default()).await
     }
 
     /// One that keeps nothing of ended jobs.
@@ -105,11 +112,10 @@ impl Rig {
         let none = Duration::ZERO;
         let mut config = Config::default();
         config.keep.0 = Retention { leftovers: none, logs: none, jobs: Duration::from_secs(3600), audit: none };
-        Self::set_up(None, config).await
+        Self::set_up(folder(), None, config).await
     }
 
-    async fn set_up(secret: Option<&str>, config: Config) -> Self {
-        let folder = tempfile::tempdir().unwrap();
+    async fn set_up(folder: Arc<tempfile::TempDir>, secret: Option<&str>, config: Config) -> Self {
         let secret = secret.map(|text| {
             use std::os::unix::fs::PermissionsExt;
             let file = folder.path().join("secret");
@@ -144,7 +150,7 @@ impl Rig {
         let gc = Gc::new(artifacts.clone(), queue.clone(), config.keep.0);
         let api = Api::new(stands, queue, artifacts.clone(), link, secret, gc, config.prices);
         tokio::spawn(listen::serve(listener, router(api), stop.clone()));
-        Self { http: Http::new(address, token), scheduler, sent, artifacts, _folder: folder, stop }
+        Self { http: Http::new(address, token), scheduler, sent, artifacts, folder, stop }
     }
 
     /// A node that has been welcomed.
@@ -160,6 +166,10 @@ impl Drop for Rig {
     fn drop(&mut self) {
         self.stop.cancel();
     }
+}
+
+fn folder() -> Arc<tempfile::TempDir> {
+    Arc::new(tempfile::tempdir().unwrap())
 }
 
 pub fn registration(devices: usize, models: &[&str], store: &str) -> Registration {
@@ -282,6 +292,11 @@ impl Process {
     /// Sends a signal that ends it and gives the exit code, if it was not the signal itself that did.
     pub fn end(&mut self, signal: i32) -> Option<i32> {
         self.send(signal);
+        self.ended()
+    }
+
+    /// Waits for its end and gives the exit code, if it was no signal that ended it.
+    pub fn ended(&mut self) -> Option<i32> {
         self.child.wait().unwrap().code()
     }
 }

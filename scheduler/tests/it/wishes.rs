@@ -77,7 +77,26 @@ async fn a_drained_node_hands_its_work_back_and_gets_none() {
     node.hear("a yield", |message| matches!(message, ToNode::Yield { key, .. } if *key == start.key)).await;
     let view: NodeView = rig.http.post("/v1/nodes/a/undrain").await;
     assert_eq!(view.closed, None);
-    refused(post(&rig, "/v1/nodes/b/drain"), StatusCode::NOT_FOUND).await;
+    for order in ["drain", "undrain"] {
+        let unknown = refused(post(&rig, &format!("/v1/nodes/b/{order}")), StatusCode::NOT_FOUND).await;
+        assert!(unknown.error.contains("no node b has joined"), "{unknown:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_node_that_was_drained_and_has_left_is_known_by_its_name() {
+    let rig = Rig::start().await;
+    rig.node("a", 1, &["tiny"]).await;
+    let _: NodeView = rig.http.post("/v1/nodes/a/drain").await;
+    let rig = rig.restart().await;
+    let closed = async |order: &str| {
+        let view: NodeView = rig.http.post(&format!("/v1/nodes/a/{order}")).await;
+        assert!(!view.alive);
+        view.closed
+    };
+    assert_eq!(closed("drain").await.as_deref(), Some("drained; not joined"));
+    assert_eq!(closed("undrain").await.as_deref(), Some("not joined"));
+    refused(post(&rig, "/v1/nodes/a/undrain"), StatusCode::NOT_FOUND).await;
 }
 
 #[tokio::test]
@@ -154,8 +173,9 @@ async fn gc_removes_what_nobody_needs_and_nothing_else() {
         put(key).await;
     }
     let count = GcReport { clips: 1, clip_bytes: 5, latents: 1, latent_bytes: 5, ..GcReport::default() };
-    let objects = |report: GcReport| GcReport { log_rows: 0, job_rows: 0, audit_rows: 0, ..report };
+    let objects = |report: GcReport| GcReport { log_rows: 0, job_rows: 0, audit_rows: 0, more: false, ..report };
     let looked: GcReport = ok(post(&rig, "/v1/gc").body(r#"{"dry_run":true}"#)).await;
+    assert!(!looked.more, "all is counted at once");
     assert_eq!(objects(looked), GcReport { dry_run: true, ..count });
     for key in kept.iter().chain(&lost).chain(&running) {
         assert!(rig.artifacts.head(key).await.unwrap().is_some(), "{key}");
@@ -170,4 +190,5 @@ async fn gc_removes_what_nobody_needs_and_nothing_else() {
     }
     let again: GcReport = rig.http.post("/v1/gc").await;
     assert_eq!(objects(again), GcReport::default());
+    assert_eq!(again.more, again.log_rows + again.job_rows + again.audit_rows > 0);
 }

@@ -49,6 +49,14 @@ impl Dialect {
         }
     }
 
+    /// Likewise, but others may hold the row in the same way.
+    pub(super) fn for_share(self) -> &'static str {
+        match self {
+            Self::Sqlite => "",
+            Self::Postgres => " FOR SHARE",
+        }
+    }
+
     /// Whether a column has one of some words, none of which is part of another, for rows that are found by their keys. Said
     /// plainly, either planner would rather walk along an index of all rows that have the word, and compare each of them
     /// with each key: it does not know that there are many.
@@ -58,6 +66,15 @@ impl Dialect {
             Self::Postgres => format!("strpos({column}, '{word}') > 0"),
         };
         format!("({})", words.iter().map(one).collect::<Vec<_>>().join(" OR "))
+    }
+
+    /// Waits for all other transactions that have said this. SQLite's writers are alone anyway.
+    pub(super) fn one_at_a_time(self) -> Option<&'static str> {
+        match self {
+            Self::Sqlite => None,
+            // "farm", and the next number after the leader's.
+            Self::Postgres => Some("SELECT CAST(COUNT(pg_advisory_xact_lock(1717662317, 2)) AS BIGINT) AS waited"),
+        }
     }
 
     /// Begins a transaction that writes.

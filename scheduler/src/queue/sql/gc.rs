@@ -55,7 +55,7 @@ impl SqlQueue {
 
     /// A job that was queued again in the meantime is left alone.
     pub(super) async fn write_clean(&self, epoch: Epoch, jobs: &[JobId]) -> Result<(), QueueError> {
-        let mut tx = self.begin_in(epoch).await?;
+        let mut tx = self.begin_alone(epoch).await?;
         let v = self.dialect.rows(&[Text("id")]);
         let text =
             format!("UPDATE jobs SET clean = 1 FROM {v} AS v WHERE jobs.id = v.id AND jobs.finished IS NOT NULL");
@@ -89,7 +89,7 @@ impl SqlQueue {
         let rows = query(text).bind(jobs).bind(PRUNE_ROWS).fetch_all(&self.readers).await?;
         let found = rows.iter().map(|row| Ok([get_i64(row, "seq")?])).collect::<Result<Vec<_>, QueueError>>()?;
 
-        let mut tx = self.begin_in(epoch).await?;
+        let mut tx = self.begin_alone(epoch).await?;
         let mut pruned = self.remove_jobs(&mut tx, &found).await?;
         let text =
             format!("DELETE FROM job_log WHERE job IN (SELECT o.seq FROM {LOGGED} ORDER BY o.finished LIMIT $2)");

@@ -41,6 +41,9 @@ use crate::core::events::{LiveJob, LoadedRequest, Saved};
 
 /// Longest wait for a free connection, and in SQLite for another connection's lock.
 const WAIT: Duration = Duration::from_secs(10);
+/// Longest wait of a write in SQLite for the one before, which may be a submission of a million lines: the end of this wait
+/// is the end of the reign.
+const WRITE_WAIT: Duration = Duration::from_secs(120);
 const READERS: u32 = 4;
 /// Of Postgres: the scheduler's own writes, and pages of uploads beside them.
 const WRITERS: u32 = 4;
@@ -71,7 +74,8 @@ impl SqlQueue {
         match location {
             Location::File(file) => {
                 make_folder(file).map_err(|error| opened(sqlx::Error::Io(error)))?;
-                let writer = pool(1, SQLITE_SESSION.to_owned()).connect(&url).await.map_err(opened)?;
+                let writer = pool(1, SQLITE_SESSION.to_owned()).acquire_timeout(WRITE_WAIT);
+                let writer = writer.connect(&url).await.map_err(opened)?;
                 sqlx::migrate!("./migrations/sqlite").run(&writer).await?;
                 let readers = format!("{SQLITE_SESSION} PRAGMA query_only = 1;");
                 let readers = pool(READERS, readers).connect(&url).await.map_err(opened)?;
@@ -92,10 +96,21 @@ impl SqlQueue {
         Ok(self.writer.begin_with(self.dialect.begin_write()).await?)
     }
 
-    /// A transaction of the reign that holds now. No other write and no new reign comes between.
+    /// A transaction of the reign that holds now. No new reign comes between, and no write that began by
+    /// [`Self::begin_alone`]. Of those that did not, each leaves alone what the others change: the changes of live jobs, and
+    /// one submission at a time.
     async fn begin_in(&self, epoch: Epoch) -> Result<Transaction<'static, Any>, QueueError> {
+        self.begin_locked(epoch, self.dialect.for_share()).await
+    }
+
+    /// Likewise, and no other write comes between.
+    async fn begin_alone(&self, epoch: Epoch) -> Result<Transaction<'static, Any>, QueueError> {
+        self.begin_locked(epoch, self.dialect.for_update()).await
+    }
+
+    async fn begin_locked(&self, epoch: Epoch, lock: &str) -> Result<Transaction<'static, Any>, QueueError> {
         let mut tx = self.begin().await?;
-        let reign = format!("SELECT epoch FROM reign{}", self.dialect.for_update());
+        let reign = format!("SELECT epoch FROM reign{lock}");
         let newest = get_i64(&query(reign).fetch_one(&mut *tx).await?, "epoch")?;
         if newest.cast_unsigned() != epoch.0 {
             return Err(QueueError::Superseded(epoch));
@@ -107,6 +122,11 @@ impl SqlQueue {
     #[cfg(test)]
     pub async fn unfinished(&self, epoch: Epoch) -> Result<Transaction<'static, Any>, QueueError> {
         self.begin_in(epoch).await
+    }
+
+    #[cfg(test)]
+    pub fn readers(&self) -> &AnyPool {
+        &self.readers
     }
 
     /// A transaction whose reads all see one moment.

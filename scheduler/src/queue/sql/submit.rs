@@ -63,6 +63,10 @@ impl SqlQueue {
     pub(super) async fn write_batch(&self, epoch: Epoch, batch: Batch, at: Timestamp) -> Result<Committed, QueueError> {
         let Batch { submission, tenant, max_queued, max_failures, jobs, mut reply } = batch;
         let mut tx = self.begin_in(epoch).await?;
+        if let Some(wait) = self.dialect.one_at_a_time() {
+            // Their lines are numbered, and may be the same jobs.
+            query(wait).fetch_one(&mut *tx).await?;
+        }
         let open = format!("SELECT n, reply FROM submissions WHERE id = $1{}", self.dialect.for_update());
         let row = query(open)
             .bind(submission.to_string())
@@ -142,7 +146,7 @@ impl Commit {
         match query(text).bind(tenant.to_string()).fetch_optional(&mut *self.tx).await? {
             Some(_) => Ok(()),
             None => Err(QueueError::Refused(format!(
-                "there is no tenant {tenant}; make it with farmctl quota, or submit for another with --tenant"
+                "there is no tenant {tenant}; make it with `farmctl quota {tenant} --share 1`, or submit for another with --tenant"
             ))),
         }
     }

@@ -1,14 +1,16 @@
 //! Who leads, and who does not any more.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use farm_core::id::Epoch;
+use tokio::time::timeout;
 
 use super::super::location::Location;
 use super::super::sql::SqlQueue;
 use super::super::store::{LEADER_TTL, QueueError, QueueStore};
 use super::super::testing::{Postgres, Setup};
-use super::{Queue, at, jobs, reign, rules, state};
+use super::{Queue, at, batch, jobs, key, new_job, opened, reign, rules, started, state};
 use crate::core::effects::Change;
 use farm_core::job::state::JobState;
 
@@ -71,6 +73,53 @@ async fn a_standby_leads_when_the_leader_has_gone_or_is_silent() {
     assert!(matches!(late, Err(QueueError::Superseded(_))), "{late:?}");
     assert_eq!(state(&*heir, job).await, JobState::Queued);
     queue.check().await;
+}
+
+#[tokio::test]
+async fn changes_are_written_while_a_submission_is_and_submissions_one_by_one() {
+    const PATIENCE: Duration = Duration::from_secs(8);
+    let server = Postgres::start(&Setup::default());
+    let queue = Queue::postgres(&server);
+    let location: Location = queue.place.parse().unwrap();
+    let store = Arc::new(SqlQueue::open(&location).await.unwrap());
+    let epoch = reign(&*store).await;
+    let job = jobs(&*store, epoch, 1).await[0];
+    let first = opened(&*store).await;
+    // Its commit takes as long as somebody keeps its row.
+    let mut keeps = store.unfinished(epoch).await.unwrap();
+    sqlx::query("SELECT n FROM submissions FOR UPDATE").execute(&mut *keeps).await.unwrap();
+    let commit = |submission, lines: std::ops::Range<u32>| {
+        let store = store.clone();
+        let lines = lines.map(new_job).collect();
+        tokio::spawn(async move { store.commit_submission(epoch, batch(submission, lines), at(1)).await })
+    };
+    let slow = commit(first, 10..20);
+    waits_for_locks(&store, 1).await;
+    let second = opened(&*store).await;
+    let behind = commit(second, 15..25);
+    waits_for_locks(&store, 2).await;
+
+    let change = [started(key(job, 1, epoch))];
+    timeout(PATIENCE, store.apply(epoch, &change, at(2))).await.unwrap().unwrap();
+    assert_eq!(state(&*store, job).await, JobState::Running);
+    assert!(!slow.is_finished() && !behind.is_finished());
+
+    keeps.rollback().await.unwrap();
+    let (slow, behind) = (slow.await.unwrap().unwrap().reply, behind.await.unwrap().unwrap().reply);
+    assert_eq!((slow.new, slow.existing), (10, 0));
+    assert_eq!((behind.new, behind.existing), (5, 5));
+    queue.check().await;
+}
+
+/// Waits until so many sessions wait for others.
+async fn waits_for_locks(store: &SqlQueue, sessions: i64) {
+    let text = "SELECT CAST(COUNT(*) AS BIGINT) FROM pg_stat_activity WHERE wait_event_type = 'Lock' \
+                AND datname = current_database()";
+    let end = Instant::now() + Duration::from_secs(8);
+    while sqlx::query_scalar::<_, i64>(text).fetch_one(store.readers()).await.unwrap() != sessions {
+        assert!(Instant::now() < end, "nobody waits");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
 }
 
 #[tokio::test]
