@@ -3,7 +3,7 @@
 export PATH := $(PATH):$(or $(CARGO_HOME),$(HOME)/.cargo)/bin
 BIN := $(or $(CARGO_TARGET_DIR),target)/release
 
-.PHONY: setup build demo test lint alone chaos sim bench bench-usp bench-tiles bench-decode bench-overhead clean
+.PHONY: setup build demo test lint alone chaos sim bench bench-usp bench-tiles bench-decode bench-overhead bench-sched clean
 
 setup:
 	@tools/setup.sh
@@ -61,6 +61,13 @@ bench-tiles: build
 bench-decode: build
 	$(BIN)/farm-node bench decode --model assets/mochi-tiny
 	$(BIN)/farm-node bench stitch
+
+# The scheduler against its goals: decisions, ticks, gangs, a whole farm filled, rows, a long file, waits in a trace. Three
+# minutes on idle cores; ends with all that failed. TRACE=lora_request_trace.csv takes the published trace in place of a
+# synthetic one.
+bench-sched: setup
+	cargo build --release --locked -p farm-scheduler --features testing
+	tools/bench-sched.sh $(BIN)/farm-scheduler $(TRACE)
 
 # A clip of a minute, rendered by one process and by a farm of one node in turn. Takes ten minutes.
 bench-overhead: build

@@ -9,11 +9,13 @@
 //! | [`api`] | what `farmctl` and people talk to |
 //! | [`gc`], [`config`] | what is not kept; prices and retention |
 //! | [`link`] | the way to the nodes |
+//! | [`bench`] | how fast and how fair it is |
 //! | [`listen`], [`run`] | the one port; start and stop |
 //! | [`sim`] | a simulator of the whole farm around the core |
 
 pub mod actor;
 pub mod api;
+pub mod bench;
 pub mod config;
 pub mod core;
 pub mod gc;

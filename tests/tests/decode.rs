@@ -50,7 +50,10 @@ fn a_node_that_decodes_has_one_clip_while_the_one_that_denoises_has_the_next() {
     let mut split = farm();
     split.start_node_with("painter", 1, &["--role", "denoise"]);
     split.start_node_with("reader", 1, &["--role", "decode"]);
-    split.submit(&lines(&[line("first", 85, 4), line("second", 7, 4)]));
+    let mut first = line("first", 85, 4);
+    // Else the shorter one would go first.
+    first["priority"] = 1.into();
+    split.submit(&lines(&[first, line("second", 7, 4)]));
     let jobs = split.done(LIMIT);
     let first = &jobs[0]["result"];
     assert_eq!((&first["node"], &first["decode"]["hands"]), (&json!("painter"), &json!(["reader 0"])));

@@ -4,6 +4,7 @@
 //! ends with `# exit status N` has to end so, any other with 0. A block marked `jsonl NAME` is that file. Programs that
 //! stay in the foreground are started, and the next command runs when they are ready.
 
+use std::cell::OnceCell;
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::symlink;
 use std::os::unix::process::CommandExt;
@@ -12,11 +13,18 @@ use std::sync::mpsc::{Receiver, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use farm_scheduler::queue::testing::Postgres;
 use farm_tests::{programs, repository};
 
 /// The documents with commands.
-const WALKS: [&str; 5] =
-    ["README.md", "docs/prompt-file.md", "docs/farmctl.md", "docs/parallelism.md", "docs/tiles.md"];
+const WALKS: [&str; 6] = [
+    "README.md",
+    "docs/prompt-file.md",
+    "docs/farmctl.md",
+    "docs/parallelism.md",
+    "docs/tiles.md",
+    "docs/operations.md",
+];
 /// A job's short id in the documents; a real one takes its place.
 const SAMPLE_JOB: &str = "5a0c31f2";
 /// A batch's short id in the documents; that of the newest takes its place.
@@ -25,6 +33,8 @@ const SAMPLE_BATCH: &str = "9c41d07e";
 const SAMPLE_PORT: &str = ":7070";
 const SAMPLE_HOST: &str = "10.0.0.1";
 const SAMPLE_STORE: &str = "/mnt/farm";
+/// A Postgres of the test's own takes its place.
+const SAMPLE_QUEUE: &str = "postgres://farm@db/farm";
 /// For one command, and for a program to get ready.
 const LIMIT: Duration = Duration::from_secs(120);
 const POLL: Duration = Duration::from_millis(50);
@@ -55,6 +65,11 @@ fn the_page_on_tiles_works_as_written() {
 }
 
 #[test]
+fn the_page_on_operations_works_as_written() {
+    Walk::new().run(WALKS[5]);
+}
+
+#[test]
 fn no_document_hides_commands_from_this_test() {
     let mut documents = vec![repository().join("README.md")];
     documents.extend(std::fs::read_dir(repository().join("docs")).unwrap().map(|entry| entry.unwrap().path()));
@@ -74,6 +89,7 @@ struct Walk {
     running: Vec<Running>,
     folder: tempfile::TempDir,
     port: Option<u16>,
+    postgres: OnceCell<Postgres>,
 }
 
 /// A program in the foreground of a terminal of its own.
@@ -100,7 +116,7 @@ impl Walk {
             symlink(repository().join(name), folder.path().join(name)).unwrap();
         }
         std::fs::create_dir(folder.path().join("store")).unwrap();
-        Self { running: Vec::new(), folder, port: None }
+        Self { running: Vec::new(), folder, port: None, postgres: OnceCell::new() }
     }
 
     fn run(mut self, document: &str) {
@@ -209,6 +225,10 @@ impl Walk {
     fn real(&self, line: &str) -> String {
         let mut line = line.replace(SAMPLE_HOST, "127.0.0.1");
         line = line.replace(SAMPLE_STORE, self.folder.path().join("store").to_str().unwrap());
+        if line.contains(SAMPLE_QUEUE) {
+            let postgres = self.postgres.get_or_init(|| Postgres::start(&Default::default()));
+            line = line.replace(SAMPLE_QUEUE, &postgres.database());
+        }
         if let Some(port) = self.port {
             line = line.replace(SAMPLE_PORT, &format!(":{port}"));
         }

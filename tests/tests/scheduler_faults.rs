@@ -25,7 +25,7 @@ const SUBMIT_EVERY: Duration = Duration::from_secs(4);
 /// No clip is finished for so long: something is stuck for good.
 const STUCK: Duration = Duration::from_secs(90);
 /// Once nothing is broken any more.
-const SETTLED: Duration = Duration::from_secs(180);
+const SETTLED: Duration = Duration::from_secs(300);
 /// From a kill to the next attempt, for all but one in a hundred.
 const ELSEWHERE: Duration = Duration::from_secs(20);
 const LOOK: Duration = Duration::from_millis(300);
@@ -260,7 +260,7 @@ fn watch(farm: &Farm, network: &Arc<Network>) -> Arc<Mutex<Look>> {
 /// Clips of about a second of one core.
 fn lines(clips: std::ops::Range<u64>) -> String {
     let line = |n: u64| {
-        let steps = [32, 64, 128, 256][n as usize % 4];
+        let steps = [12, 24, 48, 96][n as usize % 4];
         format!(
             r#"{{"prompt": "a red ball growing on a black background", "id": "clip-{n}", "num_inference_steps": {steps}, "num_frames": 13, "seed": {n}}}"#
         )

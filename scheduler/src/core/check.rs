@@ -41,7 +41,7 @@ impl Farm {
     /// The structures agree with each other.
     pub fn check(&self) -> Result<(), String> {
         let mut sums = Sums::default();
-        for (id, job) in &self.jobs {
+        for (id, job) in self.jobs.iter() {
             self.check_phase(*id, job)?;
             sums.add(*id, job);
         }
@@ -175,7 +175,7 @@ impl Farm {
     }
 
     fn check_batches(&self) -> Result<(), String> {
-        for (id, job) in &self.jobs {
+        for (id, job) in self.jobs.iter() {
             let stray =
                 job.batches.iter().find(|batch| !self.batches.get(*batch).is_some_and(|known| known.live.contains(id)));
             ensure!(stray.is_none(), "job {id} is not in its batch {stray:?}");

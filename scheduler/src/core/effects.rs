@@ -1,5 +1,7 @@
 //! What follows from an event. The shell commits `changes` in one transaction, and only then sends and answers.
 
+use std::sync::Arc;
+
 use farm_core::api::TenantSpec;
 use farm_core::id::{AttemptKey, AttemptNo, BootId, DeviceIndex, JobId, NodeId, TenantId};
 use farm_core::job::state::FailureKind;
@@ -32,7 +34,7 @@ pub enum Change {
     /// Queued → running; a new attempt row. `device` names its devices; `base` is the seconds that it would take by the
     /// devices' rates alone, before what was measured of such attempts is taken into account.
     Started {
-        start: Box<StartAttempt>,
+        start: Arc<StartAttempt>,
         node: NodeId,
         boot: BootId,
         device: String,

@@ -25,6 +25,7 @@ use super::help::Want;
 use super::rates::Rates;
 use super::reserve::Reservations;
 use super::stock::{Filed, GroupIx, Stock};
+use super::table::Jobs;
 use super::tenant::{Place, Tenant, TenantIx};
 
 /// Spans and counts that the rules use. The defaults are the product's; tests use smaller ones.
@@ -197,7 +198,7 @@ pub(super) struct Hands {
 #[derive(Clone, Debug)]
 pub(super) enum Confirmation {
     /// The node has not listed the attempt yet; the command is repeated.
-    Awaited { since: Time, start: Box<StartAttempt> },
+    Awaited { since: Time, start: Arc<StartAttempt> },
     /// The node lists the attempt, or is expected to: an attempt from before this scheduler started.
     Listed,
     /// The node listed the attempt once and has stopped doing so.
@@ -291,7 +292,7 @@ pub struct Farm {
     /// Somebody paused the whole farm.
     pub(super) paused: bool,
     /// Queued and running jobs.
-    pub(super) jobs: HashMap<JobId, Job>,
+    pub(super) jobs: Jobs,
     pub(super) classes: Classes,
     /// The default tenant is the first.
     pub(super) tenants: Vec<Tenant>,
@@ -351,7 +352,7 @@ impl Farm {
             tiling,
             wall_ms: wall_ms.saturating_sub(now.0.as_millis() as i64),
             paused,
-            jobs: HashMap::with_capacity(jobs.len()),
+            jobs: Jobs::with_capacity(jobs.len()),
             classes: Classes::default(),
             tenants: Vec::new(),
             tenant_ix: HashMap::new(),

@@ -40,7 +40,13 @@ impl Sizes {
         };
         let Some(site) = &spec.site else {
             let work = TOKEN_STEP * (clip.tokens * clip.steps) as f64;
-            return Self { base: vec![Some(work)], topologies: sizes().map(any).collect(), rated: false };
+            // Nothing says how much faster several are, so a clip that needs several is expected to take as long as on one,
+            // until it is measured.
+            return Self {
+                base: vec![Some(work); sizes().count()],
+                topologies: sizes().map(any).collect(),
+                rated: false,
+            };
         };
         let best: Vec<_> = sizes().map(|devices| predict(shape, &clip, site, devices)).collect();
         let topology = |(i, best): (usize, &Option<Candidate>)| best.map(|best| best.topology).or_else(|| any(i + 1));

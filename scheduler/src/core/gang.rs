@@ -47,7 +47,7 @@ impl Load {
     }
 
     /// The size that finishes first; of equals, the smallest.
-    fn best(&self, seconds: &[Option<f64>]) -> Option<usize> {
+    pub fn best(&self, seconds: &[Option<f64>]) -> Option<usize> {
         let sizes = (1..=self.most()).filter_map(|size| Some((size, self.finish(size, seconds)?)));
         sizes.reduce(|best, next| if next.1 < best.1 { next } else { best }).map(|(size, _)| size)
     }

@@ -1,5 +1,6 @@
 //! Devices for one job: where it would be done soonest, what is kept for it, and taking them.
 
+use std::cell::RefCell;
 use std::cmp::Reverse;
 use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
@@ -7,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use farm_core::id::{DeviceIndex, JobId, NodeId};
+use rustc_hash::FxHashMap;
 
 use super::class::{Class, ClassIx};
 use super::events::Time;
@@ -19,6 +21,9 @@ use super::reserve::Reservation;
 use super::stock::{Found, GroupIx};
 use super::tenant::TenantIx;
 
+/// What the rule's choice for a pass depends on: class, group, devices needed, devices that can be had.
+type Question = (ClassIx, GroupIx, usize, usize);
+
 /// One pass over the queue.
 #[derive(Default)]
 pub(super) struct Round {
@@ -28,6 +33,8 @@ pub(super) struct Round {
     /// Jobs that wait for each group's devices, and those that the pass has started on them.
     pub waiting: HashMap<GroupIx, usize>,
     pub started: HashMap<GroupIx, usize>,
+    /// The rule's choice for the whole pass.
+    sizes: RefCell<FxHashMap<Question, Option<usize>>>,
     /// Nothing more of these can start.
     pub blocked: HashSet<ClassIx>,
     /// The first job of each tenant that has found no device.
@@ -48,6 +55,7 @@ pub(super) enum Blocked {
 struct Case {
     job: JobId,
     tenant: TenantIx,
+    ix: ClassIx,
     fit: Rc<Fit>,
     class: Arc<Class>,
     model: Arc<str>,
@@ -121,6 +129,7 @@ impl Farm {
         Some(Case {
             job: id,
             tenant,
+            ix: class,
             class: self.classes.get(class).clone(),
             model: fit.model.clone()?,
             fit,
@@ -189,23 +198,37 @@ impl Farm {
         if !choice.sizes.rated {
             return Grant::Devices(1);
         }
-        let mut seconds = choice.sizes.base.clone();
-        // Sizes of which nothing sensible is predicted count as not predicted; relations are those of the rates.
-        seconds.iter_mut().take(case.least - 1).for_each(|seconds| *seconds = None);
-        let load = |free_of: &dyn Fn(GroupIx) -> Vec<usize>, waiting: usize| {
+        let groups = || case.fit.choices.iter().map(|choice| choice.group);
+        let counts = |free: &mut dyn Iterator<Item = &[usize]>| {
             let mut nodes = vec![0; free_most + 1];
-            for other in &case.fit.choices {
-                for (free, count) in free_of(other.group).into_iter().enumerate() {
-                    nodes[free.min(free_most)] += count;
-                }
+            for (free, count) in free.flat_map(|of_group| of_group.iter().enumerate()) {
+                nodes[free.min(free_most)] += count;
             }
-            Load { free: nodes, waiting }
+            nodes
         };
         let waiting = round.waiting.get(&choice.group).copied().unwrap_or(1).max(1);
         let started = round.started.get(&choice.group).copied().unwrap_or(0);
-        let start = load(&|ix| round.free_at_start.get(&ix).cloned().unwrap_or_default(), waiting + started);
-        let now = load(&|ix| self.stock.group(ix).free().to_vec(), waiting);
-        grant(&start, &now, &seconds)
+        let seconds = || {
+            let mut seconds = choice.sizes.base.clone();
+            // Sizes of which nothing sensible is predicted count as not predicted; relations are those of the rates.
+            seconds.iter_mut().take(case.least - 1).for_each(|seconds| *seconds = None);
+            seconds
+        };
+        let start = || {
+            let at_start = |ix| round.free_at_start.get(&ix).map_or(&[] as &[usize], Vec::as_slice);
+            Load { free: counts(&mut groups().map(at_start)), waiting: waiting + started }
+        };
+        let free = |ix| self.stock.group(ix).free().iter().enumerate().map(|(free, count)| free.min(free_most) * count);
+        if waiting > groups().flat_map(free).sum() {
+            // What a pass begins with does not change, so its sizes need not be worked out for each job.
+            let key = (case.ix, choice.group, case.least, free_most);
+            let of_round = *round.sizes.borrow_mut().entry(key).or_insert_with(|| start().best(&seconds()));
+            if let Some(size) = of_round.filter(|size| *size <= free_most) {
+                return Grant::Devices(size);
+            }
+        }
+        let now = Load { free: counts(&mut groups().map(|ix| self.stock.group(ix).free())), waiting };
+        grant(&start(), &now, &seconds())
     }
 
     /// A node that is kept for another job but has devices free, for a job that ends before they are needed.

@@ -5,7 +5,7 @@
 //! | [`events`] | what can happen: messages of nodes, users' wishes, the passing of time |
 //! | [`effects`] | what follows: changes to commit first, messages to send after, requests to load |
 //! | [`farm`] | the state: jobs, nodes, leases; `step` |
-//! | [`jobs`], [`batch`], [`class`] | the life of a job; what it comes after; jobs that are alike |
+//! | [`jobs`], [`table`], [`batch`], [`class`] | the life of a job; all by id; what it comes after; jobs that are alike |
 //! | [`wishes`] | what users and operators ask for |
 //! | [`tenant`] | what a tenant has used and may use |
 //! | [`plan`], [`lend`], [`start`] | whose turn it is; devices for one job; its attempt |
@@ -46,6 +46,7 @@ mod reserve;
 pub mod resolve;
 mod start;
 mod stock;
+mod table;
 mod tenant;
 pub mod view;
 mod why;

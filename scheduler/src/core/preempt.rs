@@ -1,8 +1,10 @@
 //! Which running attempt is handed back for a job that waits: the rule, as a function.
 //!
 //! A job of higher priority takes the devices of one of lower priority of its own tenant. A tenant that has no device at
-//! all takes them from one that has more than its part of the farm; a gang of it may go on with fewer. Nothing is taken that ends soon anyway, that decodes
-//! already, or that was handed back often before: its latent is kept, so what is lost is at most a step and a start.
+//! all takes them from one that has more than its part of the farm and has used more of its share; a gang of it may go on
+//! with fewer. Nothing is taken that ends soon anyway, that decodes already, or that was handed back often before: its
+//! latent is kept, so what is lost is at most a step and a start. And nothing is taken for a tenant whose turn comes soon:
+//! where clips are short, handing back only makes everybody wait.
 
 use std::time::Duration;
 
@@ -36,6 +38,10 @@ pub struct Waiter {
     pub waited_ms: i64,
     /// Devices that its tenant has.
     pub has: u32,
+    /// By [`Tenant::key`].
+    pub key: f64,
+    /// As many attempts as tenants go first, and one more, are expected to end soon on devices that it could use.
+    pub soon: bool,
 }
 
 /// A running attempt on devices that the waiter could use.
@@ -50,6 +56,8 @@ pub struct Runner {
     pub preemptions: u32,
     /// Devices that its tenant has beyond its part of the farm.
     pub surplus: f64,
+    /// By [`Tenant::key`].
+    pub key: f64,
     pub devices: usize,
 }
 
@@ -60,6 +68,8 @@ pub fn victim(waiter: &Waiter, runners: &[Runner]) -> Option<usize> {
         let by_share = !runner.same_tenant
             && waiter.has == 0
             && waiter.waited_ms >= PATIENCE_MS
+            && !waiter.soon
+            && runner.key > waiter.key
             && (runner.surplus >= runner.devices as f64 || runner.devices > 1 && runner.surplus > 0.0);
         let worth_it = runner.left.is_none_or(|left| left > SOON);
         (by_priority || by_share) && worth_it && runner.denoises && runner.preemptions < MAX_PREEMPTIONS
@@ -89,16 +99,20 @@ impl Farm {
             priority: head.place.0.0,
             waited_ms: self.wall() - head.place.1,
             has: self.tenants[tenant.0 as usize].devices,
+            key: self.tenants[tenant.0 as usize].key(),
+            soon: false,
         };
         let may = |waiter: &Waiter| waiter.priority > 0 || (waiter.has == 0 && waiter.waited_ms >= PATIENCE_MS);
-        let waiters = unlucky.iter().take(MAX_TENANTS).map(|unlucky| (unlucky.0, unlucky.1.clone(), waiter(unlucky)));
+        // Those that go first are all that are unlucky, whether they may take anything or not.
+        let all = unlucky.iter().take(MAX_TENANTS).enumerate();
+        let waiters = all.map(|(first, unlucky)| (first, unlucky.0, unlucky.1.clone(), waiter(unlucky)));
         let waiters: Vec<_> = waiters.filter(|(.., waiter)| may(waiter)).collect();
         if waiters.is_empty() || self.now.since(self.preempted) < PAUSE {
             return;
         }
         self.preempted = self.now;
         let mut candidates = self.candidates();
-        for (tenant, head, waiter) in waiters.into_iter().take(MAX_AT_ONCE) {
+        for (first, tenant, head, mut waiter) in waiters.into_iter().take(MAX_AT_ONCE) {
             if self.reservations.is_full() {
                 return;
             }
@@ -116,6 +130,8 @@ impl Farm {
                 .collect();
             let of = |i: &usize| Runner { same_tenant: candidates[*i].tenant == tenant, ..candidates[*i].runner };
             let runners: Vec<Runner> = possible.iter().map(of).collect();
+            let ends_soon = |runner: &&Runner| runner.left.is_some_and(|left| left <= SOON);
+            waiter.soon = runners.iter().filter(ends_soon).count() > first;
             let Some(i) = victim(&waiter, &runners).map(|i| possible[i]) else { continue };
             let Candidate { key, node, group, .. } = candidates.swap_remove(i);
             let devices = size(group).unwrap_or(1);
@@ -147,6 +163,7 @@ impl Farm {
                 denoises: matches!(stage, Stage::Starting | Stage::Text | Stage::Denoise),
                 preemptions: job.counts.preemptions,
                 surplus: owner.devices as f64 - devices as f64 * owner.spec.share / shares,
+                key: owner.key(),
                 devices: lease.devices.len(),
             };
             Some(Candidate { key: lease.key, node: id.clone(), group: node.group, tenant: job.tenant, runner })
@@ -169,19 +186,22 @@ mod tests {
             denoises: true,
             preemptions: 0,
             surplus: 4.0,
+            key: 2.0,
             devices: 1,
         }
     }
 
     fn any_runner() -> impl Strategy<Value = Runner> {
-        (any::<bool>(), 0..3i32, prop::option::of(0..100u64), any::<bool>(), 0..5u32, -2.0..4.0f64, 1..4usize).prop_map(
-            |(same_tenant, priority, left, denoises, preemptions, surplus, devices)| Runner {
+        let numbers = (0..5u32, -2.0..4.0f64, 0.0..4.0f64, 1..4usize);
+        (any::<bool>(), 0..3i32, prop::option::of(0..100u64), any::<bool>(), numbers).prop_map(
+            |(same_tenant, priority, left, denoises, (preemptions, surplus, key, devices))| Runner {
                 same_tenant,
                 priority,
                 left: left.map(Duration::from_secs),
                 denoises,
                 preemptions,
                 surplus,
+                key,
                 devices,
             },
         )
@@ -189,7 +209,7 @@ mod tests {
 
     #[test]
     fn the_least_important_of_ones_own_gives_way() {
-        let waiter = Waiter { priority: 5, waited_ms: 0, has: 3 };
+        let waiter = Waiter { priority: 5, waited_ms: 0, has: 3, key: 1.0, soon: false };
         let runners = [Runner { priority: 5, ..runner() }, Runner { priority: 2, ..runner() }, runner()];
         assert_eq!(victim(&waiter, &runners), Some(2));
         assert_eq!(victim(&Waiter { priority: 0, ..waiter }, &runners), None);
@@ -198,26 +218,29 @@ mod tests {
     #[test]
     fn a_tenant_without_devices_takes_one_of_a_tenant_with_too_many() {
         let other = Runner { same_tenant: false, ..runner() };
-        let waiter = Waiter { priority: 0, waited_ms: PATIENCE_MS, has: 0 };
+        let waiter = Waiter { priority: 0, waited_ms: PATIENCE_MS, has: 0, key: 1.0, soon: false };
         assert_eq!(victim(&waiter, &[Runner { surplus: 2.0, ..other }, other]), Some(1));
         assert_eq!(victim(&Waiter { has: 1, ..waiter }, &[other]), None);
         assert_eq!(victim(&Waiter { waited_ms: PATIENCE_MS - 1, ..waiter }, &[other]), None);
         assert_eq!(victim(&waiter, &[Runner { surplus: 0.5, ..other }]), None, "its part is its own");
+        assert_eq!(victim(&waiter, &[Runner { key: 0.5, ..other }]), None, "it has used less");
+        assert_eq!(victim(&Waiter { soon: true, ..waiter }, &[other]), None, "its turn comes soon");
     }
 
     proptest! {
         #[test]
         fn nobody_gives_way_who_need_not(
-            priority in 0..3i32, waited_ms in 0..120_000i64, has in 0..2u32, runners in prop::collection::vec(any_runner(), 0..8)
+            priority in 0..3i32, waited_ms in 0..120_000i64, has in 0..2u32, soon in any::<bool>(),
+            runners in prop::collection::vec(any_runner(), 0..8)
         ) {
-            if let Some(i) = victim(&Waiter { priority, waited_ms, has }, &runners) {
+            if let Some(i) = victim(&Waiter { priority, waited_ms, has, key: 2.0, soon }, &runners) {
                 let runner = runners[i];
                 prop_assert!(runner.denoises && runner.preemptions < MAX_PREEMPTIONS);
                 prop_assert!(runner.left.is_none_or(|left| left > SOON));
                 if runner.same_tenant {
                     prop_assert!(runner.priority < priority);
                 } else {
-                    prop_assert!(has == 0 && runner.surplus >= 0.0);
+                    prop_assert!(has == 0 && !soon && runner.surplus >= 0.0 && runner.key > 2.0);
                 }
             }
         }

@@ -1,7 +1,8 @@
 //! How long attempts really take, against what the devices' rates alone say: learned from those that ended with a clip.
 
-use std::collections::HashMap;
 use std::sync::Arc;
+
+use rustc_hash::FxHashMap;
 
 use super::events::{Ask, Measured};
 
@@ -31,11 +32,11 @@ impl Mean {
 #[derive(Debug, Default)]
 struct OfDevice {
     all: Mean,
-    kinds: HashMap<Ask, Mean>,
+    kinds: FxHashMap<Ask, Mean>,
 }
 
 #[derive(Debug, Default)]
-pub struct Rates(HashMap<(Arc<str>, Arc<str>), OfDevice>);
+pub struct Rates(FxHashMap<(Arc<str>, Arc<str>), OfDevice>);
 
 impl Rates {
     pub fn restore(measured: impl IntoIterator<Item = Measured>) -> Self {

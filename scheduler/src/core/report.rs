@@ -159,7 +159,7 @@ impl Farm {
                 Overdue::Nothing => {}
                 Overdue::Repeat => {
                     if let Confirmation::Awaited { start, .. } = &lease.confirmation {
-                        fx.send(id, boot, ToNode::Start(start.clone()));
+                        fx.send(id, boot, ToNode::Start(Box::new((**start).clone())));
                     }
                 }
                 Overdue::Lost(why) => {
@@ -204,7 +204,9 @@ impl Farm {
 
     fn complete(&mut self, key: AttemptKey, result_json: String, warnings: Vec<String>, fx: &mut Effects) {
         self.learn(&key);
-        if let Some(lease) = self.lease(&key)
+        // Most nodes have never failed anything.
+        if !self.health.is_empty()
+            && let Some(lease) = self.lease(&key)
             && let Some(health) = self.health.get_mut(&lease.node.clone())
         {
             health.succeeded();

@@ -1,10 +1,11 @@
 //! The start of what was picked: its request is at hand, its devices are kept.
 
-use std::collections::HashMap;
+use std::sync::Arc;
 
 use farm_core::id::{AttemptKey, AttemptNo, JobId};
 use farm_core::job::spec::RenderSpec;
 use farm_core::wire::to_node::{StartAttempt, ToNode};
+use rustc_hash::FxHashMap;
 
 use super::effects::{Change, Effects, devices_text};
 use super::events::{Clip, LoadedRequest};
@@ -15,14 +16,15 @@ impl Farm {
     /// Starts the picked jobs whose requests came; the others are gone from the queue store's own table, or it could not
     /// be read, and wait again.
     pub(super) fn on_loaded(&mut self, requests: Vec<LoadedRequest>, fx: &mut Effects) {
-        let mut requests: HashMap<JobId, LoadedRequest> =
-            requests.into_iter().map(|request| (request.job, request)).collect();
+        let of_job: FxHashMap<JobId, &LoadedRequest> = requests.iter().map(|request| (request.job, request)).collect();
+        fx.changes.reserve(2 * self.picked.len());
+        fx.sends.reserve(self.picked.len());
         for id in std::mem::take(&mut self.picked) {
             let Some(Job { phase: Phase::Picked(pick), .. }) = self.jobs.get(&id) else { continue };
             let pick = (**pick).clone();
-            match requests.remove(&id) {
+            match of_job.get(&id) {
                 Some(request) => {
-                    if let Err(reason) = self.start(id, pick, &request, fx) {
+                    if let Err(reason) = self.start(id, pick, request, fx) {
                         self.end(id, End::Failed(reason), fx);
                     }
                 }
@@ -45,7 +47,7 @@ impl Farm {
         let spec_json = serde_json::to_string(&spec).map_err(|error| format!("cannot be sent: {error}"))?;
         let attempt = AttemptNo(job.attempt.0 + 1);
         let key = AttemptKey { job: id, attempt, epoch: self.epoch };
-        let start = Box::new(StartAttempt {
+        let start = Arc::new(StartAttempt {
             key,
             devices: devices.clone(),
             topology,
@@ -83,12 +85,12 @@ impl Farm {
         }
         let base = bill.base;
         fx.changes.push(Change::Started { start: start.clone(), node: node_id.clone(), boot, device, base });
-        let on = match devices.len() {
-            1 => format!("device {}", devices_text(&devices)),
-            _ => format!("devices {}, {topology}", devices_text(&devices)),
+        let line = match devices.as_slice() {
+            [device] => format!("started on node {node_id}, device {device}"),
+            _ => format!("started on node {node_id}, devices {}, {topology}", devices_text(&devices)),
         };
-        fx.log(id, Some(attempt), format!("started on node {node_id}, {on}"));
-        fx.send(&node_id, boot, ToNode::Start(start));
+        fx.log(id, Some(attempt), line);
+        fx.send(&node_id, boot, ToNode::Start(Box::new((*start).clone())));
         Ok(())
     }
 }

@@ -14,7 +14,7 @@ use super::Ms;
 use super::hardware::{Holder, Reserve};
 use super::plan::Trait;
 use super::store::index_of;
-use super::world::{Due, Truth, World};
+use super::world::{Due, World};
 
 /// Steps between two stored latents.
 const CHECKPOINT: u32 = 8;
@@ -345,7 +345,7 @@ impl World {
         let slow = self.random.between(500, 6_000);
         let Some(run) = self.nodes[n].run(key) else { return };
         let hands = run.devices.len() as u64 + u64::from(run.helpers);
-        let takes = if hands == 0 { PATIENCE } else { 200 + slow / hands };
+        let takes = slow.checked_div(hands).map_or(PATIENCE, |share| 200 + share);
         self.next_stage(n, key, takes);
     }
 
@@ -468,7 +468,7 @@ impl World {
     pub fn let_go(&mut self, n: usize, holder: Holder, keep: &[DeviceIndex]) {
         let (held, granted) = self.nodes[n].devices.release(holder, keep, self.now);
         let (Holder::Attempt(key) | Holder::Help(key, _)) = holder;
-        self.truth.entry(key).or_insert_with(Truth::default).held += held;
+        self.truth.entry(key).or_default().held += held;
         if keep.is_empty() {
             self.help_ended(n, holder);
         }

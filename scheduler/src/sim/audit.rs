@@ -218,7 +218,7 @@ impl World {
 
     /// At the end of a turn: core and store say the same.
     pub fn audit_turn(&mut self, scheduler: usize) {
-        let seldom = self.events % SELDOM == 0;
+        let seldom = self.events.is_multiple_of(SELDOM);
         if self.plan.large {
             if seldom {
                 self.audit_farm(scheduler);
@@ -227,7 +227,7 @@ impl World {
             return;
         }
         self.audit_rows(scheduler);
-        if self.events % 8 == 0 {
+        if self.events.is_multiple_of(8) {
             self.audit_ledger(scheduler);
             self.audit_reasons(scheduler);
             if self.plan.flood {

@@ -23,7 +23,7 @@ const TRIES: u32 = 30;
 /// What has to be read of the store first.
 #[derive(Clone, Debug)]
 pub enum Order {
-    Wish(Wish),
+    Wish(Box<Wish>),
     Retry(JobId),
 }
 
@@ -74,7 +74,7 @@ impl World {
 
     pub fn wish_for(&mut self, wish: Wish, delay: Ms) {
         let number = self.new_call();
-        self.after(delay, Due::Call(Box::new(Call { number, ask: Ask::Order(Order::Wish(wish)), tries: 0 })));
+        self.after(delay, Due::Call(Box::new(Call { number, ask: Ask::Order(Order::Wish(Box::new(wish))), tries: 0 })));
     }
 
     pub fn answered(&mut self, call: u64) {
@@ -215,20 +215,20 @@ impl World {
         };
         let back = self.random.chance(0.7).then(|| self.random.between(1_000, 30_000));
         Some(match self.random.below(9) {
-            0 | 1 => Order::Wish(Wish::Cancel(self.some_job()?)),
-            2 => Order::Wish(Wish::CancelBatch(self.some_batch()?)),
+            0 | 1 => Order::Wish(Box::new(Wish::Cancel(self.some_job()?))),
+            2 => Order::Wish(Box::new(Wish::CancelBatch(self.some_batch()?))),
             3 => Order::Retry(self.some_job()?),
             4 | 5 => {
                 if let Some(delay) = back {
                     self.wish_for(Wish::Resume(scope.clone()), delay);
                 }
-                Order::Wish(Wish::Pause(scope))
+                Order::Wish(Box::new(Wish::Pause(scope)))
             }
             6 | 7 => {
                 if let Some(delay) = back {
                     self.wish_for(Wish::Undrain(node.clone()), delay);
                 }
-                Order::Wish(Wish::Drain(node))
+                Order::Wish(Box::new(Wish::Drain(node)))
             }
             _ => {
                 let limited =
@@ -236,7 +236,7 @@ impl World {
                 let devices = limited(self, 1, 8).map(|devices| devices as u32);
                 let quota = Quota { devices, queued: limited(self, 5, 60), device_seconds: limited(self, 30, 600) };
                 let share = self.random.pick(&[0.5, 1.0, 4.0]);
-                Order::Wish(Wish::SetTenant(tenant, TenantSpec { share, quota }))
+                Order::Wish(Box::new(Wish::SetTenant(tenant, TenantSpec { share, quota })))
             }
         })
     }

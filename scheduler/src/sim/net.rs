@@ -103,9 +103,9 @@ impl World {
         }
     }
 
-    pub fn arrive_down(&mut self, node: usize, boots: u32, envelope: Box<Envelope<ToNode>>) {
+    pub fn arrive_down(&mut self, node: usize, boots: u32, envelope: Envelope<ToNode>) {
         if self.nodes[node].is(boots) {
-            self.hear(node, *envelope);
+            self.hear(node, envelope);
         }
     }
 

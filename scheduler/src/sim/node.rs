@@ -428,7 +428,7 @@ impl World {
                     *answered = now;
                 }
             }
-            ToNode::Start(start) => self.start(n, start),
+            ToNode::Start(start) => self.start(n, *start),
             ToNode::Abort { key, reason } => {
                 self.note(|| format!("n{n} is to stop {key}: {reason}"));
                 self.abort(n, key);
@@ -464,7 +464,7 @@ impl World {
         self.wake_in(n, 0);
     }
 
-    fn start(&mut self, n: usize, start: Box<StartAttempt>) {
+    fn start(&mut self, n: usize, start: StartAttempt) {
         let (key, now) = (start.key, self.now);
         if !self.store.knows_attempt(&key) {
             return self.fail("I9", format!("node n{n} is told to start {key}, which is not committed"));
@@ -480,11 +480,11 @@ impl World {
             return;
         }
         if node.leaving.is_some() {
-            let run = Run::new(*start, now);
+            let run = Run::new(start, now);
             self.nodes[n].running.push(run);
             return self.end(n, key, AttemptOutcome::Interrupted { step: 0 });
         }
-        self.begin(n, *start);
+        self.begin(n, start);
     }
 
     /// The attempt is of no interest any more: nothing is reported for it.

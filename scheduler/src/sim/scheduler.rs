@@ -525,11 +525,11 @@ impl World {
             }
             Order::Wish(wish) => {
                 use crate::core::events::Scope;
-                let job = match &wish {
+                let job = match &*wish {
                     Wish::Cancel(job) | Wish::Pause(Scope::Job(job)) | Wish::Resume(Scope::Job(job)) => Some(*job),
                     _ => None,
                 };
-                job.is_none_or(|job| lead.farm.holds(job)).then_some(wish)
+                job.is_none_or(|job| lead.farm.holds(job)).then_some(*wish)
             }
         }
     }

@@ -334,7 +334,7 @@ impl World {
             Due::SchedulerUp { scheduler } => self.scheduler_up(scheduler),
             Due::Inbound { scheduler, reign, what } => self.inbound(scheduler, reign, *what),
             Due::Up { scheduler, reign, envelope } => self.arrive_up(scheduler, reign, envelope),
-            Due::Down { node, boots, envelope } => self.arrive_down(node, boots, envelope),
+            Due::Down { node, boots, envelope } => self.arrive_down(node, boots, *envelope),
             Due::Wake { node, boots, serial } => {
                 if self.nodes[node].is(boots) && self.nodes[node].wake_serial == serial {
                     self.wake(node);

@@ -186,10 +186,12 @@ impl Writer<'_> {
             Text("message"),
             Integer("device_ms"),
         ]);
+        // The jobs first: attempts are alike in number and epoch, and Postgres would rather compare each with each by those
+        // than find them by their jobs.
         let end = format!(
-            "UPDATE attempts SET outcome = v.outcome, message = v.message, device_ms = v.device_ms, ended = $2 \
-             FROM {v} AS v JOIN jobs j ON j.id = v.job \
-             WHERE attempts.job = j.seq AND attempts.attempt = v.attempt AND attempts.epoch = v.epoch \
+            "WITH v AS MATERIALIZED (SELECT v.*, j.seq FROM {v} AS v JOIN jobs j ON j.id = v.job) \
+             UPDATE attempts SET outcome = v.outcome, message = v.message, device_ms = v.device_ms, ended = $2 FROM v \
+             WHERE attempts.job = v.seq AND attempts.attempt = v.attempt AND attempts.epoch = v.epoch \
              AND {}",
             self.dialect.is_one_of("attempts.outcome", &["running"])
         );

@@ -168,7 +168,7 @@ fn key(job: JobId, attempt: u32, epoch: Epoch) -> AttemptKey {
 
 fn started(key: AttemptKey) -> Change {
     Change::Started {
-        start: Box::new(StartAttempt {
+        start: Arc::new(StartAttempt {
             key,
             devices: vec![DeviceIndex(1), DeviceIndex(3)],
             topology: Topology::new(2, 1, 1).unwrap(),
