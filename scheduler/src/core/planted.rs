@@ -39,6 +39,14 @@ pub enum Bug {
 }
 
 #[cfg(test)]
+pub use selected::{planted, with};
+
+#[cfg(not(test))]
+pub const fn planted(_: Bug) -> bool {
+    false
+}
+
+#[cfg(test)]
 mod selected {
     use std::cell::Cell;
 
@@ -59,12 +67,4 @@ mod selected {
         PLANTED.with(|planted| planted.set(None));
         result
     }
-}
-
-#[cfg(test)]
-pub use selected::{planted, with};
-
-#[cfg(not(test))]
-pub const fn planted(_: Bug) -> bool {
-    false
 }
