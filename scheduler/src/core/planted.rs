@@ -10,7 +10,7 @@ pub enum Bug {
     StaleReportAccepted,
     /// A node is told that its report is committed before it is.
     AcknowledgedTooEarly,
-    /// Devices of an attempt that was told to stop are free before their node says so.
+    /// Devices of an attempt that has to stop are free at once, before their node has heard of it.
     FreedTooEarly,
     /// A job goes back to the queue while its attempt is still on the books.
     RequeuedWhileRunning,
