@@ -48,7 +48,8 @@ impl Farm {
     /// Decides who decodes, all at once, and tells those who help.
     fn lend_hands(&mut self, lease: Lease, want: Want, fx: &mut Effects) -> Hands {
         let Want { key, round, tiles, url, token } = want;
-        let hands::Hands { keep, helpers } = hands(tiles as usize, self.stock(&lease, &url, &token));
+        let hands::Hands { keep, helpers } =
+            hands(tiles as usize, self.stock(&lease, (tiles as usize).max(1), &url, &token));
         if let Some(text) = hands_text(tiles, &keep, &helpers) {
             fx.log(key.job, Some(key.attempt), text);
         }
@@ -78,7 +79,7 @@ impl Farm {
     }
 
     /// What there is for the decode of an attempt. Nobody is told to help where helpers have no way to the attempt.
-    fn stock(&self, lease: &Lease, url: &str, token: &str) -> Stock<Place> {
+    fn stock(&self, lease: &Lease, tiles: usize, url: &str, token: &str) -> Stock<Place> {
         // Those that an earlier answer did not name are given back, whether the node has said so or not.
         let kept = |device: &DeviceIndex| lease.hands.as_ref().is_none_or(|hands| hands.keep.contains(device));
         let own = lease.devices.iter().copied().filter(kept).collect();
@@ -96,22 +97,21 @@ impl Farm {
         let mut wanted = HashMap::new();
         let own = self.nodes.get_key_value(&lease.node);
         let others = self.nodes.iter().filter(|(id, _)| **id != lease.node);
-        for (id, node) in own.into_iter().chain(others) {
-            let has_model = node.models.get(lease.clip.model.as_str()).map(|model| &model.hash);
-            if !node.roles.decode
-                || !self.is_alive(node)
-                || self.closed(id, node).is_some()
-                || has_model != Some(&lease.clip.model_hash)
-            {
+        for (id, node) in own.into_iter().chain(others).filter(|(_, node)| node.roles.decode) {
+            let wanted = *wanted.entry(node.group).or_insert_with(|| self.is_wanted(node));
+            let (devices, most) = match (node.roles.denoise, wanted) {
+                (false, _) => (&mut stock.decoders, tiles),
+                (true, false) => (&mut stock.spare, tiles),
+                (true, true) => (&mut stock.wanted, 1),
+            };
+            // A farm has many nodes, and a clip few tiles.
+            if devices.len() >= most || !node.devices.iter().any(|device| device.slot == Slot::Free) {
                 continue;
             }
-            let wanted = *wanted.entry(node.group).or_insert_with(|| self.is_wanted(node));
-            let devices = match (node.roles.denoise, wanted) {
-                (false, _) => &mut stock.decoders,
-                (true, false) => &mut stock.spare,
-                (true, true) => &mut stock.wanted,
-            };
-            devices.extend(node.free_devices().map(|device| (id.clone(), device)));
+            let has_model = node.models.get(lease.clip.model.as_str()).map(|model| &model.hash);
+            if self.is_alive(node) && has_model == Some(&lease.clip.model_hash) && self.closed(id, node).is_none() {
+                devices.extend(node.free_devices().map(|device| (id.clone(), device)).take(most));
+            }
         }
         stock
     }
