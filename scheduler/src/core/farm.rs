@@ -107,9 +107,19 @@ pub(super) struct Job {
     pub phase: Phase,
 }
 
+/// By so much earlier than it was does a job that was begun count as submitted: a hundred years.
+const BEGUN_AHEAD_MS: i64 = 100 * 366 * 24 * 60 * 60 * 1000;
+
 impl Job {
     pub fn place(&self, id: JobId) -> Place {
-        (Reverse(self.priority), self.submitted_ms, self.seq, id)
+        let ahead = if self.is_begun() { BEGUN_AHEAD_MS } else { 0 };
+        (Reverse(self.priority), self.submitted_ms - ahead, self.seq, id)
+    }
+
+    /// It lost its devices by no fault of its own: it goes on before what was not begun.
+    fn is_begun(&self) -> bool {
+        let Counts { device, store, memory, .. } = self.counts;
+        self.attempt.0 > 0 && device + store + memory == 0
     }
 }
 

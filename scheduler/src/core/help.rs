@@ -48,7 +48,8 @@ impl Farm {
     /// Decides who decodes, all at once, and tells those who help.
     fn lend_hands(&mut self, lease: Lease, want: Want, fx: &mut Effects) -> Hands {
         let Want { key, round, tiles, url, token } = want;
-        let hands::Hands { keep, helpers } = hands(tiles as usize, self.stock(&lease, (tiles as usize).max(1), &url, &token));
+        let hands::Hands { keep, helpers } =
+            hands(tiles as usize, self.stock(&lease, (tiles as usize).max(1), &url, &token));
         if let Some(text) = hands_text(tiles, &keep, &helpers) {
             fx.log(key.job, Some(key.attempt), text);
         }

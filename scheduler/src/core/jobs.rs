@@ -351,8 +351,11 @@ impl Farm {
     pub(super) fn stop(&mut self, id: JobId, reason: &str, fx: &mut Effects) {
         let Some(Job { phase: Phase::Running(lease), .. }) = self.jobs.get(&id) else { return };
         let (key, node, boot) = (lease.key, lease.node.clone(), lease.boot);
+        if planted(Bug::FreedTooEarly) {
+            return self.release(id, Slot::Free, Outcome::Aborted, Some(reason.to_owned()), fx);
+        }
         fx.send(&node, boot, ToNode::Abort { key, reason: reason.to_owned() });
-        let slot = if planted(Bug::FreedTooEarly) { Slot::Free } else { Slot::Stopping(key) };
+        let slot = Slot::Stopping(key);
         self.release(id, slot, Outcome::Aborted, Some(reason.to_owned()), fx);
     }
 

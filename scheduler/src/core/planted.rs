@@ -10,7 +10,7 @@ pub enum Bug {
     StaleReportAccepted,
     /// A node is told that its report is committed before it is.
     AcknowledgedTooEarly,
-    /// Devices of an attempt that was told to stop are free before their node says so.
+    /// Devices of an attempt that has to stop are free at once, before their node has heard of it.
     FreedTooEarly,
     /// A job goes back to the queue while its attempt is still on the books.
     RequeuedWhileRunning,
@@ -39,6 +39,14 @@ pub enum Bug {
 }
 
 #[cfg(test)]
+pub use selected::{planted, with};
+
+#[cfg(not(test))]
+pub const fn planted(_: Bug) -> bool {
+    false
+}
+
+#[cfg(test)]
 mod selected {
     use std::cell::Cell;
 
@@ -59,12 +67,4 @@ mod selected {
         PLANTED.with(|planted| planted.set(None));
         result
     }
-}
-
-#[cfg(test)]
-pub use selected::{planted, with};
-
-#[cfg(not(test))]
-pub const fn planted(_: Bug) -> bool {
-    false
 }

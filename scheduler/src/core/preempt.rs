@@ -97,7 +97,7 @@ impl Farm {
     pub(super) fn preempt(&mut self, unlucky: &[(TenantIx, Head)], fx: &mut Effects) {
         let waiter = |(tenant, head): &(TenantIx, Head)| Waiter {
             priority: head.place.0.0,
-            waited_ms: self.wall() - head.place.1,
+            waited_ms: self.wall() - self.jobs.get(&head.place.3).map_or(self.wall(), |job| job.submitted_ms),
             has: self.tenants[tenant.0 as usize].devices,
             key: self.tenants[tenant.0 as usize].key(),
             soon: false,

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use farm_core::api::{Quota, TenantSpec, WaitCode};
 use farm_core::id::{DeviceIndex, JobId};
-use farm_core::job::state::{JobState, Progress, Stage};
+use farm_core::job::state::{FailureKind, JobState, Progress, Stage};
 use farm_core::wire::to_node::ToNode;
 use farm_core::wire::to_scheduler::{AttemptOutcome, Registration, RunningAttempt};
 
@@ -89,6 +89,19 @@ fn within_a_tenant_priority_comes_first_and_then_what_is_shorter() {
     assert_eq!(next(&mut world, first, 1), urgent);
     assert_eq!(next(&mut world, urgent, 1), short);
     assert_eq!(next(&mut world, short, 1), long);
+}
+
+#[test]
+fn what_was_begun_goes_on_before_what_is_shorter() {
+    let mut world = world(1);
+    let long = submit(&mut world, 1, "red", 0, LONG);
+    let key = world.start().key;
+    submit(&mut world, 2, "red", 0, SHORT);
+    world.report("a", boot(1), key, AttemptOutcome::Interrupted { step: 7 });
+    assert_eq!(world.start().key.job, long);
+    let key = world.start().key;
+    world.report("a", boot(1), key, failed(FailureKind::Store));
+    assert_eq!(world.start().key.job, job_id(2), "but not what fails");
 }
 
 #[test]

@@ -28,8 +28,8 @@ use crate::core::check::Held;
 use crate::core::effects::{Change, Effects, Outcome, Send};
 use crate::core::events::Event;
 
-/// Turns between two full looks at a large farm.
-const SELDOM: u64 = 400;
+/// Between two full looks at a large farm.
+const SELDOM: Ms = 1_000;
 /// A bill is exact to this for each device: it is counted in whole milliseconds.
 const ROUNDED: Ms = 5;
 
@@ -218,9 +218,9 @@ impl World {
 
     /// At the end of a turn: core and store say the same.
     pub fn audit_turn(&mut self, scheduler: usize) {
-        let seldom = self.events.is_multiple_of(SELDOM);
         if self.plan.large {
-            if seldom {
+            if self.now >= self.next_audit {
+                self.next_audit = self.now + SELDOM;
                 self.audit_farm(scheduler);
                 self.audit_ledger(scheduler);
             }

@@ -15,6 +15,8 @@ const LOOK: Ms = 2_000;
 const DRAIN: Ms = 300_000;
 /// What is left has to be done by then, however little it is, but for what hangs.
 const REST: Ms = 900_000;
+/// So many jobs are looked at one by one.
+const FEW: usize = 1_000;
 /// After this, jobs that no node of the farm can render are given up by their users.
 const PATIENCE: Ms = 30_000;
 
@@ -201,10 +203,11 @@ impl World {
             let code = lead.farm.reason(*job).map(|reason| reason.code);
             matches!(code, Some(WaitCode::Model | WaitCode::Labels | WaitCode::Memory))
         };
-        let jobs: Vec<JobId> = match self.plan.large {
-            true => Vec::new(),
-            false => self.store.live.iter().copied().filter(hopeless).collect(),
-        };
+        // Of a large farm, when all others are through: it takes long to ask for all.
+        if self.store.live.len() > FEW {
+            return;
+        }
+        let jobs: Vec<JobId> = self.store.live.iter().copied().filter(hopeless).collect();
         jobs.into_iter().for_each(|job| self.give_up(job));
     }
 

@@ -54,6 +54,8 @@ pub struct Batch {
     pub jobs: Vec<JobId>,
     /// All its jobs had ended once; some may have been tried again since.
     pub was_over: bool,
+    /// Jobs that are not ended.
+    live: usize,
 }
 
 /// A line of a submission.
@@ -290,8 +292,9 @@ impl Store {
                 }
             }
         }
-        self.batches.insert(submission, Batch { max_failures, paused: false, jobs: members.clone(), was_over: false });
-        self.note_over(&[submission]);
+        let live = members.iter().filter(|job| self.live.contains(job)).count();
+        let batch = Batch { max_failures, paused: false, jobs: members.clone(), was_over: live == 0, live };
+        self.batches.insert(submission, batch);
         let fresh = members.iter().filter(|job| self.row(**job).is_some_and(|row| row.untold));
         submitted.queued = fresh.filter_map(|job| Some(self.live_of(self.row(*job)?))).collect();
         let failed = members.iter().filter(|job| self.row(**job).is_some_and(|row| row.state == JobState::Failed));
@@ -316,6 +319,8 @@ impl Store {
                 row.state = JobState::Queued;
                 (row.reason, row.live.counts, row.untold) = (None, Counts::default(), true);
                 self.live.insert(job);
+                let batches = row.live.batches.clone();
+                self.count_live(&batches, true);
             }
             JobState::Queued | JobState::Running if !row.untold => submitted.joined.push(job),
             _ => {}
@@ -389,6 +394,8 @@ impl Store {
                 let row = self.expect(*job, &[Failed, Cancelled])?;
                 row.state = Queued;
                 (row.reason, row.live.counts) = (None, Counts::default());
+                let batches = row.live.batches.clone();
+                self.count_live(&batches, true);
                 self.live.insert(*job);
                 self.retries += 1;
             }
@@ -402,17 +409,17 @@ impl Store {
         if let Change::Done { job, .. } | Change::Failed { job, .. } | Change::Cancelled { job } = change {
             self.live.remove(job);
             let batches = self.row(*job).map(|row| row.live.batches.clone()).unwrap_or_default();
-            self.note_over(&batches);
+            self.count_live(&batches, false);
         }
         Ok(())
     }
 
-    fn note_over(&mut self, batches: &[SubmissionId]) {
+    /// A job of these batches has ended, or has begun again.
+    fn count_live(&mut self, batches: &[SubmissionId], more: bool) {
         for id in batches {
-            if let Some(batch) = self.batches.get_mut(id)
-                && !batch.jobs.iter().any(|job| self.live.contains(job))
-            {
-                batch.was_over = true;
+            if let Some(batch) = self.batches.get_mut(id) {
+                batch.live = if more { batch.live + 1 } else { batch.live.saturating_sub(1) };
+                batch.was_over |= batch.live == 0;
             }
         }
     }

@@ -183,6 +183,8 @@ pub struct World {
     pub events: u64,
     pub trace: Option<VecDeque<String>>,
     pub checks: u64,
+    /// When a large farm is looked at as a whole again.
+    pub next_audit: Ms,
 }
 
 /// Lines of a trace that are kept.
@@ -226,6 +228,7 @@ impl World {
             events: 0,
             trace: traced.then(VecDeque::new),
             checks: 0,
+            next_audit: 0,
             plan,
         };
         world.prepare();
