@@ -69,7 +69,7 @@ bench-sched: setup
 	cargo build --release --locked -p farm-scheduler --features testing
 	tools/bench-sched.sh $(BIN)/farm-scheduler $(TRACE)
 
-# A clip of a minute, rendered by one process and by a farm of one node in turn. Takes ten minutes.
+# A clip of a minute, rendered by one process and by a farm of one node in turn, three times. Takes seven minutes.
 bench-overhead: build
 	cargo build --release --locked -p farm-tests --bin farm-overhead
 	$(BIN)/farm-overhead

@@ -12,7 +12,7 @@ use serde_json::Value;
 
 /// Wall time of the clip alone.
 const CLIP: f64 = 60.0;
-const ROUNDS: usize = 5;
+const ROUNDS: usize = 3;
 /// Of the wall time.
 const GOAL: f64 = 0.005;
 const SIZE: &str = "64";
