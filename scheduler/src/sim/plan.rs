@@ -228,7 +228,7 @@ impl Plan {
 
     /// Ten thousand nodes of eight devices, or as many as are asked for.
     pub fn large(random: &mut Random, count: usize) -> Self {
-        let active = 40_000;
+        let active = 24_000;
         let per_node = |of: u64| (count as u64 / of).max(1);
         let mut faults = Vec::new();
         for (fault, times) in [
@@ -258,9 +258,9 @@ impl Plan {
             luck,
             faults,
             active,
-            submissions: (0..8).map(|i| i * 4_000 + 100).collect(),
+            submissions: (0..8).map(|i| i * 2_000 + 100).collect(),
             wishes: (0..20).map(|_| random.below(active)).collect(),
-            lines: count as u64,
+            lines: (count as u64 / 2).max(1),
             odd: 0.001,
             commit_delay: 2,
             flood: false,

@@ -15,9 +15,9 @@ const CLIP: f64 = 60.0;
 const ROUNDS: usize = 3;
 /// Of the wall time.
 const GOAL: f64 = 0.005;
-const SIZE: &str = "64";
+const SIZE: &str = "128";
 /// Steps that the length of a clip is worked out from.
-const PROBE: u32 = 400;
+const PROBE: u32 = 60;
 
 fn main() -> ExitCode {
     let folder = tempfile::tempdir().unwrap();
