@@ -173,7 +173,7 @@ impl Farm {
     ) {
         let (now, span) = (self.now, self.limits.start);
         let Some(node) = self.nodes.get(id) else { return };
-        let mut ended = Vec::new();
+        let (mut ended, mut given_up) = (Vec::new(), Vec::new());
         for (i, device) in node.devices.iter().enumerate() {
             let Slot::Helping(help) = &device.slot else { continue };
             let index = DeviceIndex(i as u32);
@@ -186,13 +186,20 @@ impl Farm {
                 }
                 Some(_) => {
                     fx.send(id, boot, ToNode::Dismiss { key: help.key, device: index });
-                    ended.push(i);
+                    given_up.push((i, help.key));
                 }
                 None => ended.push(i),
             }
         }
         for i in ended {
             self.end_help(id, i);
+        }
+        // The command may be on the way yet: such a device is nobody's before its node is heard of again.
+        for (i, key) in given_up {
+            self.end_help(id, i);
+            if let Some(node) = self.nodes.get_mut(id) {
+                node.devices[i].slot = Slot::Stopping(key);
+            }
         }
     }
 
