@@ -48,7 +48,7 @@ pub struct Limits {
     pub start: Duration,
     /// A tick this late means that this process stood still; the silence of that span is not the nodes'.
     pub pause: Duration,
-    /// An attempt that says the same of its progress for this long, and for ten times as long as it was expected to take,
+    /// An attempt that says the same of its progress for this long, and for ten times as long as a step is expected to take,
     /// hangs.
     pub stuck: Duration,
     /// Attempts that devices may fail before the job fails.

@@ -63,7 +63,7 @@ impl Farm {
                     if let Some(yielding) = &lease.yielding {
                         fx.send(id, boot, ToNode::Yield { key: attempt.key, reason: yielding.reason.to_string() });
                     }
-                    if now.since(lease.moved) >= patience(&lease.bill, stuck) {
+                    if now.since(lease.moved) >= patience(&lease.bill, attempt.progress, stuck) {
                         hanging.push(attempt.key);
                     }
                     // What is given back is never lent to the attempt again, so a lease only shrinks.
@@ -355,8 +355,14 @@ fn place(progress: Progress) -> (Stage, u32, u32) {
 }
 
 /// How long an attempt may say the same of its progress.
-fn patience(bill: &Bill, stuck: Duration) -> Duration {
-    let expected = bill.expected.and_then(|seconds| Duration::try_from_secs_f64(10.0 * seconds).ok());
+///
+/// By what is expected of a step and not of the clip: what the first, short clips have taught may be wrong many times over.
+fn patience(bill: &Bill, progress: Progress, stuck: Duration) -> Duration {
+    let part = match progress.stage {
+        Stage::Denoise => 10.0 / f64::from(progress.total.max(10)),
+        _ => 1.0,
+    };
+    let expected = bill.expected.and_then(|seconds| Duration::try_from_secs_f64(part * seconds).ok());
     expected.unwrap_or_default().max(stuck)
 }
 
