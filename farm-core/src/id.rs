@@ -137,7 +137,7 @@ impl fmt::Display for BootId {
 }
 
 /// A reign of one scheduler process. Taken from the queue store at start, only grows, never from a clock.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Epoch(pub u64);
 

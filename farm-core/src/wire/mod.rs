@@ -14,11 +14,20 @@ use serde::{Deserialize, Serialize};
 use crate::id::{BootId, Epoch, NodeId};
 
 /// Version of everything below. A peer of another version is refused by name, never misread.
-pub const PROTOCOL: u8 = 4;
+pub const PROTOCOL: u8 = 5;
 
 /// Largest encoded envelope. ractor_cluster kills a session without a word at 16 MiB; we stay far below and check
 /// before sending.
 pub const MAX_ENVELOPE_BYTES: usize = 256 * 1024;
+
+/// Counts a scheduler's commands to stop. That a node does not list an attempt says nothing about whether it has stopped, as
+/// the list may have been on the way before the attempt began: only a node that has heard the command knows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct StopNo {
+    pub epoch: Epoch,
+    /// From 1 in every epoch.
+    pub number: u64,
+}
 
 /// What every message travels in.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::StopNo;
 use crate::id::{AttemptKey, DeviceIndex};
 use crate::parallel::topology::Topology;
 use crate::tiles::plan::Tiling;
@@ -18,8 +19,8 @@ pub enum ToNode {
     Reregister,
     /// Render a clip on the leased devices. Repeated until a heartbeat lists the attempt; a repeat is a no-op.
     Start(Box<StartAttempt>),
-    /// Stop the attempt and report nothing for it.
-    Abort { key: AttemptKey, reason: String },
+    /// Stop the attempt and report nothing for it. Repeated until the node has heard it and lists the attempt no more.
+    Abort { key: AttemptKey, stop: StopNo, reason: String },
     /// Hand the attempt back: store its latent at the next step border and report `Interrupted`. Past the last step, and
     /// in a decode or upload, it runs to its end. Repeated while heartbeats list the attempt; a repeat is a no-op.
     Yield { key: AttemptKey, reason: String },
@@ -30,7 +31,7 @@ pub enum ToNode {
     /// a no-op.
     Help(Box<HelpDecode>),
     /// Stop helping the attempt on this device.
-    Dismiss { key: AttemptKey, device: DeviceIndex },
+    Dismiss { key: AttemptKey, device: DeviceIndex, stop: StopNo },
     /// The report with this number is committed; drop it from the outbox.
     Acknowledged { report: u64 },
     /// Answer to every `Heartbeat`. ractor_cluster never notices a dead link, so a node that has not seen this for

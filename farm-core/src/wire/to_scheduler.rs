@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use super::StopNo;
 use crate::id::{AttemptKey, AttemptNo, DeviceIndex};
 use crate::job::state::{FailureKind, Progress};
 
@@ -12,8 +13,9 @@ pub enum ToScheduler {
     /// First message of a session, repeated until `Welcome` or `Refused`.
     Register(Registration),
     /// Sent on a timer of its own, so that no device can delay it, and at once when a device is given back. Lists every
-    /// attempt that the node holds and every device that helps another's.
-    Heartbeat { running: Vec<RunningAttempt>, helping: Vec<Helping> },
+    /// attempt that the node holds and every device that helps another's. `heard` is the newest command to stop that it has
+    /// had.
+    Heartbeat { running: Vec<RunningAttempt>, helping: Vec<Helping>, heard: StopNo },
     /// The attempt's latent is finished and stored, and its decode has this many tiles: which devices may do it?
     /// Repeated until `Hands` answers this round. Further rounds follow where all hands were lost.
     WantHands { key: AttemptKey, round: u32, tiles: u32, url: String, token: String },
@@ -45,6 +47,8 @@ pub struct Registration {
     /// Attempts that survived a lost session or a scheduler restart.
     pub running: Vec<RunningAttempt>,
     pub helping: Vec<Helping>,
+    /// As in a heartbeat.
+    pub heard: StopNo,
 }
 
 /// A process of the node that died while it ran attempts, by the evidence that it left on the node's disk.

@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use farm_core::id::{AttemptKey, BootId, DeviceIndex, Epoch};
-use farm_core::wire::Envelope;
+use farm_core::wire::{Envelope, StopNo};
 use farm_core::wire::to_node::{HelpDecode, SCHEDULER_SILENCE, StartAttempt, ToNode};
 use farm_core::wire::to_scheduler::{AttemptOutcome, AttemptReport, Registration, RunningAttempt, ToScheduler};
 
@@ -112,6 +112,8 @@ pub struct Session {
     epoch: Epoch,
     running: Vec<Held>,
     helps: Helps,
+    /// The newest command to stop.
+    heard: StopNo,
     /// Reports that are not acknowledged, oldest first.
     reports: Reports,
     ended: VecDeque<AttemptKey>,
@@ -134,6 +136,7 @@ impl Session {
             epoch: Epoch(0),
             running: Vec::new(),
             helps: Helps::default(),
+            heard: StopNo::default(),
             reports: Reports::new(earlier, now),
             ended: VecDeque::new(),
             refused: 0,
@@ -246,7 +249,8 @@ impl Session {
                 }
             }
             ToNode::Start(start) => self.start(start, now, out),
-            ToNode::Abort { key, reason } => {
+            ToNode::Abort { key, stop, reason } => {
+                self.heard = self.heard.max(stop);
                 out.extend(self.reports.aborted(key).into_iter().map(|number| Action::Forget { number }));
                 if self.forget(key).is_some() {
                     tracing::info!(%key, %reason, "attempt aborted by the scheduler");
@@ -271,7 +275,10 @@ impl Session {
                 }
             }
             ToNode::Help(help) => self.help(help, now, out),
-            ToNode::Dismiss { key, device } => self.helps.dismiss(key, device, out),
+            ToNode::Dismiss { key, device, stop } => {
+                self.heard = self.heard.max(stop);
+                self.helps.dismiss(key, device, out);
+            }
             ToNode::Acknowledged { report } => {
                 out.extend(self.reports.acknowledged(report).into_iter().map(|number| Action::Forget { number }));
             }
@@ -444,8 +451,8 @@ impl Session {
                 if now >= next_heartbeat {
                     // From now, not from the time it was due: after a pause one heartbeat is enough.
                     self.link = Link::Joined { peer, interval, next_heartbeat: now + interval, last_answer };
-                    let (running, helping) = (self.held(), self.helps.listed());
-                    out.push(Action::Send(ToScheduler::Heartbeat { running, helping }));
+                    let (running, helping, heard) = (self.held(), self.helps.listed(), self.heard);
+                    out.push(Action::Send(ToScheduler::Heartbeat { running, helping, heard }));
                 }
             }
             _ => {}
@@ -479,6 +486,7 @@ impl Session {
             crash,
             running: self.held(),
             helping: self.helps.listed(),
+            heard: self.heard,
         })
     }
 

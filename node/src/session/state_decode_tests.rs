@@ -75,7 +75,7 @@ fn a_wish_waits_for_a_scheduler_and_ends_with_its_attempt() {
     assert!(wishes(&bench.sent()).is_empty(), "nobody knows this node yet");
     bench.receive(6, ToNode::Welcome { heartbeat_ms: 1000 });
     assert_eq!(wishes(&bench.sent()), [1, 1, 1]);
-    bench.receive(6, ToNode::Abort { key: key(1), reason: "cancelled".into() });
+    bench.receive(6, ToNode::Abort { key: key(1), stop: StopNo::default(), reason: "cancelled".into() });
     bench.on(Event::Ended { key: key(2), outcome: failed() });
     bench.pass(RESEND_WISH);
     assert_eq!(wishes(&bench.sent()), [1]);

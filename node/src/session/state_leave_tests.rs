@@ -60,7 +60,7 @@ fn an_aborted_attempt_reports_nothing_though_it_was_to_yield() {
     let mut bench = Bench::joined();
     bench.start(1);
     bench.receive(5, ToNode::Yield { key: key(1), reason: "preempted".into() });
-    bench.receive(5, ToNode::Abort { key: key(1), reason: "superseded".into() });
+    bench.receive(5, ToNode::Abort { key: key(1), stop: StopNo::default(), reason: "superseded".into() });
     bench.on(Event::Ended { key: key(1), outcome: interrupted(8) });
     assert!(outcomes(&bench.sent()).is_empty());
 }

@@ -149,7 +149,7 @@ fn help(n: u32, round: u32) -> ToNode {
 }
 
 fn dismiss(n: u32) -> ToNode {
-    ToNode::Dismiss { key: key(n), device: DeviceIndex(0) }
+    ToNode::Dismiss { key: key(n), device: DeviceIndex(0), stop: StopNo::default() }
 }
 
 fn help_ended(n: u32) -> Event {
@@ -289,7 +289,7 @@ fn a_report_is_sent_until_acknowledged_across_sessions_and_its_attempt_stays_lis
 fn nothing_is_reported_for_an_aborted_attempt() {
     let mut bench = Bench::joined();
     bench.start(1);
-    bench.receive(5, ToNode::Abort { key: key(1), reason: "cancelled".into() });
+    bench.receive(5, ToNode::Abort { key: key(1), stop: StopNo::default(), reason: "cancelled".into() });
     assert!(bench.out.iter().any(|action| matches!(action, Action::Abort(k) if *k == key(1))));
     bench.on(Event::Ended { key: key(1), outcome: failed() });
     // Also if it ended first, or if its start comes after the abort.
@@ -299,8 +299,8 @@ fn nothing_is_reported_for_an_aborted_attempt() {
     bench.on(Event::Ended { key: key(2), outcome: failed() });
     bench.join(5);
     bench.sent();
-    bench.receive(5, ToNode::Abort { key: key(2), reason: "cancelled".into() });
-    bench.receive(5, ToNode::Abort { key: key(3), reason: "cancelled".into() });
+    bench.receive(5, ToNode::Abort { key: key(2), stop: StopNo::default(), reason: "cancelled".into() });
+    bench.receive(5, ToNode::Abort { key: key(3), stop: StopNo::default(), reason: "cancelled".into() });
     assert_eq!(bench.start(3), 0);
     bench.pass(RESEND);
     let sent = bench.sent();
@@ -308,11 +308,32 @@ fn nothing_is_reported_for_an_aborted_attempt() {
 }
 
 #[test]
+fn a_heartbeat_says_which_command_to_stop_was_heard_last() {
+    let mut bench = Bench::joined();
+    let heard = |bench: &mut Bench| {
+        bench.pass(RESEND);
+        let heartbeat = |message: &ToScheduler| match message {
+            ToScheduler::Heartbeat { heard, .. } => Some(heard.number),
+            _ => None,
+        };
+        bench.sent().iter().rev().find_map(heartbeat).unwrap()
+    };
+    let stop = |number| StopNo { epoch: Epoch(5), number };
+    assert_eq!(heard(&mut bench), 0);
+    bench.receive(5, ToNode::Abort { key: key(1), stop: stop(2), reason: "cancelled".into() });
+    assert_eq!(heard(&mut bench), 2);
+    bench.receive(5, ToNode::Abort { key: key(2), stop: stop(1), reason: "late".into() });
+    assert_eq!(heard(&mut bench), 2);
+    bench.receive(5, ToNode::Dismiss { key: key(1), device: DeviceIndex(0), stop: stop(3) });
+    assert_eq!(heard(&mut bench), 3);
+}
+
+#[test]
 fn commands_of_an_older_epoch_or_for_another_process_are_refused_and_counted() {
     let mut bench = Bench::joined();
     bench.start(1);
     bench.receive(4, start(2));
-    bench.receive(4, ToNode::Abort { key: key(1), reason: "old".into() });
+    bench.receive(4, ToNode::Abort { key: key(1), stop: StopNo::default(), reason: "old".into() });
     let other = BootId(Uuid::from_u128(3));
     bench.on(received(5, other, start(3)));
     assert_eq!(bench.session.refused(), 3);
@@ -436,7 +457,7 @@ proptest! {
                 Step::Closed => bench.on(Event::Closed(SCHEDULER)),
                 Step::Start(epoch, n) => bench.receive(epoch, start(n)),
                 Step::Abort(epoch, n) => {
-                    bench.receive(epoch, ToNode::Abort { key: key(n), reason: "r".into() });
+                    bench.receive(epoch, ToNode::Abort { key: key(n), stop: StopNo::default(), reason: "r".into() });
                     if epoch >= newest {
                         aborted.push(key(n));
                     }

@@ -14,7 +14,7 @@ use farm_core::parallel::cost::{ModelShape, Site};
 use farm_core::parallel::topology::Topology;
 use farm_core::store::key;
 use farm_core::tiles::plan::Tiling;
-use farm_core::wire::Envelope;
+use farm_core::wire::{Envelope, StopNo};
 use farm_core::wire::to_node::{StartAttempt, ToNode};
 use farm_core::wire::to_scheduler::{
     AttemptOutcome, AttemptReport, DeviceInfo, ModelInfo, Registration, Roles, RunningAttempt, ToScheduler,
@@ -142,6 +142,7 @@ struct Node {
     boot: BootId,
     seq: u64,
     running: Vec<Running>,
+    heard: StopNo,
     warm: Option<String>,
 }
 
@@ -219,7 +220,7 @@ impl World {
     pub fn join(&mut self, registration: Registration) {
         let ix = self.nodes.len() as u32;
         let boot = BootId(Uuid::from_u128(u128::from(ix) + 1));
-        self.nodes.push(Node { id: NodeId(format!("node-{ix:05}")), boot, seq: 0, running: Vec::new(), warm: None });
+        self.nodes.push(Node { id: NodeId(format!("node-{ix:05}")), boot, seq: 0, running: Vec::new(), heard: StopNo::default(), warm: None });
         let event = self.message(ix, ToScheduler::Register(registration));
         let effects = self.farm.step(event, self.now);
         self.obey(effects);
@@ -369,6 +370,7 @@ impl World {
             match send.message {
                 ToNode::Start(start) => self.start(ix, *start),
                 ToNode::Yield { key, .. } => self.hand_back(ix, key),
+                ToNode::Abort { key, stop, .. } => self.abort(ix, key, stop),
                 ToNode::Refused { reason } => panic!("node {ix} is refused: {reason}"),
                 _ => {}
             }
@@ -435,6 +437,12 @@ impl World {
         Some(self.message(ix, ToScheduler::Report { number: 1, report }))
     }
 
+    fn abort(&mut self, ix: u32, key: AttemptKey, stop: StopNo) {
+        let node = &mut self.nodes[ix as usize];
+        node.heard = node.heard.max(stop);
+        node.running.retain(|running| running.key != key);
+    }
+
     fn heartbeat(&mut self, ix: u32, at: Time) -> Event {
         let listed = |running: &Running| {
             let (all, gone) = (running.ends.since(running.since), at.since(running.since));
@@ -448,7 +456,8 @@ impl World {
             RunningAttempt { key: running.key, progress, devices: running.devices.clone() }
         };
         let running = self.nodes[ix as usize].running.iter().map(listed).collect();
-        self.message(ix, ToScheduler::Heartbeat { running, helping: Vec::new() })
+        let heard = self.nodes[ix as usize].heard;
+        self.message(ix, ToScheduler::Heartbeat { running, helping: Vec::new(), heard })
     }
 
     fn message(&mut self, ix: u32, body: ToScheduler) -> Event {
@@ -536,6 +545,7 @@ pub fn registration(devices: usize, device: &str, site: Option<&Site>, models: &
         crash: None,
         running: Vec::new(),
         helping: Vec::new(),
+        heard: StopNo::default(),
     }
 }
 

@@ -12,6 +12,7 @@ use farm_core::job::state::Progress;
 use farm_core::parallel::cost::ModelShape;
 use farm_core::parallel::topology::Topology;
 use farm_core::tiles::plan::Tiling;
+use farm_core::wire::StopNo;
 use farm_core::wire::to_node::{HelpDecode, StartAttempt, ToNode};
 use farm_core::wire::to_scheduler::{DeviceInfo, Roles, ToScheduler};
 
@@ -250,8 +251,17 @@ pub(super) enum Slot {
     Leased(JobId),
     /// Decodes tiles of an attempt's clip; free once a heartbeat does not list that any more. Only here, never a row.
     Helping(Box<Help>),
-    /// Told to stop; free once a heartbeat does not list the attempt any more.
-    Stopping(AttemptKey),
+    /// Its node has been told to stop what it does for an attempt; free once the node has heard that and does not list it
+    /// any more.
+    Stopping(Box<Stopping>),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Stopping {
+    pub key: AttemptKey,
+    pub command: StopNo,
+    /// It decodes for the attempt, or was to.
+    pub helps: bool,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -293,6 +303,8 @@ pub struct Counters {
 pub struct Farm {
     pub(super) limits: Limits,
     pub(super) epoch: Epoch,
+    /// The newest command to stop.
+    pub(super) stop: StopNo,
     /// Where results go; nodes have to agree.
     pub(super) store: String,
     /// How clips are decoded.
@@ -358,6 +370,7 @@ impl Farm {
             window_ends: now + limits.window,
             limits,
             epoch,
+            stop: StopNo { epoch, number: 0 },
             store,
             tiling,
             wall_ms: wall_ms.saturating_sub(now.0.as_millis() as i64),
@@ -459,9 +472,9 @@ impl Farm {
             ToScheduler::WantHands { key, round, tiles, url, token } => {
                 self.on_want_hands(&node, boot, Want { key, round, tiles, url, token }, fx);
             }
-            ToScheduler::Heartbeat { running, helping } => {
+            ToScheduler::Heartbeat { running, helping, heard } => {
                 fx.send(&node, boot, ToNode::HeartbeatSeen);
-                self.on_listed(&node, seq, running, &helping, fx);
+                self.on_listed(&node, seq, heard, running, &helping, fx);
             }
             ToScheduler::Report { number, report } => self.on_report(&node, boot, number, report, fx),
             ToScheduler::Leaving { reason } => self.on_leaving(&node, shortened(reason), fx),
@@ -501,7 +514,7 @@ impl Farm {
         }
         if self.now >= self.window_ends {
             for job in std::mem::take(&mut self.orphans) {
-                self.lose_lease(job, "did not come back after the scheduler's restart", fx);
+                self.lose_lease(job, "did not come back after the scheduler's restart", Slot::Free, fx);
             }
         }
         self.plan(fx);

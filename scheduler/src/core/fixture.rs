@@ -12,7 +12,7 @@ use farm_core::parallel::cost::{DeviceRates, LinkRates, ModelShape, Site};
 use farm_core::parallel::topology::Topology;
 use farm_core::store::key;
 use farm_core::tiles::plan::Tiling;
-use farm_core::wire::Envelope;
+use farm_core::wire::{Envelope, StopNo};
 use farm_core::wire::to_node::{HelpDecode, StartAttempt, ToNode};
 use farm_core::wire::to_scheduler::{
     AttemptOutcome, AttemptReport, DeviceInfo, Helping, ModelInfo, Registration, Roles, RunningAttempt, ToScheduler,
@@ -128,6 +128,7 @@ pub fn registration(devices: usize, models: &[&str]) -> Registration {
         crash: None,
         running: Vec::new(),
         helping: Vec::new(),
+        heard: StopNo::default(),
     }
 }
 
@@ -379,13 +380,25 @@ impl World {
 
     pub fn heartbeat(&mut self, id: &str, boot: BootId, keys: &[AttemptKey]) {
         let running = keys.iter().map(|key| self.listed(*key)).collect();
-        self.message(id, boot, ToScheduler::Heartbeat { running, helping: Vec::new() });
+        self.beat(id, boot, running, &[]);
     }
 
     /// A heartbeat in full.
     pub fn beat(&mut self, id: &str, boot: BootId, running: Vec<RunningAttempt>, helping: &[(AttemptKey, u32)]) {
         let helping = helping.iter().map(|(key, device)| Helping { key: *key, device: DeviceIndex(*device) }).collect();
-        self.message(id, boot, ToScheduler::Heartbeat { running, helping });
+        // Whatever it was told before.
+        self.beat_having_heard(self.farm.stop, id, boot, running, helping);
+    }
+
+    pub fn beat_having_heard(
+        &mut self,
+        heard: StopNo,
+        id: &str,
+        boot: BootId,
+        running: Vec<RunningAttempt>,
+        helping: Vec<Helping>,
+    ) {
+        self.message(id, boot, ToScheduler::Heartbeat { running, helping, heard });
     }
 
     /// The attempt's latent is finished, and its decode has this many tiles.
@@ -485,7 +498,7 @@ impl World {
     /// The devices that were told to stop helping in the newest event.
     pub fn dismissed(&self) -> Vec<(&str, AttemptKey, u32)> {
         let dismissal = |send: &'_ Send| match send.message {
-            ToNode::Dismiss { key, device } => Some((key, device.0)),
+            ToNode::Dismiss { key, device, .. } => Some((key, device.0)),
             _ => None,
         };
         let dismissed = self.sent.iter().filter_map(|send| Some((send.node.0.as_str(), dismissal(send)?)));

@@ -11,7 +11,7 @@ use farm_core::wire::to_node::{HelpDecode, ToNode};
 use farm_core::wire::to_scheduler::Helping;
 
 use super::effects::{Effects, devices_text};
-use super::farm::{Farm, Hands, Help, Lease, Node, Slot};
+use super::farm::{Farm, Hands, Help, Lease, Node, Slot, Stopping};
 use super::hands::{self, Stock, hands};
 
 /// Longest URL or token that is passed on.
@@ -149,7 +149,8 @@ impl Farm {
             };
             if !known || !running {
                 self.counters.strays_dismissed += 1;
-                fx.send(id, boot, ToNode::Dismiss { key: *key, device: *device });
+                let stop = self.next_stop();
+                fx.send(id, boot, ToNode::Dismiss { key: *key, device: *device, stop });
             }
         }
         for (key, device) in adopted {
@@ -184,21 +185,20 @@ impl Farm {
                 Some((since, command)) if self.lease(&help.key).is_some() && now.since(*since) < span => {
                     fx.send(id, boot, ToNode::Help(Box::new(command.clone())));
                 }
-                Some(_) => {
-                    fx.send(id, boot, ToNode::Dismiss { key: help.key, device: index });
-                    given_up.push((i, help.key));
-                }
+                Some(_) => given_up.push((i, help.key)),
                 None => ended.push(i),
             }
         }
         for i in ended {
             self.end_help(id, i);
         }
-        // The command may be on the way yet: such a device is nobody's before its node is heard of again.
+        // The command may be on the way yet, or obeyed.
         for (i, key) in given_up {
+            let stop = self.next_stop();
+            fx.send(id, boot, ToNode::Dismiss { key, device: DeviceIndex(i as u32), stop });
             self.end_help(id, i);
             if let Some(node) = self.nodes.get_mut(id) {
-                node.devices[i].slot = Slot::Stopping(key);
+                node.devices[i].slot = Slot::Stopping(Box::new(Stopping { key, command: stop, helps: true }));
             }
         }
     }
@@ -227,12 +227,13 @@ impl Farm {
     }
 
     /// The attempt has ended. Its helpers would notice, but where the network is cut that takes long.
-    pub(super) fn dismiss_helpers(&self, key: AttemptKey, helpers: &[Place], fx: &mut Effects) {
+    pub(super) fn dismiss_helpers(&mut self, key: AttemptKey, helpers: &[Place], fx: &mut Effects) {
         for (id, device) in helpers {
+            let stop = self.next_stop();
             let Some(node) = self.nodes.get(id) else { continue };
             let slot = node.devices.get(device.0 as usize).map(|device| &device.slot);
             if matches!(slot, Some(Slot::Helping(help)) if help.key == key) {
-                fx.send(id, node.boot, ToNode::Dismiss { key, device: *device });
+                fx.send(id, node.boot, ToNode::Dismiss { key, device: *device, stop });
             }
         }
     }

@@ -4,15 +4,16 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
-use farm_core::id::{AttemptKey, JobId, NodeId, TenantId};
+use farm_core::id::{AttemptKey, BootId, JobId, NodeId, TenantId};
 use farm_core::job::state::FailureKind;
+use farm_core::wire::StopNo;
 use farm_core::wire::to_node::ToNode;
 
 use super::batch::Batch;
 use super::class::Class;
 use super::effects::{Change, Effects, Outcome};
 use super::events::{Dependency, LiveAttempt, LiveJob, SavedBatch, Scope, Submitted};
-use super::farm::{Bill, Confirmation, Farm, Job, Lease, Node, Phase, Slot};
+use super::farm::{Bill, Confirmation, Farm, Job, Lease, Node, Phase, Slot, Stopping};
 use super::plan::UNKNOWN_SECONDS;
 use super::planted::{Bug, planted};
 use super::tenant::{Tenant, TenantIx};
@@ -354,9 +355,27 @@ impl Farm {
         if planted(Bug::FreedTooEarly) {
             return self.release(id, Slot::Free, Outcome::Aborted, Some(reason.to_owned()), fx);
         }
-        fx.send(&node, boot, ToNode::Abort { key, reason: reason.to_owned() });
-        let slot = Slot::Stopping(key);
+        let slot = self.abort(&node, boot, key, reason.to_owned(), fx);
         self.release(id, slot, Outcome::Aborted, Some(reason.to_owned()), fx);
+    }
+
+    /// Tells the node to stop the attempt. Gives what its devices are until then.
+    pub(super) fn abort(
+        &mut self,
+        node: &NodeId,
+        boot: BootId,
+        key: AttemptKey,
+        reason: String,
+        fx: &mut Effects,
+    ) -> Slot {
+        let stop = self.next_stop();
+        fx.send(node, boot, ToNode::Abort { key, stop, reason });
+        Slot::Stopping(Box::new(Stopping { key, command: stop, helps: false }))
+    }
+
+    pub(super) fn next_stop(&mut self) -> StopNo {
+        self.stop.number += 1;
+        self.stop
     }
 
     /// Ends a running job's lease; the job itself is left in no queue. `slot` is what its devices become, and who helps is
@@ -400,12 +419,12 @@ impl Farm {
     }
 
     /// The attempt of a running job ended with its node.
-    pub(super) fn lose_lease(&mut self, id: JobId, why: &str, fx: &mut Effects) {
+    pub(super) fn lose_lease(&mut self, id: JobId, why: &str, slot: Slot, fx: &mut Effects) {
         let Some(job) = self.jobs.get(&id) else { return };
         match &job.phase {
             Phase::Running(lease) => {
                 let (key, message) = (lease.key, format!("node {} {why}", lease.node));
-                self.fail_attempt(key, FailureKind::NodeLost, message, fx);
+                self.end_attempt(key, FailureKind::NodeLost, message, slot, fx);
             }
             Phase::Picked(_) => {
                 self.unpick(id);
@@ -429,7 +448,7 @@ impl Farm {
         self.reservations.drop_node(id);
         fx.note(format!("node {id} is lost: {why}"));
         for job in node.leases {
-            self.lose_lease(job, why, fx);
+            self.lose_lease(job, why, Slot::Free, fx);
         }
         // One model fewer may leave exactly one.
         self.replan = true;

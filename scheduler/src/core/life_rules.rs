@@ -7,6 +7,7 @@ use std::time::Duration;
 use farm_core::api::{TenantSpec, WaitCode};
 use farm_core::id::{AttemptKey, JobId};
 use farm_core::job::state::{FailureKind, JobState, Progress, Stage};
+use farm_core::wire::StopNo;
 use farm_core::wire::to_node::ToNode;
 use farm_core::wire::to_scheduler::{AttemptOutcome, Crash, Registration, RunningAttempt, ToScheduler};
 
@@ -65,6 +66,27 @@ fn a_pause_of_any_scope_hands_back_what_runs_and_starts_nothing_until_it_is_resu
         world.event(Event::Tick);
         assert_eq!(world.state(key.job), JobState::Running);
     }
+}
+
+#[test]
+fn devices_of_a_stopped_attempt_are_free_once_their_node_has_heard_of_it_and_not_by_a_list_from_before_its_start() {
+    let mut world = world(1);
+    world.submit(1, 0, None);
+    let key = world.start().key;
+    world.wish(Wish::Cancel(key.job));
+    let heard_of = world.farm.stop;
+    world.submit(2, 0, None);
+    let before = StopNo { number: heard_of.number - 1, ..heard_of };
+    world.beat_having_heard(before, "a", boot(1), vec![], vec![]);
+    assert_eq!(world.aborts(), [key], "told again");
+    world.event(Event::Tick);
+    assert_eq!(world.state(job_id(2)), JobState::Queued, "the list may be from before the attempt began");
+    world.beat_having_heard(heard_of, "a", boot(1), vec![world.listed(key)], vec![]);
+    world.event(Event::Tick);
+    assert_eq!(world.state(job_id(2)), JobState::Queued, "it has not stopped yet");
+    world.beat_having_heard(heard_of, "a", boot(1), vec![], vec![]);
+    world.event(Event::Tick);
+    assert_eq!(world.state(job_id(2)), JobState::Running);
 }
 
 #[test]

@@ -93,7 +93,7 @@ impl Farm {
         if fresh && let Some(crash) = registration.crash {
             self.on_crash(&id, crash, fx);
         }
-        self.on_listed(&id, seq, registration.running, &registration.helping, fx);
+        self.on_listed(&id, seq, registration.heard, registration.running, &registration.helping, fx);
         if self.drained.contains(&id) {
             self.empty_node(&id, "its node is drained", fx);
         }
@@ -185,13 +185,13 @@ impl Farm {
         for (job, key, lease_boot) in of_node {
             self.orphans.remove(&job);
             if lease_boot != boot {
-                self.lose_lease(job, "restarted", fx);
+                self.lose_lease(job, "restarted", Slot::Free, fx);
                 continue;
             }
             let Some(node) = self.nodes.get_mut(id) else { return };
             let Some(Job { phase: Phase::Running(lease), tenant, .. }) = self.jobs.get_mut(&job) else { continue };
             if lease.devices.iter().any(|device| device.0 as usize >= node.devices.len()) {
-                self.lose_lease(job, "came back with other devices", fx);
+                self.lose_lease(job, "came back with other devices", Slot::Free, fx);
                 continue;
             }
             let has = |device: &DeviceIndex| listed(key).is_none_or(|attempt| attempt.devices.contains(device));

@@ -7,11 +7,12 @@ use farm_core::api::JobResult;
 use farm_core::id::{AttemptKey, AttemptNo, BootId, DeviceIndex, JobId, NodeId};
 use farm_core::job::state::{FailureKind, Progress, Stage};
 use farm_core::store::key;
+use farm_core::wire::StopNo;
 use farm_core::wire::to_node::ToNode;
 use farm_core::wire::to_scheduler::{AttemptOutcome, AttemptReport, Helping, RunningAttempt};
 
 use super::effects::{Change, Effects, Outcome};
-use super::farm::{Bill, Confirmation, Farm, Job, Phase, Slot, shortened};
+use super::farm::{Bill, Confirmation, Farm, Job, Phase, Slot, Stopping, shortened};
 use super::jobs::End;
 use super::plan::has_labels;
 use super::planted::{Bug, planted};
@@ -34,6 +35,7 @@ impl Farm {
         &mut self,
         id: &NodeId,
         seq: u64,
+        heard: StopNo,
         running: Vec<RunningAttempt>,
         helping: &[Helping],
         fx: &mut Effects,
@@ -44,6 +46,7 @@ impl Farm {
         };
         node.heartbeat = seq;
         let boot = node.boot;
+        self.free_stopped(id, heard, &running, helping, fx);
         self.on_running(id, boot, running, fx);
         self.on_helping(id, boot, helping, fx);
     }
@@ -51,7 +54,6 @@ impl Farm {
     fn on_running(&mut self, id: &NodeId, boot: BootId, running: Vec<RunningAttempt>, fx: &mut Effects) {
         let listed: HashSet<AttemptKey> = running.iter().map(|attempt| attempt.key).collect();
         let (now, stuck, mut hanging) = (self.now, self.limits.stuck, Vec::new());
-        self.free_stopped(id, &running);
         for attempt in running {
             match self.lease_mut(&attempt.key).filter(|lease| lease.node == *id && lease.boot == boot) {
                 Some(lease) => {
@@ -74,18 +76,17 @@ impl Farm {
                 }
                 None => {
                     self.counters.strays_aborted += 1;
+                    let slot = self.abort(id, boot, attempt.key, "not leased to this node".to_owned(), fx);
                     // Its devices are not idle before the node says so.
                     if let Some(node) = self.nodes.get_mut(id) {
                         for device in &attempt.devices {
                             if let Some(device) = node.devices.get_mut(device.0 as usize)
                                 && device.slot == Slot::Free
                             {
-                                device.slot = Slot::Stopping(attempt.key);
+                                device.slot = slot.clone();
                             }
                         }
                     }
-                    let reason = "not leased to this node".to_owned();
-                    fx.send(id, boot, ToNode::Abort { key: attempt.key, reason });
                 }
             }
         }
@@ -100,9 +101,9 @@ impl Farm {
         let Some(lease) = self.lease(&key) else { return };
         let (node, boot) = (lease.node.clone(), lease.boot);
         let silent = self.now.since(lease.moved).as_secs();
-        fx.send(&node, boot, ToNode::Abort { key, reason: format!("no progress for {silent} s") });
+        let slot = self.abort(&node, boot, key, format!("no progress for {silent} s"), fx);
         let message = format!("no progress on node {node} for {silent} s");
-        self.end_attempt(key, FailureKind::Device, message, Slot::Stopping(key), fx);
+        self.end_attempt(key, FailureKind::Device, message, slot, fx);
     }
 
     /// Devices that an attempt has given back before its end.
@@ -119,16 +120,32 @@ impl Farm {
         }
     }
 
-    /// Devices of attempts that were told to stop and do not list them any more.
-    fn free_stopped(&mut self, id: &NodeId, running: &[RunningAttempt]) {
+    /// Devices whose node has heard that it is to stop, and does not list them any more. Those that are listed are told
+    /// again where the lists are gone through.
+    fn free_stopped(
+        &mut self,
+        id: &NodeId,
+        heard: StopNo,
+        running: &[RunningAttempt],
+        helping: &[Helping],
+        fx: &mut Effects,
+    ) {
         let Some(node) = self.nodes.get_mut(id) else { return };
+        let mut told = None;
         for (i, device) in node.devices.iter_mut().enumerate() {
-            let has = |attempt: &RunningAttempt| attempt.devices.contains(&DeviceIndex(i as u32));
-            if let Slot::Stopping(key) = device.slot
-                && !running.iter().any(|attempt| attempt.key == key && has(attempt))
-            {
+            let Slot::Stopping(stopping) = &device.slot else { continue };
+            let (Stopping { key, command: stop, helps }, index) = (**stopping, DeviceIndex(i as u32));
+            let runs = running.iter().any(|attempt| attempt.key == key && attempt.devices.contains(&index));
+            if runs || helping.iter().any(|help| help.key == key && help.device == index) {
+                continue;
+            }
+            if heard >= stop {
                 device.slot = Slot::Free;
                 self.replan = true;
+            } else if helps {
+                fx.send(id, node.boot, ToNode::Dismiss { key, device: index, stop });
+            } else if told.replace(stop) != Some(stop) {
+                fx.send(id, node.boot, ToNode::Abort { key, stop, reason: "not leased to this node".to_owned() });
             }
         }
     }
@@ -164,8 +181,8 @@ impl Farm {
                 }
                 Overdue::Lost(why) => {
                     let key = lease.key;
-                    fx.send(id, boot, ToNode::Abort { key, reason: why.to_owned() });
-                    self.lose_lease(job, why, fx);
+                    let slot = self.abort(id, boot, key, why.to_owned(), fx);
+                    self.lose_lease(job, why, slot, fx);
                 }
             }
         }
@@ -260,7 +277,7 @@ impl Farm {
         self.end_attempt(key, kind, message, Slot::Free, fx);
     }
 
-    fn end_attempt(&mut self, key: AttemptKey, kind: FailureKind, message: String, slot: Slot, fx: &mut Effects) {
+    pub(super) fn end_attempt(&mut self, key: AttemptKey, kind: FailureKind, message: String, slot: Slot, fx: &mut Effects) {
         let Some(lease) = self.lease(&key) else { return };
         let (node, size) = (lease.node.clone(), lease.bill.size);
         let stage = lease.progress.map(|progress| progress.stage);

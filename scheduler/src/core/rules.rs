@@ -321,6 +321,9 @@ fn an_attempt_that_is_never_taken_up_is_lost() {
     let mut world = world(1);
     let job = world.submit(1, 0, None);
     world.pass_with(seconds(30), &[("a", boot(1), &[])]);
+    assert_eq!(world.rows[&job].outcomes, ["node_lost"], "its devices are kept until the node has heard that");
+    world.heartbeat("a", boot(1), &[]);
+    world.event(Event::Tick);
     assert_eq!(world.rows[&job].outcomes, ["node_lost", "running"]);
 }
 
@@ -348,7 +351,11 @@ fn a_heartbeat_that_comes_late_says_nothing() {
         node: node("a"),
         boot: boot(1),
         seq: 0,
-        body: farm_core::wire::to_scheduler::ToScheduler::Heartbeat { running: Vec::new(), helping: Vec::new() },
+        body: farm_core::wire::to_scheduler::ToScheduler::Heartbeat {
+            running: Vec::new(),
+            helping: Vec::new(),
+            heard: Default::default(),
+        },
     };
     for _ in 0..40 {
         world.pass(Duration::from_millis(500));

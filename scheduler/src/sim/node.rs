@@ -4,7 +4,7 @@
 use std::collections::HashSet;
 
 use farm_core::id::{AttemptKey, BootId, DeviceIndex, Epoch, NodeId};
-use farm_core::wire::Envelope;
+use farm_core::wire::{Envelope, StopNo};
 use farm_core::wire::to_node::{HelpDecode, StartAttempt, ToNode};
 use farm_core::wire::to_scheduler::{
     AttemptOutcome, AttemptReport, Crash, Helping, Registration, RunningAttempt, ToScheduler,
@@ -78,6 +78,7 @@ pub struct Node {
     pub seq: u64,
     pub running: Vec<Run>,
     pub helps: Vec<Help>,
+    pub heard: StopNo,
     pub reports: Vec<Report>,
     last_report: u64,
     /// What survives the process.
@@ -113,6 +114,7 @@ impl Node {
             seq: 0,
             running: Vec::new(),
             helps: Vec::new(),
+            heard: StopNo::default(),
             reports: Vec::new(),
             last_report: 0,
             disk: Vec::new(),
@@ -213,6 +215,7 @@ impl World {
         (node.frozen, node.leaving, node.cut_off) = (0, None, None);
         node.running.clear();
         node.helps.clear();
+        node.heard = StopNo::default();
         node.reports.clear();
         node.ended.clear();
         node.helped.clear();
@@ -273,7 +276,8 @@ impl World {
                 if now >= heartbeat {
                     self.nodes[n].link = Link::Joined { connection, heartbeat: now + interval, answered };
                     let (running, helping) = self.nodes[n].listed(now);
-                    self.send_up(n, ToScheduler::Heartbeat { running, helping });
+                    let heard = self.nodes[n].heard;
+                    self.send_up(n, ToScheduler::Heartbeat { running, helping, heard });
                 }
             }
             _ => {}
@@ -381,8 +385,8 @@ impl World {
     fn say_registration(&mut self, n: usize) {
         let node = &self.nodes[n];
         let (running, helping) = node.listed(self.now);
-        let crash = node.crash.clone();
-        let registration = Registration { running, helping, crash, ..(*node.plan.registration).clone() };
+        let (crash, heard) = (node.crash.clone(), node.heard);
+        let registration = Registration { running, helping, heard, crash, ..(*node.plan.registration).clone() };
         self.send_up(n, ToScheduler::Register(registration));
     }
 
@@ -429,7 +433,8 @@ impl World {
                 }
             }
             ToNode::Start(start) => self.start(n, *start),
-            ToNode::Abort { key, reason } => {
+            ToNode::Abort { key, stop, reason } => {
+                self.nodes[n].heard = self.nodes[n].heard.max(stop);
                 self.note(|| format!("n{n} is to stop {key}: {reason}"));
                 self.abort(n, key);
             }
@@ -440,7 +445,10 @@ impl World {
             }
             ToNode::Hands { key, round, keep, helpers } => self.hands(n, key, round, keep, helpers),
             ToNode::Help(help) => self.help(n, *help),
-            ToNode::Dismiss { key, device } => self.dismiss(n, key, device),
+            ToNode::Dismiss { key, device, stop } => {
+                self.nodes[n].heard = self.nodes[n].heard.max(stop);
+                self.dismiss(n, key, device);
+            }
             ToNode::Acknowledged { report } => {
                 self.nodes[n].reports.retain(|known| known.number != report);
                 self.nodes[n].disk.retain(|(number, _)| *number != report);

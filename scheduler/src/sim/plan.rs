@@ -8,6 +8,7 @@ use std::time::Duration;
 use farm_core::id::TenantId;
 use farm_core::job::spec::{GenerationDefaults, RenderRequest};
 use farm_core::parallel::cost::{Candidate, ClipShape, DeviceRates, LinkRates, ModelShape, Site, predict};
+use farm_core::wire::StopNo;
 use farm_core::wire::to_scheduler::{DeviceInfo, ModelInfo, Registration, Roles};
 
 use super::Ms;
@@ -401,5 +402,6 @@ fn registration(
         crash: None,
         running: Vec::new(),
         helping: Vec::new(),
+        heard: StopNo::default(),
     }
 }

@@ -113,7 +113,7 @@ async fn a_scheduler_killed_in_mid_clip_goes_on_where_it_was() {
     let progress = Progress { stage: Stage::Decode, done: 1, total: 2, eta_seconds: None };
     let running = vec![RunningAttempt { key: start.key, progress, devices: start.devices.clone() }];
     // A heartbeat out of the blue: the scheduler asks who that is.
-    node.say(ToScheduler::Heartbeat { running: running.clone(), helping: Vec::new() }).await;
+    node.say(ToScheduler::Heartbeat { running: running.clone(), helping: Vec::new(), heard: Default::default() }).await;
     node.hear(|message| matches!(message, ToNode::Reregister).then_some(())).await;
     let mut again = registration(1, &["tiny"], store.url());
     again.running = running;

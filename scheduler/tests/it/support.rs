@@ -21,7 +21,7 @@ use farm_core::wire::to_node::{StartAttempt, ToNode};
 use farm_core::wire::to_scheduler::{
     AttemptOutcome, AttemptReport, DeviceInfo, ModelInfo, Registration, Roles, RunningAttempt, ToScheduler,
 };
-use farm_core::wire::{Envelope, codec};
+use farm_core::wire::{Envelope, StopNo, codec};
 use farm_scheduler::actor::Scheduler;
 use farm_scheduler::api::{Api, Secret, router};
 use farm_scheduler::config::Config;
@@ -191,6 +191,7 @@ pub fn registration(devices: usize, models: &[&str], store: &str) -> Registratio
         crash: None,
         running: Vec::new(),
         helping: Vec::new(),
+        heard: StopNo::default(),
     }
 }
 
@@ -225,7 +226,9 @@ impl FakeNode<'_> {
     }
 
     pub async fn beat(&self, running: Vec<RunningAttempt>) {
-        self.say(ToScheduler::Heartbeat { running, helping: Vec::new() }).await;
+        // Whatever it was told.
+        let heard = StopNo { epoch: Epoch(u64::MAX), number: 0 };
+        self.say(ToScheduler::Heartbeat { running, helping: Vec::new(), heard }).await;
         self.hear("an answer", |message| matches!(message, ToNode::HeartbeatSeen)).await;
     }
 
