@@ -8,9 +8,9 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use farm_core::id::{AttemptKey, BootId, DeviceIndex, Epoch};
-use farm_core::wire::{Envelope, StopNo};
 use farm_core::wire::to_node::{HelpDecode, SCHEDULER_SILENCE, StartAttempt, ToNode};
 use farm_core::wire::to_scheduler::{AttemptOutcome, AttemptReport, Registration, RunningAttempt, ToScheduler};
+use farm_core::wire::{Envelope, StopNo};
 
 use super::dialer::{Dialer, Missed};
 use super::events::{Action, Event, Offer};

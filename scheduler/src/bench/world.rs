@@ -14,11 +14,11 @@ use farm_core::parallel::cost::{ModelShape, Site};
 use farm_core::parallel::topology::Topology;
 use farm_core::store::key;
 use farm_core::tiles::plan::Tiling;
-use farm_core::wire::{Envelope, StopNo};
 use farm_core::wire::to_node::{StartAttempt, ToNode};
 use farm_core::wire::to_scheduler::{
     AttemptOutcome, AttemptReport, DeviceInfo, ModelInfo, Registration, Roles, RunningAttempt, ToScheduler,
 };
+use farm_core::wire::{Envelope, StopNo};
 use uuid::Uuid;
 
 use super::clock::{Span, timed};
@@ -220,7 +220,14 @@ impl World {
     pub fn join(&mut self, registration: Registration) {
         let ix = self.nodes.len() as u32;
         let boot = BootId(Uuid::from_u128(u128::from(ix) + 1));
-        self.nodes.push(Node { id: NodeId(format!("node-{ix:05}")), boot, seq: 0, running: Vec::new(), heard: StopNo::default(), warm: None });
+        self.nodes.push(Node {
+            id: NodeId(format!("node-{ix:05}")),
+            boot,
+            seq: 0,
+            running: Vec::new(),
+            heard: StopNo::default(),
+            warm: None,
+        });
         let event = self.message(ix, ToScheduler::Register(registration));
         let effects = self.farm.step(event, self.now);
         self.obey(effects);

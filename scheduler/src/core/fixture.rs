@@ -12,11 +12,11 @@ use farm_core::parallel::cost::{DeviceRates, LinkRates, ModelShape, Site};
 use farm_core::parallel::topology::Topology;
 use farm_core::store::key;
 use farm_core::tiles::plan::Tiling;
-use farm_core::wire::{Envelope, StopNo};
 use farm_core::wire::to_node::{HelpDecode, StartAttempt, ToNode};
 use farm_core::wire::to_scheduler::{
     AttemptOutcome, AttemptReport, DeviceInfo, Helping, ModelInfo, Registration, Roles, RunningAttempt, ToScheduler,
 };
+use farm_core::wire::{Envelope, StopNo};
 use uuid::Uuid;
 
 use super::effects::{Change, Effects, Outcome, Send};

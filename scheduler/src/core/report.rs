@@ -277,7 +277,14 @@ impl Farm {
         self.end_attempt(key, kind, message, Slot::Free, fx);
     }
 
-    pub(super) fn end_attempt(&mut self, key: AttemptKey, kind: FailureKind, message: String, slot: Slot, fx: &mut Effects) {
+    pub(super) fn end_attempt(
+        &mut self,
+        key: AttemptKey,
+        kind: FailureKind,
+        message: String,
+        slot: Slot,
+        fx: &mut Effects,
+    ) {
         let Some(lease) = self.lease(&key) else { return };
         let (node, size) = (lease.node.clone(), lease.bill.size);
         let stage = lease.progress.map(|progress| progress.stage);

@@ -4,11 +4,11 @@
 use std::collections::HashSet;
 
 use farm_core::id::{AttemptKey, BootId, DeviceIndex, Epoch, NodeId};
-use farm_core::wire::{Envelope, StopNo};
 use farm_core::wire::to_node::{HelpDecode, StartAttempt, ToNode};
 use farm_core::wire::to_scheduler::{
     AttemptOutcome, AttemptReport, Crash, Helping, Registration, RunningAttempt, ToScheduler,
 };
+use farm_core::wire::{Envelope, StopNo};
 
 use super::Ms;
 use super::attempt::Run;
