@@ -311,7 +311,7 @@ fn nothing_is_reported_for_an_aborted_attempt() {
 fn a_heartbeat_says_which_command_to_stop_was_heard_last() {
     let mut bench = Bench::joined();
     let heard = |bench: &mut Bench| {
-        bench.pass(RESEND);
+        bench.pass(Duration::from_secs(1));
         let heartbeat = |message: &ToScheduler| match message {
             ToScheduler::Heartbeat { heard, .. } => Some(heard.number),
             _ => None,
