@@ -1,0 +1,64 @@
+"""Times one network's forward in PyTorch. Prints one JSON object, with the fields of `farm-node bench forward` and what
+CUDA's libraries take of the peak.
+
+    python forward.py dit --model DIR/dit/model --tensors DIR/dit/tensors.safetensors --threads 1
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+import memory
+from networks import NETWORKS
+
+PRECISIONS = {"f32": torch.float32, "bf16": torch.bfloat16}
+
+
+def measure(arguments):
+    torch.set_num_threads(arguments.threads)
+    network = NETWORKS[arguments.network]
+    module = network.load(arguments.model, PRECISIONS[arguments.precision])
+    tensors = load_file(arguments.tensors)
+    expected = tensors.pop(network.output)
+    seconds = []
+    with torch.inference_mode():
+        for _ in range(arguments.warm_ups + arguments.runs):
+            began = time.perf_counter()
+            output = network.forward(module, tensors)
+            seconds.append(time.perf_counter() - began)
+    # Before the comparison takes memory of its own.
+    peak_mib, cuda_mib = memory.peak_mib(), memory.cuda_mib()
+    difference, expected = (output.double() - expected.double()), expected.double()
+    seconds = seconds[arguments.warm_ups :]
+    return {
+        "network": arguments.network,
+        "precision": arguments.precision,
+        "threads": arguments.threads,
+        "seconds": seconds,
+        "median": statistics.median(seconds),
+        "peak_mib": peak_mib,
+        "cuda_mib": cuda_mib,
+        "relative_l2": (difference.norm() / expected.norm()).item(),
+        "max_difference": difference.abs().max().item(),
+    }
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("network", choices=NETWORKS)
+    parser.add_argument("--model", type=Path, required=True, help="diffusers folder")
+    parser.add_argument("--tensors", type=Path, required=True, help="inputs and expected output")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--runs", type=int, default=5, help="timed forwards")
+    parser.add_argument("--warm-ups", type=int, default=1, help="forwards before them")
+    parser.add_argument("--precision", choices=PRECISIONS, default="f32")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(parse_arguments())))
