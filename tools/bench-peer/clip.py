@@ -13,6 +13,7 @@ from diffusers import MochiPipeline
 from diffusers.utils import export_to_video
 
 import memory
+import versions
 
 FRAMES_PER_SECOND = 30
 
@@ -36,7 +37,8 @@ def main():
     generator = torch.Generator().manual_seed(1)
     frames = pipeline(arguments.prompt, generator=generator, **defaults).frames[0]
     export_to_video(frames, str(arguments.out), fps=FRAMES_PER_SECOND)
-    print(json.dumps({"frames": len(frames), "peak_mib": memory.peak_mib(), "cuda_mib": memory.cuda_mib()}))
+    printed = {"peak_mib": memory.peak_mib(), "cuda_mib": memory.cuda_mib(), "versions": versions.here()}
+    print(json.dumps(printed))
 
 
 if __name__ == "__main__":

@@ -14,15 +14,18 @@ import torch
 from safetensors.torch import load_file
 
 import memory
+import versions
 from networks import NETWORKS
 
-PRECISIONS = {"f32": torch.float32, "bf16": torch.bfloat16}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def measure(arguments):
     torch.set_num_threads(arguments.threads)
     network = NETWORKS[arguments.network]
+    began = time.perf_counter()
     module = network.load(arguments.model, PRECISIONS[arguments.precision])
+    load = time.perf_counter() - began
     tensors = load_file(arguments.tensors)
     expected = tensors.pop(network.output)
     seconds = []
@@ -39,12 +42,14 @@ def measure(arguments):
         "network": arguments.network,
         "precision": arguments.precision,
         "threads": arguments.threads,
+        "load": load,
         "seconds": seconds,
         "median": statistics.median(seconds),
         "peak_mib": peak_mib,
         "cuda_mib": cuda_mib,
         "relative_l2": (difference.norm() / expected.norm()).item(),
         "max_difference": difference.abs().max().item(),
+        "versions": versions.here(),
     }
 
 
@@ -56,7 +61,7 @@ def parse_arguments():
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--runs", type=int, default=5, help="timed forwards")
     parser.add_argument("--warm-ups", type=int, default=1, help="forwards before them")
-    parser.add_argument("--precision", choices=PRECISIONS, default="f32")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
     return parser.parse_args()
 
 

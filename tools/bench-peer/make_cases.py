@@ -4,7 +4,7 @@ them in float32.
     python make_cases.py --out DIR
 
 Each case is a folder DIR/{dit,t5,vae} with `model/`, a checkpoint, and `tensors.safetensors`, inputs and expected output
-under the names of tools/goldens. A folder that is complete is left as it is.
+under the names of tools/goldens. Folders of these names that are there already are replaced.
 """
 
 import argparse
@@ -72,16 +72,11 @@ def make_vae(random, folder):
 
 def make(case, random, out):
     folder = out / case
-    tensors_file = folder / "tensors.safetensors"
-    if tensors_file.exists():
-        return
     shutil.rmtree(folder, ignore_errors=True)
     tensors = {"dit": make_dit, "t5": make_t5, "vae": make_vae}[case](random, folder / "model")
     network = NETWORKS[case]
     tensors[network.output] = network.forward(network.load(folder / "model", torch.float32), tensors)
-    # Last and at once, so that a folder with it is complete.
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "unfinished")
-    (folder / "unfinished").rename(tensors_file)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "tensors.safetensors")
 
 
 def main():
@@ -90,7 +85,7 @@ def main():
     out = parser.parse_args().out
     with torch.no_grad():
         for number, case in enumerate(NETWORKS):
-            # A generator each: a case does not depend on which others were there already.
+            # A generator each: no case depends on another's size.
             make(case, Random(SEED + number), out)
 
 
