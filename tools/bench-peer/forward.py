@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 
 import memory
 import versions
@@ -26,8 +26,8 @@ def measure(arguments):
     began = time.perf_counter()
     module = network.load(arguments.model, PRECISIONS[arguments.precision])
     load = time.perf_counter() - began
-    tensors = load_file(arguments.tensors)
-    expected = tensors.pop(network.output)
+    with safe_open(arguments.tensors, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys() if name != network.output}
     seconds = []
     with torch.inference_mode():
         for _ in range(arguments.warm_ups + arguments.runs):
@@ -36,7 +36,9 @@ def measure(arguments):
             seconds.append(time.perf_counter() - began)
     # Before the comparison takes memory of its own.
     peak_mib, cuda_mib = memory.peak_mib(), memory.cuda_mib()
-    difference, expected = (output.double() - expected.double()), expected.double()
+    with safe_open(arguments.tensors, "pt") as file:
+        expected = file.get_tensor(network.output).double()
+    difference = output.double() - expected
     seconds = seconds[arguments.warm_ups :]
     return {
         "network": arguments.network,

@@ -3,13 +3,17 @@ them in float32.
 
     python make_cases.py --out DIR
 
-Each case is a folder DIR/{dit,t5,vae} with `model/`, a checkpoint, and `tensors.safetensors`, inputs and expected output
-under the names of tools/goldens. Folders of these names that are there already are replaced.
+Each case is a folder DIR/{dit,dit-bf16,t5,vae} with `model/`, a checkpoint, and `tensors.safetensors`, inputs and expected
+output under the names of tools/goldens. Weights of `dit-bf16` are those of `dit`, rounded and stored in bf16; what is expected of
+them is computed in float32 too. Folders of these names that are there already are replaced.
 """
 
 import argparse
 import shutil
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Callable
 
 import torch
 from diffusers import AutoencoderKLMochi, MochiTransformer3DModel
@@ -23,7 +27,7 @@ SEED = 20271
 TEXT_TOKENS = 40
 
 
-def make_dit(random, folder):
+def make_dit(random, folder, dtype=torch.float32):
     """848x480, 19 frames: 4 x 30 x 53 = 6360 tokens."""
     dit = MochiTransformer3DModel(
         num_attention_heads=6,
@@ -34,7 +38,7 @@ def make_dit(random, folder):
         text_embed_dim=512,
         time_embed_dim=256,
     )
-    random.fill(dit).save_pretrained(folder / "transformer")
+    random.fill(dit).to(dtype).save_pretrained(folder / "transformer")
     return {
         "dit.in": random.normal(1, 12, 4, 60, 106),
         "dit.t": torch.tensor([250.0]),
@@ -70,11 +74,27 @@ def make_vae(random, folder):
     return {"vae.in": random.normal(1, 12, 5, 24, 32)}
 
 
-def make(case, random, out):
-    folder = out / case
+@dataclass(frozen=True)
+class Case:
+    network: str
+    # (random, folder) -> inputs; writes the checkpoint
+    make: Callable
+    # A case does not depend on the size of another.
+    seed: int
+
+
+CASES = {
+    "dit": Case("dit", make_dit, SEED),
+    "dit-bf16": Case("dit", partial(make_dit, dtype=torch.bfloat16), SEED),
+    "t5": Case("t5", make_t5, SEED + 1),
+    "vae": Case("vae", make_vae, SEED + 2),
+}
+
+
+def make(name, case, out):
+    folder = out / name
     shutil.rmtree(folder, ignore_errors=True)
-    tensors = {"dit": make_dit, "t5": make_t5, "vae": make_vae}[case](random, folder / "model")
-    network = NETWORKS[case]
+    tensors, network = case.make(Random(case.seed), folder / "model"), NETWORKS[case.network]
     tensors[network.output] = network.forward(network.load(folder / "model", torch.float32), tensors)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "tensors.safetensors")
 
@@ -84,9 +104,8 @@ def main():
     parser.add_argument("--out", type=Path, required=True)
     out = parser.parse_args().out
     with torch.no_grad():
-        for number, case in enumerate(NETWORKS):
-            # A generator each: no case depends on another's size.
-            make(case, Random(SEED + number), out)
+        for name, case in CASES.items():
+            make(name, case, out)
 
 
 if __name__ == "__main__":

@@ -72,7 +72,10 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     for &threads in &args.threads {
         for case in &args.cases {
             if case != "clip" && !args.files.join(case).is_dir() {
-                println!("{case}: not timed, {} is not there; `make bench-peer` makes it", args.files.join(case).display());
+                println!(
+                    "{case}: not timed, {} is not there; `make bench-peer` makes it",
+                    args.files.join(case).display()
+                );
                 continue;
             }
             let (mut before, mut after) = (Vec::new(), Vec::new());

@@ -153,7 +153,7 @@ impl Sides<'_> {
             Work::Forward { ours: false, .. } => Ok(None),
             Work::Forward { network, warm_ups, runs, .. } => {
                 command.args(["bench", "forward", network]);
-                self.forward(&mut command, network, threads, warm_ups, runs);
+                self.forward(&mut command, case, threads, [warm_ups, runs]);
                 let finished = process::run(&mut command)?.checked(&command)?;
                 Ok(Some(Round::forward(&finished.json()?, finished.others)))
             }
@@ -176,7 +176,7 @@ impl Sides<'_> {
         match case.work {
             Work::Forward { network, precision, warm_ups, runs, .. } => {
                 command.arg(Path::new(SCRIPTS).join("forward.py")).args([network, "--precision", precision]);
-                self.forward(&mut command, network, threads, warm_ups, runs);
+                self.forward(&mut command, case, threads, [warm_ups, runs]);
                 let finished = process::run(&mut command)?.checked(&command)?;
                 let printed: Printed = finished.json()?;
                 Ok((Round::forward(&printed, finished.others), printed.versions))
@@ -194,8 +194,8 @@ impl Sides<'_> {
     }
 
     /// The options that both sides have.
-    fn forward(&self, command: &mut Command, network: &str, threads: NonZeroUsize, warm_ups: u32, runs: u32) {
-        let files = self.files.join(network);
+    fn forward(&self, command: &mut Command, case: &Case, threads: NonZeroUsize, [warm_ups, runs]: [u32; 2]) {
+        let files = self.files.join(case.name);
         command.arg("--model").arg(files.join("model")).arg("--tensors").arg(files.join("tensors.safetensors"));
         for (option, value) in [("--threads", threads.get() as u32), ("--warm-ups", warm_ups), ("--runs", runs)] {
             command.args([option, &value.to_string()]);
