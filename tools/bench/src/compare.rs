@@ -109,22 +109,28 @@ fn build(folder: &Path, commit: &str) -> anyhow::Result<PathBuf> {
         return Ok(program);
     }
     let sources = folder.join("sources");
+    // An interrupted build has left some.
+    remove(&sources)?;
     let at = sources.to_str().context("a path that is not UTF-8")?;
-    // What an interrupted build has left.
-    if sources.exists() {
-        git(Path::new("."), &["worktree", "remove", "--force", at])?;
-    }
     git(Path::new("."), &["worktree", "add", "--detach", at, commit])?;
     let target = folder.join("target");
     let mut command = Command::new("cargo");
     command.args(["build", "--release", "--locked", "--package", "farm-node"]).current_dir(&sources);
     command.env("CARGO_TARGET_DIR", &target);
     let built = command.status();
-    git(Path::new("."), &["worktree", "remove", "--force", at])?;
+    remove(&sources)?;
     let status = built.context("cargo does not run")?;
     ensure!(status.success(), "{commit} cannot be built: {status}");
     std::fs::copy(target.join("release/farm-node"), &program)?;
     Ok(program)
+}
+
+/// Removes a working tree, if it is there, and git's note of it.
+fn remove(sources: &Path) -> anyhow::Result<()> {
+    if sources.exists() {
+        std::fs::remove_dir_all(sources).with_context(|| sources.display().to_string())?;
+    }
+    git(Path::new("."), &["worktree", "prune"]).map(drop)
 }
 
 /// One process. None if `program` has no such benchmark.
