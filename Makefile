@@ -1,9 +1,11 @@
 # `make demo` and `make test` are all that a newcomer needs; both install what is missing.
 # A rustup installed a moment ago is not on the PATH yet.
 export PATH := $(PATH):$(or $(CARGO_HOME),$(HOME)/.cargo)/bin
-BIN := $(or $(CARGO_TARGET_DIR),target)/release
+TARGET := $(or $(CARGO_TARGET_DIR),target)
+BIN := $(TARGET)/release
 
-.PHONY: setup build demo test lint alone chaos sim bench bench-usp bench-tiles bench-decode bench-overhead bench-sched clean
+.PHONY: setup build demo test lint alone chaos sim bench peer bench-peer bench-compare bench-usp bench-tiles \
+  bench-decode bench-overhead bench-sched clean
 
 setup:
 	@tools/setup.sh
@@ -30,6 +32,7 @@ alone:
 	cargo check --locked -p farmctl
 	cargo check --locked -p farm-scheduler
 	cargo check --locked -p farm-node --no-default-features
+	cargo check --locked -p farm-bench
 
 # What `make test` does a few times, many times: a group of four processes loses a rank, fifty times; a hundred clips are
 # decoded by three nodes that are killed, paused, cut off, slowed down and lied to; five hundred clips while two schedulers,
@@ -45,9 +48,28 @@ chaos: setup
 sim: setup
 	cargo run --release --locked -p farm-scheduler --example sim -- $(SIM)
 
-# Where the time of one clip goes. Ends with one line of figures, and PASS or FAIL.
+# Where the time of one clip goes. Ends with one line of figures, and PASS or FAIL; keeps them in a file that it names.
 bench: build
-	$(BIN)/farm-node bench --model assets/mochi-tiny
+	$(BIN)/farm-bench clip
+
+# The networks and a whole clip, here and in PyTorch, in turn, against the goals. The first time it installs PyTorch, 5 GB, in
+# .venv-peer. Takes half an hour of an idle machine; a part of it: make bench-peer PEER="--case dit --threads 1 --rounds 5"
+bench-peer: build peer $(TARGET)/bench-peer/made
+	$(BIN)/farm-bench peer --files $(TARGET)/bench-peer $(PEER)
+
+# Networks with random weights, inputs, and what PyTorch makes of them; 1 GB.
+$(TARGET)/bench-peer/made: tools/bench-peer/make_cases.py tools/bench-peer/networks.py tools/bench-peer/requirements.txt | peer
+	.venv-peer/bin/python tools/bench-peer/make_cases.py --out $(@D)
+	touch $@
+
+peer:
+	@tools/bench-peer/setup.sh
+
+# What the working tree takes against another revision, which is built beside it: make bench-compare BASE=main. Options:
+# COMPARE="--case clip --threads 2 --rounds 9". The networks take part once bench-peer has made them.
+bench-compare: build
+	@test -n "$(BASE)" || { echo "bench-compare: name a revision: make bench-compare BASE=main" >&2; exit 1; }
+	$(BIN)/farm-bench compare --base "$(BASE)" --files $(TARGET)/bench-peer $(COMPARE)
 
 # A denoising step on one and on two ranks, one pinned thread each, and the part of it that exchanges cost.
 bench-usp: build

@@ -4,6 +4,7 @@ pub mod bench;
 pub mod calibrate;
 pub mod decode;
 pub mod join;
+mod layout;
 pub mod model;
 pub mod plan;
 pub mod render;

@@ -1,7 +1,8 @@
 //! `farm-node bench`: where the time of one clip goes, and how much memory it takes. `bench usp`: what ranks gain.
-//! `bench tiles`: what decodes in tiles lose.
+//! `bench tiles`: what decodes in tiles lose. `bench forward`: one network alone, of any checkpoint.
 
 mod decode;
+mod forward;
 mod stitch;
 mod tiles;
 mod usp;
@@ -45,6 +46,9 @@ pub struct Args {
     /// Print the figures as JSON
     #[arg(long)]
     pub json: bool,
+    /// Write the figures there as well, as JSON
+    #[arg(long, value_name = "FILE")]
+    pub save: Option<PathBuf>,
 }
 
 #[derive(clap::Subcommand)]
@@ -57,6 +61,8 @@ enum Other {
     Decode(decode::Args),
     /// Time and weigh the stitching of a large clip from made-up tiles
     Stitch(stitch::Args),
+    /// Time one network over stored inputs, and compare with a stored result
+    Forward(forward::Args),
 }
 
 /// Medians in seconds.
@@ -88,6 +94,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         Some(Other::Tiles(args)) => return tiles::run(args),
         Some(Other::Decode(args)) => return decode::run(args),
         Some(Other::Stitch(args)) => return stitch::run(args),
+        Some(Other::Forward(args)) => return forward::run(args),
         None => {}
     }
     let threads = args.threads.or_else(|| std::thread::available_parallelism().ok()).map_or(1, NonZeroUsize::get);
@@ -138,6 +145,9 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         goal_peak_mib: GOAL_MIB,
         pass: clip <= GOAL_SECONDS && peak_mib <= GOAL_MIB,
     };
+    if let Some(path) = &args.save {
+        std::fs::write(path, serde_json::to_string(&figures)?).with_context(|| path.display().to_string())?;
+    }
     if args.json {
         println!("{}", serde_json::to_string(&figures)?)
     } else {
@@ -170,13 +180,14 @@ fn print(f: &Figures) {
     );
 }
 
-/// The largest resident size that this process had.
+/// The middle one of `values`, of an even number the upper of the two.
 fn median(values: &[f64]) -> f64 {
     let mut values = values.to_vec();
     values.sort_by(f64::total_cmp);
     values[values.len() / 2]
 }
 
+/// The largest resident size that this process had.
 fn peak_mib() -> anyhow::Result<f64> {
     let status = std::fs::read_to_string("/proc/self/status").context("peak memory is read from /proc")?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("/proc/self/status has no VmHWM")?;

@@ -30,6 +30,8 @@ use farm_core::parallel::group::RankGroup;
 use goldens::Goldens;
 use report::Report;
 
+use crate::command::layout::{channels_first, channels_last};
+
 // Of max|a − b| / max(1, max|b|): about five times what independent f32 implementations differ by.
 const T5_TOLERANCE: f64 = 3e-5;
 const DIT_TOLERANCE: f64 = 1e-4;
@@ -362,21 +364,6 @@ impl Taps {
     }
 }
 
-/// `[C, …] → […, C]`
-fn channels_last(values: &[f32], channels: usize) -> Vec<f32> {
-    transpose(values, channels, values.len() / channels.max(1))
-}
-
-/// `[…, C] → [C, …]`
-fn channels_first(values: &[f32], channels: usize) -> Vec<f32> {
-    transpose(values, values.len() / channels.max(1), channels)
-}
-
-/// `[rows, columns] → [columns, rows]`
-fn transpose(values: &[f32], rows: usize, columns: usize) -> Vec<f32> {
-    (0..rows * columns).map(|i| values[(i % rows) * columns + i / rows]).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -429,13 +416,5 @@ mod tests {
         let goldens = Goldens::open(&repository().join("tests/goldens/small/goldens.safetensors")).unwrap();
         let report = compare(&CpuEngine::new(1).unwrap(), &checkpoint, &goldens).unwrap();
         assert!(report.ran() && !report.passed(), "{}", report.as_text());
-    }
-
-    #[test]
-    fn channels_move_to_the_end_and_back() {
-        let values: Vec<f32> = (0..12).map(|x| x as f32).collect();
-        let last = channels_last(&values, 3);
-        assert_eq!(&last[..3], [0.0, 4.0, 8.0]);
-        assert_eq!(channels_first(&last, 3), values);
     }
 }
