@@ -10,7 +10,7 @@ pub type Observer<'a, T> = &'a mut dyn FnMut(&str, &T);
 
 /// `x · Wᵀ (+ b)`.
 pub(crate) struct Linear<E: Engine> {
-    weight: E::Tensor,
+    weight: E::Matrix,
     bias: Option<E::Tensor>,
 }
 
@@ -28,7 +28,8 @@ impl<E: Engine> Linear<E> {
         out: usize,
         input: usize,
     ) -> Result<Self, ModelError> {
-        Ok(Linear { weight: loader.tensor(&format!("{prefix}.weight"), &[out, input])?, bias: None })
+        let weight = loader.tensor(&format!("{prefix}.weight"), &[out, input])?;
+        Ok(Linear { weight: loader.engine().matrix(&weight)?, bias: None })
     }
 
     /// `{prefix}.weight` `[out, channels, 2, 2]`, a convolution of 2×2 patches, as a matrix over `channels · 4` values.
@@ -40,7 +41,8 @@ impl<E: Engine> Linear<E> {
     ) -> Result<Self, ModelError> {
         let weight = loader.tensor(&format!("{prefix}.weight"), &[out, channels, 2, 2])?;
         let bias = loader.tensor(&format!("{prefix}.bias"), &[out])?;
-        Ok(Linear { weight: loader.engine().reshape(&weight, &[out, channels * 4])?, bias: Some(bias) })
+        let weight = loader.engine().reshape(&weight, &[out, channels * 4])?;
+        Ok(Linear { weight: loader.engine().matrix(&weight)?, bias: Some(bias) })
     }
 
     /// `[rows, input]` → `[rows, out]`, or `[input]` → `[out]`.

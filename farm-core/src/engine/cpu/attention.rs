@@ -1,33 +1,30 @@
 //! Softmax attention over blocks of keys, with an online softmax: nothing of size queries × keys is stored.
+//!
+//! Keys and values are arranged for products once, some heads at a time, and then read by every block of queries.
+
+use std::ops::Range;
 
 use candle_core::Tensor;
 
 use super::data::{dims, expect, from_vec, shape_error, slice};
-use super::linear::{Matrix, product};
 use super::pool::Pool;
+use super::product::{Finish, PANEL, PanelsView, Rows, Target, product, transpose_panel};
 use super::wide::{exp, exp_minus, max, wide};
 use crate::engine::{AttentionOut, Result};
 
-/// Queries and keys of a tile. Its scores (128 KiB) and the key block stay in the second-level cache.
-const QUERIES: usize = 128;
-const KEYS: usize = 256;
+/// Queries and keys of a tile. Its scores (120 KiB) and the blocks of keys and values stay in the second-level cache.
+const QUERIES: usize = 120;
+const KEYS: usize = 8 * PANEL;
+/// Heads are arranged together while their keys and values take at most so many bytes.
+const ARRANGED: usize = 64 << 20;
 
-/// Values of one head inside `[rows, heads, d]`.
+/// `[rows, heads, d]`, or `[rows, heads·d]`.
 #[derive(Clone, Copy)]
 struct Stream<'a> {
     values: &'a [f32],
     rows: usize,
     heads: usize,
     d: usize,
-}
-
-impl<'a> Stream<'a> {
-    /// Rows `start..start + rows` of one head.
-    fn head(&self, head: usize, start: usize, rows: usize) -> Matrix<'a> {
-        let row_stride = self.heads * self.d;
-        let values = &self.values[start * row_stride + head * self.d..];
-        Matrix { values, rows, columns: self.d, row_stride, column_stride: 1 }
-    }
 }
 
 pub(super) fn attention(pool: &Pool, q: &Tensor, keys: &[&Tensor], values: &[&Tensor]) -> Result<AttentionOut<Tensor>> {
@@ -44,7 +41,7 @@ pub(super) fn attention(pool: &Pool, q: &Tensor, keys: &[&Tensor], values: &[&Te
         slices.push((slice(OP, key)?, slice(OP, value)?, rows));
     }
     let stream = |values, rows| Stream { values, rows, heads, d };
-    let segments: Vec<_> = slices.iter().map(|(k, v, rows)| (stream(k, *rows), stream(v, *rows))).collect();
+    let segments: Vec<_> = slices.iter().map(|(k, v, rows)| [stream(k, *rows), stream(v, *rows)]).collect();
     let q = slice(OP, q)?;
     let scale = 1.0 / (d as f64).sqrt();
     let (out, lse) = blockwise(pool, stream(&q, queries), &segments, scale as f32, None);
@@ -62,7 +59,7 @@ pub(super) fn t5_attention(pool: &Pool, qkv: [&Tensor; 3], bias: &Tensor, heads:
     expect(OP, "bias", bias, &[heads, rows, rows])?;
     let (q, k, v, bias) = (slice(OP, qkv[0])?, slice(OP, qkv[1])?, slice(OP, qkv[2])?, slice(OP, bias)?);
     let stream = |values| Stream { values, rows, heads, d: width / heads };
-    let (out, _) = blockwise(pool, stream(&q), &[(stream(&k), stream(&v))], 1.0, Some(&bias));
+    let (out, _) = blockwise(pool, stream(&q), &[[stream(&k), stream(&v)]], 1.0, Some(&bias));
     from_vec(OP, out, &[rows, width])
 }
 
@@ -105,102 +102,182 @@ pub(super) fn merge(pool: &Pool, a: &AttentionOut<Tensor>, b: &AttentionOut<Tens
     Ok(AttentionOut { out: from_vec(OP, out, &[rows, width])?, lse: from_vec(OP, lse, &[rows, heads])? })
 }
 
+/// Keys and values of some heads of one segment, as right-hand matrices of products.
+struct Arranged {
+    rows: usize,
+    d: usize,
+    /// Of each head `[d, rows]` in panels of keys.
+    keys: Vec<f32>,
+    /// Of each head `[rows, d]` in panels of channels.
+    values: Vec<f32>,
+}
+
+impl Arranged {
+    fn new(pool: &Pool, [k, v]: [Stream<'_>; 2], heads: Range<usize>) -> Self {
+        let Stream { rows, d, .. } = k;
+        let stride = k.heads * d;
+        let (key_panels, value_panels) = (rows.div_ceil(PANEL), d.div_ceil(PANEL));
+        let mut keys = vec![0f32; heads.len() * key_panels * PANEL * d];
+        let mut values = vec![0f32; heads.len() * value_panels * PANEL * rows];
+        if rows == 0 {
+            return Self { rows, d, keys, values };
+        }
+        let tasks = keys.chunks_exact_mut(d * PANEL).enumerate().collect();
+        pool.run(tasks, rows * heads.len() * d, |(i, panel): (usize, &mut [f32])| {
+            let (head, row) = (heads.start + i / key_panels, i % key_panels * PANEL);
+            transpose_panel(&k.values[row * stride + head * d..], PANEL.min(rows - row), stride, panel);
+        });
+        let tasks = values.chunks_exact_mut(rows * PANEL).enumerate().collect();
+        pool.run(tasks, rows * heads.len() * d, |(i, panel): (usize, &mut [f32])| {
+            let (head, channel) = (heads.start + i / value_panels, i % value_panels * PANEL);
+            let width = PANEL.min(d - channel);
+            for (to, row) in panel.chunks_exact_mut(PANEL).zip(v.values.chunks_exact(stride)) {
+                to[..width].copy_from_slice(&row[head * d + channel..][..width]);
+            }
+        });
+        Self { rows, d, keys, values }
+    }
+
+    /// The keys of the `i`-th head.
+    fn keys(&self, i: usize) -> PanelsView<'_> {
+        let len = self.rows.div_ceil(PANEL) * PANEL * self.d;
+        PanelsView { values: &self.keys[i * len..][..len], whole: self.d, columns: self.rows, depth: 0..self.d }
+    }
+
+    /// Some values of the `i`-th head.
+    fn values(&self, i: usize, rows: Range<usize>) -> PanelsView<'_> {
+        let len = self.d.div_ceil(PANEL) * PANEL * self.rows;
+        PanelsView { values: &self.values[i * len..][..len], whole: self.rows, columns: self.d, depth: rows }
+    }
+}
+
 /// Output `[queries, heads·d]` and log-sum-exp `[queries, heads]`. A query without any key gives 0 and -∞, which is
 /// neutral when results are merged. `bias` is `[heads, queries, keys]` over a single segment.
 fn blockwise(
     pool: &Pool,
     q: Stream<'_>,
-    segments: &[(Stream<'_>, Stream<'_>)],
+    segments: &[[Stream<'_>; 2]],
     scale: f32,
     bias: Option<&[f32]>,
 ) -> (Vec<f32>, Vec<f32>) {
     let Stream { rows: queries, heads, d, .. } = q;
-    if queries == 0 || heads == 0 || d == 0 {
-        return (vec![0.0; queries * heads * d], vec![f32::NEG_INFINITY; queries * heads]);
-    }
-    let keys: usize = segments.iter().map(|(k, _)| k.rows).sum();
-    // Head by head, so that a task's output is contiguous.
-    let mut by_head = vec![0f32; heads * queries * d];
-    let mut lse_by_head = vec![0f32; heads * queries];
-    let mut tasks = Vec::with_capacity(heads * queries.div_ceil(QUERIES));
-    for (head, (out, lse)) in by_head.chunks_mut(queries * d).zip(lse_by_head.chunks_mut(queries)).enumerate() {
-        for (block, (out, lse)) in out.chunks_mut(QUERIES * d).zip(lse.chunks_mut(QUERIES)).enumerate() {
-            tasks.push((head, block * QUERIES, out, lse));
-        }
-    }
-    pool.run(tasks, 2 * heads * queries * keys * d, |(head, start, out, lse)| {
-        let tile = q.head(head, start, lse.len());
-        let bias = bias.map(|bias| &bias[(head * queries + start) * keys..]);
-        query_block(tile, head, segments, scale, bias, out, lse);
-    });
-
     let mut out = vec![0f32; queries * heads * d];
-    pool.rows(&mut out, heads * d, 1, |row0, run| {
-        for (row, out) in (row0..).zip(run.chunks_exact_mut(heads * d)) {
-            for (head, out) in out.chunks_exact_mut(d).enumerate() {
-                out.copy_from_slice(&by_head[(head * queries + row) * d..][..d]);
-            }
-        }
-    });
-    let lse = (0..queries * heads).map(|i| lse_by_head[i % heads * queries + i / heads]).collect();
+    let mut lse = vec![f32::NEG_INFINITY; queries * heads];
+    let keys: usize = segments.iter().map(|[k, _]| k.rows).sum();
+    if out.is_empty() || keys == 0 {
+        return (out, lse);
+    }
+    let bytes = 2 * size_of::<f32>() * keys * d;
+    let at_once = (ARRANGED / bytes).clamp(1, heads);
+    let out_at = Target { start: out.as_mut_ptr(), stride: heads * d };
+    let lse_at = Target { start: lse.as_mut_ptr(), stride: heads };
+    for first in (0..heads).step_by(at_once) {
+        let some = first..heads.min(first + at_once);
+        let arranged: Vec<_> = segments.iter().map(|kv| Arranged::new(pool, *kv, some.clone())).collect();
+        let blocks = some.clone().flat_map(|head| (0..queries).step_by(QUERIES).map(move |start| (head, start)));
+        pool.run(blocks.collect(), 2 * some.len() * queries * keys * d, |(head, start)| {
+            let block = Block {
+                q,
+                rows: start..queries.min(start + QUERIES),
+                head,
+                arranged: &arranged,
+                index: head - first,
+                scale,
+                bias: bias.map(|bias| &bias[head * queries * keys..][..queries * keys]),
+            };
+            // Safety: no other task has these rows of this head, and both vectors outlive the tasks.
+            unsafe { block.attend(out_at.at(start, head * d), lse_at.at(start, head)) }
+        });
+    }
     (out, lse)
 }
 
-/// One head's output for a block of queries. `out` is `[queries, d]`, zero at first; `bias` starts at the block's first
-/// query, with rows as long as the (only) segment.
-fn query_block(
-    q: Matrix<'_>,
+/// Some queries of one head.
+struct Block<'a> {
+    q: Stream<'a>,
+    rows: Range<usize>,
     head: usize,
-    segments: &[(Stream<'_>, Stream<'_>)],
+    arranged: &'a [Arranged],
+    /// Of the head among those that are arranged.
+    index: usize,
     scale: f32,
-    bias: Option<&[f32]>,
-    out: &mut [f32],
-    lse: &mut [f32],
-) {
-    let (queries, d) = (q.rows, q.columns);
-    let widest = segments.iter().map(|(k, _)| k.rows.min(KEYS)).max().unwrap_or(0);
-    let mut scores = vec![0f32; queries * widest];
-    // Running maximum and Σ e^(score − maximum) of every query.
-    let mut maxima = vec![f32::NEG_INFINITY; queries];
-    let mut sums = vec![0f64; queries];
-    for (k, v) in segments {
-        for start in (0..k.rows).step_by(KEYS) {
-            let width = KEYS.min(k.rows - start);
-            let scores = &mut scores[..queries * width];
-            product(scores, q, k.head(head, start, width).t(), scale, false);
-            wide(
-                #[inline(always)]
-                || {
-                    for (i, row) in scores.chunks_exact_mut(width).enumerate() {
-                        if let Some(bias) = bias {
-                            for (score, bias) in row.iter_mut().zip(&bias[i * k.rows + start..]) {
-                                *score += bias;
-                            }
+    /// `[queries, keys]` of this head.
+    bias: Option<&'a [f32]>,
+}
+
+impl Block<'_> {
+    /// Output `[rows, d]`, zero at first, and log-sum-exp `[rows, 1]`.
+    ///
+    /// # Safety
+    /// Both have to be valid for writes and in use by nobody else.
+    unsafe fn attend(&self, out: Target, lse: Target) {
+        let Stream { values, heads, d, .. } = self.q;
+        let (count, stride) = (self.rows.len(), heads * d);
+        let queries = &values[self.rows.start * stride + self.head * d..];
+        let queries = Rows { count, stride, runs: &[(queries, d)] };
+        let mut scores = vec![0f32; count * KEYS];
+        // Running maximum and Σ e^(score − maximum) of every query.
+        let mut running = vec![(f32::NEG_INFINITY, 0f64); count];
+        for segment in self.arranged {
+            for start in (0..segment.rows).step_by(KEYS) {
+                let width = KEYS.min(segment.rows - start);
+                let panels = start / PANEL..(start + width).div_ceil(PANEL);
+                let to = Target { start: scores.as_mut_ptr(), stride: KEYS };
+                // Safety: the scores have `count` rows of KEYS values.
+                unsafe { product(queries, segment.keys(self.index), panels, to, Finish::STORE) };
+                // Safety: the caller's promise.
+                unsafe { self.soften(&mut scores, start..start + width, &mut running, out) };
+                let weights = Rows { count, stride: KEYS, runs: &[(&scores, width)] };
+                let values = segment.values(self.index, start..start + width);
+                // Safety: the caller's promise.
+                unsafe { product(weights, values, 0..d.div_ceil(PANEL), out, Finish::ADD) };
+            }
+        }
+        for (i, (maximum, sum)) in running.into_iter().enumerate() {
+            // Safety: the caller's promise.
+            let (out, lse) = unsafe { (row_of(out, i, d), lse.at(i, 0).start) };
+            let inverse = (1.0 / sum) as f32;
+            out.iter_mut().for_each(|out| *out *= inverse);
+            // Safety: the caller's promise.
+            unsafe { *lse = (f64::from(maximum) + sum.ln()) as f32 };
+        }
+    }
+
+    /// Scores of a block of keys → e^(scale·score + bias − maximum); the output so far is brought to the new maximum.
+    unsafe fn soften(&self, scores: &mut [f32], keys: Range<usize>, running: &mut [(f32, f64)], out: Target) {
+        let (scale, width) = (self.scale, keys.len());
+        wide(
+            #[inline(always)]
+            || {
+                for (i, (scores, (maximum, sum))) in scores.chunks_exact_mut(KEYS).zip(running).enumerate() {
+                    let scores = &mut scores[..width];
+                    if let Some(bias) = self.bias {
+                        let row = (self.rows.start + i) * self.arranged[0].rows;
+                        for (score, bias) in scores.iter_mut().zip(&bias[row + keys.start..]) {
+                            *score += bias;
                         }
-                        let maximum = max(row).max(maxima[i]);
-                        let sum = exp_minus(row, maximum);
-                        if maximum > maxima[i] {
-                            let shrink = exp(maxima[i] - maximum);
-                            sums[i] *= f64::from(shrink);
-                            out[i * d..][..d].iter_mut().for_each(|out| *out *= shrink);
-                            maxima[i] = maximum;
-                        }
-                        sums[i] += f64::from(sum);
                     }
-                },
-            );
-            let probabilities =
-                Matrix { values: scores, rows: queries, columns: width, row_stride: width, column_stride: 1 };
-            product(out, probabilities, v.head(head, start, width), 1.0, true);
-        }
+                    // A product with a positive number keeps the order of what it rounds.
+                    let highest = (max(scores) * scale).max(*maximum);
+                    let added = exp_minus(scores, scale, highest);
+                    if highest > *maximum {
+                        let shrink = exp(*maximum - highest);
+                        *sum *= f64::from(shrink);
+                        // Safety: the caller's promise.
+                        unsafe { row_of(out, i, self.q.d) }.iter_mut().for_each(|out| *out *= shrink);
+                        *maximum = highest;
+                    }
+                    *sum += f64::from(added);
+                }
+            },
+        );
     }
-    for (i, out) in out.chunks_exact_mut(d).enumerate() {
-        if segments.iter().all(|(k, _)| k.rows == 0) {
-            lse[i] = f32::NEG_INFINITY;
-            continue;
-        }
-        let inverse = (1.0 / sums[i]) as f32;
-        out.iter_mut().for_each(|out| *out *= inverse);
-        lse[i] = (f64::from(maxima[i]) + sums[i].ln()) as f32;
-    }
+}
+
+/// # Safety
+/// The row has to have `len` values that are valid for reads and writes and in use by nobody else.
+#[inline(always)]
+unsafe fn row_of<'a>(target: Target, row: usize, len: usize) -> &'a mut [f32] {
+    // Safety: the caller's promise.
+    unsafe { std::slice::from_raw_parts_mut(target.at(row, 0).start, len) }
 }

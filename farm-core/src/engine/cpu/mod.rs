@@ -8,9 +8,11 @@ mod conv;
 mod data;
 mod elementwise;
 mod group_norm;
+mod lanes;
 mod linear;
 mod norm;
 mod pool;
+mod product;
 mod rope;
 #[cfg(test)]
 mod tests;
@@ -82,6 +84,7 @@ impl SequenceOps for CpuEngine {
 }
 
 impl Engine for CpuEngine {
+    type Matrix = linear::Matrix;
     type ConvWeight = conv::PackedConv;
 
     fn name(&self) -> String {
@@ -98,6 +101,10 @@ impl Engine for CpuEngine {
         from_vec("weight", values, &shape)
     }
 
+    fn matrix(&self, weight: &Tensor) -> Result<linear::Matrix> {
+        linear::matrix(weight)
+    }
+
     fn conv_weight(&self, weight: RawTensor<'_>, bias: RawTensor<'_>) -> Result<conv::PackedConv> {
         conv::pack_conv(weight, bias)
     }
@@ -112,7 +119,7 @@ impl Engine for CpuEngine {
 
     // ---- shared by the networks ----
 
-    fn linear(&self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    fn linear(&self, x: &Tensor, weight: &linear::Matrix, bias: Option<&Tensor>) -> Result<Tensor> {
         linear::linear(&self.pool, x, weight, bias)
     }
 
