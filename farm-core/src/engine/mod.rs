@@ -144,6 +144,9 @@ pub trait Engine: SequenceOps {
     fn weight(&self, pieces: &[RawTensor<'_>]) -> Result<Self::Tensor>;
     /// Arranges a weight `[out, in]` for [`Engine::linear`]. Exact.
     fn matrix(&self, weight: &Self::Tensor) -> Result<Self::Matrix>;
+    /// As [`Engine::matrix`] for a layer over the visual tokens: an engine may do these by other means, in an order of
+    /// additions of their own, and round factors if it was made so.
+    fn token_matrix(&self, weight: &Self::Tensor) -> Result<Self::Matrix>;
     /// Packs a `[out, in, 3, 3, 3]` weight and its `[out]` bias for [`Engine::causal_conv3d`].
     fn conv_weight(&self, weight: RawTensor<'_>, bias: RawTensor<'_>) -> Result<Self::ConvWeight>;
     /// Copies values in. Errors if `values.len()` is not the product of `shape`.

@@ -6,14 +6,17 @@ use std::ops::Range;
 
 use candle_core::Tensor;
 
-use super::data::{dims, expect, from_vec, shape_error, slice};
+use super::Units;
+use super::amx::{self, Tile};
+use super::data::{dims, expect, from_vec, room, shape_error, slice};
 use super::pool::Pool;
 use super::product::{Finish, PANEL, PanelsView, Rows, Target, product, transpose_panel};
 use super::wide::{exp, exp_minus, max, wide};
 use crate::engine::{AttentionOut, Result};
 
-/// Queries and keys of a tile. Its scores (120 KiB) and the blocks of keys and values stay in the second-level cache.
-const QUERIES: usize = 120;
+/// Queries of a task, and keys of a block. Their scores (128 KiB) and the block's keys and values stay in the second-level
+/// cache.
+const QUERIES: usize = 128;
 const KEYS: usize = 8 * PANEL;
 /// Heads are arranged together while their keys and values take at most so many bytes.
 const ARRANGED: usize = 64 << 20;
@@ -27,7 +30,13 @@ struct Stream<'a> {
     d: usize,
 }
 
-pub(super) fn attention(pool: &Pool, q: &Tensor, keys: &[&Tensor], values: &[&Tensor]) -> Result<AttentionOut<Tensor>> {
+pub(super) fn attention(
+    pool: &Pool,
+    units: Units,
+    q: &Tensor,
+    keys: &[&Tensor],
+    values: &[&Tensor],
+) -> Result<AttentionOut<Tensor>> {
     const OP: &str = "attention";
     let [queries, heads, d] = dims(OP, "q [rows, heads, head_dim]", q)?;
     if keys.len() != values.len() {
@@ -44,7 +53,7 @@ pub(super) fn attention(pool: &Pool, q: &Tensor, keys: &[&Tensor], values: &[&Te
     let segments: Vec<_> = slices.iter().map(|(k, v, rows)| [stream(k, *rows), stream(v, *rows)]).collect();
     let q = slice(OP, q)?;
     let scale = 1.0 / (d as f64).sqrt();
-    let (out, lse) = blockwise(pool, stream(&q, queries), &segments, scale as f32, None);
+    let (out, lse) = blockwise(pool, units, stream(&q, queries), &segments, scale as f32, None);
     Ok(AttentionOut { out: from_vec(OP, out, &[queries, heads * d])?, lse: from_vec(OP, lse, &[queries, heads])? })
 }
 
@@ -59,7 +68,7 @@ pub(super) fn t5_attention(pool: &Pool, qkv: [&Tensor; 3], bias: &Tensor, heads:
     expect(OP, "bias", bias, &[heads, rows, rows])?;
     let (q, k, v, bias) = (slice(OP, qkv[0])?, slice(OP, qkv[1])?, slice(OP, qkv[2])?, slice(OP, bias)?);
     let stream = |values| Stream { values, rows, heads, d: width / heads };
-    let (out, _) = blockwise(pool, stream(&q), &[[stream(&k), stream(&v)]], 1.0, Some(&bias));
+    let (out, _) = blockwise(pool, Units::Vectors, stream(&q), &[[stream(&k), stream(&v)]], 1.0, Some(&bias));
     from_vec(OP, out, &[rows, width])
 }
 
@@ -87,7 +96,7 @@ pub(super) fn merge(pool: &Pool, a: &AttentionOut<Tensor>, b: &AttentionOut<Tens
         let (wa, wb) = ((a - max).exp(), (b - max).exp());
         (wa / (wa + wb), max + (wa + wb).ln())
     };
-    let mut out = vec![0f32; rows * width];
+    let mut out = room(rows * width);
     let d = width / heads;
     pool.rows(&mut out, width, 4, |row0, run| {
         for (head, out) in (row0 * heads..).zip(run.chunks_exact_mut(d)) {
@@ -102,66 +111,179 @@ pub(super) fn merge(pool: &Pool, a: &AttentionOut<Tensor>, b: &AttentionOut<Tens
     Ok(AttentionOut { out: from_vec(OP, out, &[rows, width])?, lse: from_vec(OP, lse, &[rows, heads])? })
 }
 
-/// Keys and values of some heads of one segment, as right-hand matrices of products.
+/// Keys and values of some heads of one segment, as right-hand matrices of products: of each head `[d, rows]` in panels of
+/// keys, and `[rows, d]` in panels of channels.
 struct Arranged {
     rows: usize,
     d: usize,
-    /// Of each head `[d, rows]` in panels of keys.
-    keys: Vec<f32>,
-    /// Of each head `[rows, d]` in panels of channels.
-    values: Vec<f32>,
+    form: Form,
+}
+
+enum Form {
+    Panels {
+        keys: Vec<f32>,
+        values: Vec<f32>,
+    },
+    /// For the matrix units.
+    Tiles {
+        keys: Vec<Tile>,
+        values: Vec<Tile>,
+        pieces: usize,
+    },
 }
 
 impl Arranged {
-    fn new(pool: &Pool, [k, v]: [Stream<'_>; 2], heads: Range<usize>) -> Self {
+    fn new(pool: &Pool, units: Units, [k, v]: [Stream<'_>; 2], heads: Range<usize>) -> Self {
         let Stream { rows, d, .. } = k;
         let stride = k.heads * d;
         let (key_panels, value_panels) = (rows.div_ceil(PANEL), d.div_ceil(PANEL));
-        let mut keys = vec![0f32; heads.len() * key_panels * PANEL * d];
-        let mut values = vec![0f32; heads.len() * value_panels * PANEL * rows];
-        if rows == 0 {
-            return Self { rows, d, keys, values };
-        }
-        let tasks = keys.chunks_exact_mut(d * PANEL).enumerate().collect();
-        pool.run(tasks, rows * heads.len() * d, |(i, panel): (usize, &mut [f32])| {
+        let keys = |i: usize, to: &mut [f32]| {
             let (head, row) = (heads.start + i / key_panels, i % key_panels * PANEL);
-            transpose_panel(&k.values[row * stride + head * d..], PANEL.min(rows - row), stride, panel);
-        });
-        let tasks = values.chunks_exact_mut(rows * PANEL).enumerate().collect();
-        pool.run(tasks, rows * heads.len() * d, |(i, panel): (usize, &mut [f32])| {
+            transpose_panel(&k.values[row * stride + head * d..], PANEL.min(rows - row), stride, to);
+        };
+        let values = |i: usize, to: &mut [f32]| {
             let (head, channel) = (heads.start + i / value_panels, i % value_panels * PANEL);
             let width = PANEL.min(d - channel);
-            for (to, row) in panel.chunks_exact_mut(PANEL).zip(v.values.chunks_exact(stride)) {
+            for (to, row) in to.chunks_exact_mut(PANEL).zip(v.values.chunks_exact(stride)) {
                 to[..width].copy_from_slice(&row[head * d + channel..][..width]);
             }
-        });
-        Self { rows, d, keys, values }
+        };
+        let (key_panels, value_panels) = (heads.len() * key_panels, heads.len() * value_panels);
+        fn tiles<const P: usize>(
+            pool: &Pool,
+            [keys, values]: [&(dyn Fn(usize, &mut [f32]) + Sync); 2],
+            [key_panels, value_panels, rows, d]: [usize; 4],
+        ) -> Form {
+            let of = |panels, depth: usize, fill: &(dyn Fn(usize, &mut [f32]) + Sync)| {
+                arrange(pool, panels, amx::right_tiles(depth, 1, P), |i, to| {
+                    let mut panel = vec![0f32; depth * PANEL];
+                    fill(i, &mut panel);
+                    amx::arrange_right::<P>(&panel, to);
+                })
+            };
+            Form::Tiles { keys: of(key_panels, d, keys), values: of(value_panels, rows, values), pieces: P }
+        }
+        let sizes = [key_panels, value_panels, rows, d];
+        let form = match units {
+            Units::Vectors => Form::Panels {
+                keys: arrange(pool, key_panels, d * PANEL, keys),
+                values: arrange(pool, value_panels, rows * PANEL, values),
+            },
+            Units::Split => tiles::<3>(pool, [&keys, &values], sizes),
+            Units::Rounded => tiles::<1>(pool, [&keys, &values], sizes),
+        };
+        Self { rows, d, form }
     }
 
-    /// The keys of the `i`-th head.
-    fn keys(&self, i: usize) -> PanelsView<'_> {
-        let len = self.rows.div_ceil(PANEL) * PANEL * self.d;
-        PanelsView { values: &self.keys[i * len..][..len], whole: self.d, columns: self.rows, depth: 0..self.d }
+    /// Scores of queries with some keys of the `i`-th head, in rows of [`KEYS`]. `keys` begins at a multiple of that.
+    fn score(&self, i: usize, queries: &Queries<'_>, keys: Range<usize>, scores: &mut [f32]) {
+        let panels = keys.start / PANEL..keys.end.div_ceil(PANEL);
+        assert!(scores.len() == queries.count * KEYS && keys.len() <= KEYS);
+        let to = Target { start: scores.as_mut_ptr(), stride: KEYS };
+        let of_head = self.rows.div_ceil(PANEL);
+        match &self.form {
+            Form::Panels { keys, .. } => {
+                let len = of_head * PANEL * self.d;
+                let values = &keys[i * len..][..len];
+                let view = PanelsView { values, whole: self.d, columns: self.rows, depth: 0..self.d };
+                let rows = Rows { count: queries.count, stride: queries.stride, runs: &[(queries.values, self.d)] };
+                // Safety: the scores have `count` rows of KEYS values.
+                unsafe { product(rows, view, panels, to, Finish::STORE) };
+            }
+            Form::Tiles { keys, pieces, .. } => {
+                let units = amx::Configured::new();
+                let each = amx::right_tiles(self.d, 1, *pieces);
+                for (column, panel) in panels.enumerate() {
+                    let right = &keys[(i * of_head + panel) * each..][..each];
+                    let sizes = [queries.count, PANEL.min(self.rows - panel * PANEL)];
+                    // Safety: as above.
+                    unsafe {
+                        amx::product_of(
+                            *pieces,
+                            &units,
+                            &queries.tiles,
+                            right,
+                            sizes,
+                            to.at(0, column * PANEL),
+                            false,
+                            None,
+                        )
+                    };
+                }
+            }
+        }
     }
 
-    /// Some values of the `i`-th head.
-    fn values(&self, i: usize, rows: Range<usize>) -> PanelsView<'_> {
-        let len = self.d.div_ceil(PANEL) * PANEL * self.rows;
-        PanelsView { values: &self.values[i * len..][..len], whole: self.rows, columns: self.d, depth: rows }
+    /// Adds the values of some keys of the `i`-th head, weighted by rows of [`KEYS`], to rows of `out`. `tiles` is scratch.
+    ///
+    /// # Safety
+    /// As many rows of `d` values have to be valid at `out`, and in use by nobody else.
+    unsafe fn mix(&self, i: usize, weights: &[f32], keys: Range<usize>, tiles: &mut Vec<Tile>, out: Target) {
+        let (count, width) = (weights.len() / KEYS, keys.len());
+        let of_head = self.d.div_ceil(PANEL);
+        match &self.form {
+            Form::Panels { values, .. } => {
+                let len = of_head * PANEL * self.rows;
+                let values = &values[i * len..][..len];
+                let view = PanelsView { values, whole: self.rows, columns: self.d, depth: keys };
+                let rows = Rows { count, stride: KEYS, runs: &[(weights, width)] };
+                // Safety: the caller's promise.
+                unsafe { product(rows, view, 0..of_head, out, Finish::ADD) };
+            }
+            Form::Tiles { values, pieces, .. } => {
+                let units = amx::Configured::new();
+                amx::arrange_left_of(*pieces, weights, KEYS, [count, width], tiles);
+                let each = amx::right_tiles(self.rows, 1, *pieces);
+                let (before, some) = (amx::right_tiles(keys.start, 1, *pieces), amx::right_tiles(width, 1, *pieces));
+                for panel in 0..of_head {
+                    let right = &values[(i * of_head + panel) * each + before..][..some];
+                    let sizes = [count, PANEL.min(self.d - panel * PANEL)];
+                    // Safety: the caller's promise.
+                    unsafe {
+                        amx::product_of(*pieces, &units, tiles, right, sizes, out.at(0, panel * PANEL), true, None)
+                    };
+                }
+            }
+        }
     }
+}
+
+/// `panels` panels of `each` values, filled in parallel.
+fn arrange<T: Copy + Default + Send>(
+    pool: &Pool,
+    panels: usize,
+    each: usize,
+    fill: impl Fn(usize, &mut [T]) + Sync + Send,
+) -> Vec<T> {
+    let mut all = room(panels * each);
+    if each > 0 {
+        let work = all.len();
+        pool.run(all.chunks_exact_mut(each).enumerate().collect(), work, |(i, to)| fill(i, to));
+    }
+    all
+}
+
+/// Some queries of one head: `count` rows, `stride` values apart.
+struct Queries<'a> {
+    values: &'a [f32],
+    count: usize,
+    stride: usize,
+    /// The same for the matrix units, where they are used.
+    tiles: Vec<Tile>,
 }
 
 /// Output `[queries, heads·d]` and log-sum-exp `[queries, heads]`. A query without any key gives 0 and -∞, which is
 /// neutral when results are merged. `bias` is `[heads, queries, keys]` over a single segment.
 fn blockwise(
     pool: &Pool,
+    units: Units,
     q: Stream<'_>,
     segments: &[[Stream<'_>; 2]],
     scale: f32,
     bias: Option<&[f32]>,
 ) -> (Vec<f32>, Vec<f32>) {
     let Stream { rows: queries, heads, d, .. } = q;
-    let mut out = vec![0f32; queries * heads * d];
+    let mut out = room(queries * heads * d);
     let mut lse = vec![f32::NEG_INFINITY; queries * heads];
     let keys: usize = segments.iter().map(|[k, _]| k.rows).sum();
     if out.is_empty() || keys == 0 {
@@ -173,7 +295,7 @@ fn blockwise(
     let lse_at = Target { start: lse.as_mut_ptr(), stride: heads };
     for first in (0..heads).step_by(at_once) {
         let some = first..heads.min(first + at_once);
-        let arranged: Vec<_> = segments.iter().map(|kv| Arranged::new(pool, *kv, some.clone())).collect();
+        let arranged: Vec<_> = segments.iter().map(|kv| Arranged::new(pool, units, *kv, some.clone())).collect();
         let blocks = some.clone().flat_map(|head| (0..queries).step_by(QUERIES).map(move |start| (head, start)));
         pool.run(blocks.collect(), 2 * some.len() * queries * keys * d, |(head, start)| {
             let block = Block {
@@ -213,24 +335,24 @@ impl Block<'_> {
     unsafe fn attend(&self, out: Target, lse: Target) {
         let Stream { values, heads, d, .. } = self.q;
         let (count, stride) = (self.rows.len(), heads * d);
-        let queries = &values[self.rows.start * stride + self.head * d..];
-        let queries = Rows { count, stride, runs: &[(queries, d)] };
+        let mut queries =
+            Queries { values: &values[self.rows.start * stride + self.head * d..], count, stride, tiles: Vec::new() };
+        if let Some(Form::Tiles { pieces, .. }) = self.arranged.first().map(|segment| &segment.form) {
+            amx::arrange_left_of(*pieces, queries.values, stride, [count, d], &mut queries.tiles);
+        }
         let mut scores = vec![0f32; count * KEYS];
+        let mut weights = Vec::new();
         // Running maximum and Σ e^(score − maximum) of every query.
         let mut running = vec![(f32::NEG_INFINITY, 0f64); count];
         for segment in self.arranged {
             for start in (0..segment.rows).step_by(KEYS) {
-                let width = KEYS.min(segment.rows - start);
-                let panels = start / PANEL..(start + width).div_ceil(PANEL);
-                let to = Target { start: scores.as_mut_ptr(), stride: KEYS };
-                // Safety: the scores have `count` rows of KEYS values.
-                unsafe { product(queries, segment.keys(self.index), panels, to, Finish::STORE) };
+                let keys = start..segment.rows.min(start + KEYS);
+                segment.score(self.index, &queries, keys.clone(), &mut scores);
                 // Safety: the caller's promise.
-                unsafe { self.soften(&mut scores, start..start + width, &mut running, out) };
-                let weights = Rows { count, stride: KEYS, runs: &[(&scores, width)] };
-                let values = segment.values(self.index, start..start + width);
-                // Safety: the caller's promise.
-                unsafe { product(weights, values, 0..d.div_ceil(PANEL), out, Finish::ADD) };
+                unsafe {
+                    self.soften(&mut scores, keys.clone(), &mut running, out);
+                    segment.mix(self.index, &scores, keys, &mut weights, out);
+                }
             }
         }
         for (i, (maximum, sum)) in running.into_iter().enumerate() {
@@ -244,6 +366,9 @@ impl Block<'_> {
     }
 
     /// Scores of a block of keys → e^(scale·score + bias − maximum); the output so far is brought to the new maximum.
+    ///
+    /// # Safety
+    /// As for [`Block::attend`].
     unsafe fn soften(&self, scores: &mut [f32], keys: Range<usize>, running: &mut [(f32, f64)], out: Target) {
         let (scale, width) = (self.scale, keys.len());
         wide(
@@ -257,7 +382,6 @@ impl Block<'_> {
                             *score += bias;
                         }
                     }
-                    // A product with a positive number keeps the order of what it rounds.
                     let highest = (max(scores) * scale).max(*maximum);
                     let added = exp_minus(scores, scale, highest);
                     if highest > *maximum {

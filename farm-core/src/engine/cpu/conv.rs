@@ -12,7 +12,7 @@ use std::ops::Range;
 
 use candle_core::Tensor;
 
-use super::data::{dims, expect, from_vec, shape_error, slice, widen};
+use super::data::{dims, expect, from_vec, room, shape_error, slice, widen};
 use super::pool::Pool;
 use super::product::{Finish, PANEL, Panels, Rows, Target, product};
 use crate::engine::{RawTensor, Result};
@@ -85,7 +85,7 @@ pub fn causal_conv3d(pool: &Pool, x: &Tensor, weight: &PackedConv, cache: Option
 
     let output = weight.bias.len();
     let block_rows = (BLOCK_PIXELS / width).clamp(1, height.div_ceil(MIN_BLOCKS));
-    let mut out = vec![0f32; frames * height * width * output];
+    let mut out = room(frames * height * width * output);
     let mut tasks = Vec::with_capacity(frames * height.div_ceil(block_rows));
     for (t, out) in out.chunks_mut(height * width * output).enumerate() {
         for (block, out) in out.chunks_mut(block_rows * width * output).enumerate() {

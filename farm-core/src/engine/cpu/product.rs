@@ -9,6 +9,7 @@
 
 use std::ops::Range;
 
+use super::data::room;
 use super::lanes::{Lanes, Plain};
 
 /// Columns of a panel.
@@ -38,7 +39,7 @@ impl Panels {
     }
 
     pub fn zeros(depth: usize, columns: usize) -> Self {
-        Self { depth, columns, values: vec![0.0; columns.div_ceil(PANEL) * depth * PANEL] }
+        Self { depth, columns, values: room(columns.div_ceil(PANEL) * depth * PANEL) }
     }
 
     /// Depth and columns of the matrix.
@@ -83,7 +84,8 @@ impl<'a> PanelsView<'a> {
         Self { depth, ..self.clone() }
     }
 
-    fn panel(&self, panel: usize) -> &'a [f32] {
+    /// `[depth, PANEL]`
+    pub fn panel(&self, panel: usize) -> &'a [f32] {
         let (first, len) = (panel * self.whole + self.depth.start, self.depth.len());
         &self.values[first * PANEL..][..len * PANEL]
     }

@@ -1,6 +1,7 @@
 //! Wide vectors without intrinsics: loops written over fixed lanes, compiled for the widest registers of the machine.
 //!
-//! Rust never fuses a multiplication with an addition by itself, so a loop has the same bits at every width.
+//! Rust never fuses a multiplication with an addition by itself, and where `mul_add` does, it does so at every width: a loop
+//! has the same bits on every machine.
 
 /// Lanes of a reduction. Fixed, so that the order of additions does not depend on the machine.
 const LANES: usize = 16;
@@ -54,20 +55,19 @@ pub(super) fn exp(x: f32) -> f32 {
     const HIGH: f32 = 88.376_26;
     // 1.5·2²³: adding it rounds to an integer, which is then in the low bits of the sum.
     const ROUND: f32 = 12_582_912.0;
-    let shifted = x * std::f32::consts::LOG2_E + ROUND;
+    let shifted = x.mul_add(std::f32::consts::LOG2_E, ROUND);
     let n = shifted - ROUND;
-    // x − n·ln 2 with ln 2 in two parts, the first short enough for an exact product.
-    let r = x - n * 0.693_359_4;
-    let r = r - n * -2.121_944_4e-4;
+    // x − n·ln 2 with ln 2 in two parts.
+    let r = n.mul_add(-0.693_359_4, x);
+    let r = n.mul_add(2.121_944_4e-4, r);
     // e^r on |r| ≤ ln 2 / 2: 1 + r + r²·p(r), minimax coefficients of the Cephes library.
-    let mut p = 1.987_569_1e-4;
-    p = p * r + 1.398_199_9e-3;
-    p = p * r + 8.333_452e-3;
-    p = p * r + 4.166_579_6e-2;
-    p = p * r + 1.666_666_5e-1;
-    p = p * r + 0.5;
+    let p = 1.987_569_1e-4_f32.mul_add(r, 1.398_199_9e-3);
+    let p = p.mul_add(r, 8.333_452e-3);
+    let p = p.mul_add(r, 4.166_579_6e-2);
+    let p = p.mul_add(r, 1.666_666_5e-1);
+    let p = p.mul_add(r, 0.5);
     let power = f32::from_bits((shifted.to_bits() << 23).wrapping_add(0x3f80_0000));
-    let y = (p * (r * r) + r + 1.0) * power;
+    let y = (p.mul_add(r * r, r) + 1.0) * power;
     if x < LOW {
         0.0
     } else if x > HIGH {
@@ -143,12 +143,12 @@ pub(super) fn exp_minus(values: &mut [f32], scale: f32, shift: f32) -> f32 {
     let (chunks, rest) = values.as_chunks_mut::<LANES>();
     for chunk in chunks {
         for (lane, x) in lanes.iter_mut().zip(chunk) {
-            *x = exp(*x * scale - shift);
+            *x = exp(x.mul_add(scale, -shift));
             *lane += *x;
         }
     }
     for (lane, x) in lanes.iter_mut().zip(rest) {
-        *x = exp(*x * scale - shift);
+        *x = exp(x.mul_add(scale, -shift));
         *lane += *x;
     }
     join(lanes, |a, b| a + b)
