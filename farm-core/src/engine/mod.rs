@@ -7,8 +7,8 @@
 //! Conventions
 //! - One sample. A sequence is `[rows, channels]`, a volume is `[T, H, W, C]` (channels last, so that a 1×1×1
 //!   convolution is [`Engine::linear`] over `T·H·W` rows). Row-major.
-//! - Weights keep the checkpoint's orientation: `[out, in]`, convolutions `[out, in, 3, 3, 3]`. An engine may repack
-//!   them once, in [`Engine::weight`] or [`Engine::conv_weight`].
+//! - Weights keep the checkpoint's orientation: `[out, in]`, convolutions `[out, in, 3, 3, 3]`. An engine repacks
+//!   them once, in [`Engine::matrix`] and [`Engine::conv_weight`].
 //! - Statistics (means, variances, softmax, log-sum-exp) are accumulated in f32 or better on every engine.
 //!   On the CPU engine every value is f32; each operation documents its order of roundings, and its result has the
 //!   same bits for any number of threads.
@@ -129,6 +129,8 @@ pub trait SequenceOps: Send + Sync + 'static {
 /// A row of an output depends on the same row of the input only, to the last bit: whoever holds a part of the rows
 /// computes the same values as who holds them all.
 pub trait Engine: SequenceOps {
+    /// A weight `[out, in]` of a linear layer, arranged for [`Engine::linear`].
+    type Matrix: Send + Sync + 'static;
     /// A packed 3×3×3 convolution weight with its bias.
     type ConvWeight: Send + Sync + 'static;
 
@@ -140,6 +142,11 @@ pub trait Engine: SequenceOps {
     /// Takes a stored weight, given as pieces that are concatenated along dimension 0 (one piece if the file stores it
     /// whole), and widens it to the engine's compute type (f32 on CPU). Exact: f16 and bf16 are subsets of f32.
     fn weight(&self, pieces: &[RawTensor<'_>]) -> Result<Self::Tensor>;
+    /// Arranges a weight `[out, in]` for [`Engine::linear`]. Exact.
+    fn matrix(&self, weight: &Self::Tensor) -> Result<Self::Matrix>;
+    /// As [`Engine::matrix`] for a layer over the visual tokens: an engine may do these by other means, in an order of
+    /// additions of their own, and round factors if it was made so.
+    fn token_matrix(&self, weight: &Self::Tensor) -> Result<Self::Matrix>;
     /// Packs a `[out, in, 3, 3, 3]` weight and its `[out]` bias for [`Engine::causal_conv3d`].
     fn conv_weight(&self, weight: RawTensor<'_>, bias: RawTensor<'_>) -> Result<Self::ConvWeight>;
     /// Copies values in. Errors if `values.len()` is not the product of `shape`.
@@ -150,8 +157,8 @@ pub trait Engine: SequenceOps {
     // ---- shared by the networks ----
 
     /// `x · Wᵀ + b`: `[M, K] × [N, K] (+ [N]) → [M, N]`, or `[K] → [N]` for a single vector. Bias is added after the
-    /// full sum, one rounding. A vector may be summed in another order than a row of a matrix.
-    fn linear(&self, x: &Self::Tensor, weight: &Self::Tensor, bias: Option<&Self::Tensor>) -> Result<Self::Tensor>;
+    /// full sum, one rounding.
+    fn linear(&self, x: &Self::Tensor, weight: &Self::Matrix, bias: Option<&Self::Tensor>) -> Result<Self::Tensor>;
     /// Element-wise `a + b` of equal shapes.
     fn add(&self, a: &Self::Tensor, b: &Self::Tensor) -> Result<Self::Tensor>;
     /// Element-wise `x · sigmoid(x)`.

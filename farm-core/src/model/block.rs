@@ -3,7 +3,7 @@
 use crate::engine::{Engine, Qkv, RopeTable};
 use crate::model::ModelError;
 use crate::model::config::DitConfig;
-use crate::model::layers::{FeedForward, Linear, Modulation, Observer};
+use crate::model::layers::{FeedForward, Linear, Modulation, Observer, Over};
 use crate::model::weights::Tensors;
 use crate::parallel::attention::joint_attention;
 use crate::parallel::group::RankGroup;
@@ -68,10 +68,11 @@ impl<E: Engine> Projections<E> {
         let norm = |which: char| {
             loader.tensor(&format!("blocks.{block}.attn.{which}_norm_{stream}.weight"), &[config.head_dim])
         };
+        let over = if stream == 'x' { Over::Tokens } else { Over::Few };
         let qkv = format!("blocks.{block}.attn.qkv_{stream}");
         let out = 3 * config.num_heads * config.head_dim;
         Ok(Projections {
-            qkv: Linear::load_without_bias(loader, &qkv, out, width)?,
+            qkv: Linear::load_without_bias(loader, &qkv, out, width, over)?,
             q_norm: norm('q')?,
             k_norm: norm('k')?,
         })
@@ -100,15 +101,15 @@ impl<E: Engine> Block<E> {
         } else {
             TextUpdate::Full {
                 mod_y: Modulation::load(loader, &name("mod_y"), dy, d)?,
-                proj_y: Linear::load(loader, &name("attn.proj_y"), dy, d)?,
-                mlp_y: FeedForward::load(loader, &name("mlp_y"), dy, config.ffn_y)?,
+                proj_y: Linear::load(loader, &name("attn.proj_y"), dy, d, Over::Few)?,
+                mlp_y: FeedForward::load(loader, &name("mlp_y"), dy, config.ffn_y, Over::Few)?,
             }
         };
         Ok(Block {
             x: Projections::load(loader, block, 'x', d, config)?,
             mod_x: Modulation::load(loader, &name("mod_x"), d, d)?,
-            proj_x: Linear::load(loader, &name("attn.proj_x"), d, d)?,
-            mlp_x: FeedForward::load(loader, &name("mlp_x"), d, config.ffn_x)?,
+            proj_x: Linear::load(loader, &name("attn.proj_x"), d, d, Over::Tokens)?,
+            mlp_x: FeedForward::load(loader, &name("mlp_x"), d, config.ffn_x, Over::Tokens)?,
             y: Projections::load(loader, block, 'y', dy, config)?,
             text,
             heads: config.num_heads,

@@ -8,7 +8,7 @@ use crate::model::block::{Sequence, Streams};
 use crate::model::blocks::Blocks;
 use crate::model::config::DitConfig;
 use crate::model::embed::{CaptionPool, TimestepEmbedder};
-use crate::model::layers::{Linear, Modulation, Observer};
+use crate::model::layers::{Linear, Modulation, Observer, Over};
 use crate::model::weights::{Loader, Tensors};
 use crate::parallel::group::RankGroup;
 use crate::parallel::shard::{Shares, Split};
@@ -92,11 +92,11 @@ impl<E: Engine> Dit<E> {
             x_embedder: Linear::load_patches(loader, "x_embedder.proj", d, config.in_channels)?,
             t_embedder: TimestepEmbedder::load(loader, config)?,
             caption_pool: CaptionPool::load(loader, config)?,
-            text_projection: Linear::load(loader, "t5_yproj", config.hidden_y, config.text_dim)?,
+            text_projection: Linear::load(loader, "t5_yproj", config.hidden_y, config.text_dim, Over::Few)?,
             pos_frequencies: loader.tensor("pos_frequencies", &frequencies)?,
             blocks: blocks(loader, config)?,
             final_mod: Modulation::load(loader, "final_layer.mod", d, d)?,
-            final_linear: Linear::load(loader, "final_layer.linear", 4 * config.in_channels, d)?,
+            final_linear: Linear::load(loader, "final_layer.linear", 4 * config.in_channels, d, Over::Few)?,
             config: config.clone(),
         })
     }

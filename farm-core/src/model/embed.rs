@@ -3,7 +3,7 @@
 use crate::engine::Engine;
 use crate::model::ModelError;
 use crate::model::config::DitConfig;
-use crate::model::layers::Linear;
+use crate::model::layers::{Linear, Over};
 use crate::model::weights::Loader;
 
 /// Sinusoid of the timestep, then a two-layer perceptron.
@@ -17,8 +17,8 @@ impl<E: Engine> TimestepEmbedder<E> {
     pub fn load(loader: &Loader<'_, E>, config: &DitConfig) -> Result<Self, ModelError> {
         let (width, d) = (config.time_dim, config.hidden_x);
         Ok(TimestepEmbedder {
-            linear_1: Linear::load(loader, "t_embedder.mlp.0", d, width)?,
-            linear_2: Linear::load(loader, "t_embedder.mlp.2", d, d)?,
+            linear_1: Linear::load(loader, "t_embedder.mlp.0", d, width, Over::Few)?,
+            linear_2: Linear::load(loader, "t_embedder.mlp.2", d, d, Over::Few)?,
             width,
         })
     }
@@ -56,9 +56,9 @@ impl<E: Engine> CaptionPool<E> {
     pub fn load(loader: &Loader<'_, E>, config: &DitConfig) -> Result<Self, ModelError> {
         let width = config.text_dim;
         Ok(CaptionPool {
-            to_kv: Linear::load(loader, "t5_y_embedder.to_kv", 2 * width, width)?,
-            to_q: Linear::load(loader, "t5_y_embedder.to_q", width, width)?,
-            to_out: Linear::load(loader, "t5_y_embedder.to_out", config.hidden_x, width)?,
+            to_kv: Linear::load(loader, "t5_y_embedder.to_kv", 2 * width, width, Over::Few)?,
+            to_q: Linear::load(loader, "t5_y_embedder.to_q", width, width, Over::Few)?,
+            to_out: Linear::load(loader, "t5_y_embedder.to_out", config.hidden_x, width, Over::Few)?,
             heads: config.pool_heads,
             width,
         })

@@ -8,17 +8,32 @@ use crate::model::weights::Tensors;
 /// of note in the order of computation; costs nothing but the call.
 pub type Observer<'a, T> = &'a mut dyn FnMut(&str, &T);
 
+/// What a linear layer is applied to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Over {
+    /// The visual tokens: most of the work.
+    Tokens,
+    /// Text or a single vector, or what leads into or out of the network.
+    Few,
+}
+
 /// `x · Wᵀ (+ b)`.
 pub(crate) struct Linear<E: Engine> {
-    weight: E::Tensor,
+    weight: E::Matrix,
     bias: Option<E::Tensor>,
 }
 
 impl<E: Engine> Linear<E> {
     /// `{prefix}.weight` `[out, input]` and `{prefix}.bias` `[out]`.
-    pub fn load(loader: &dyn Tensors<E>, prefix: &str, out: usize, input: usize) -> Result<Self, ModelError> {
+    pub fn load(
+        loader: &dyn Tensors<E>,
+        prefix: &str,
+        out: usize,
+        input: usize,
+        over: Over,
+    ) -> Result<Self, ModelError> {
         let bias = loader.tensor(&format!("{prefix}.bias"), &[out])?;
-        Ok(Linear { bias: Some(bias), ..Self::load_without_bias(loader, prefix, out, input)? })
+        Ok(Linear { bias: Some(bias), ..Self::load_without_bias(loader, prefix, out, input, over)? })
     }
 
     /// `{prefix}.weight` `[out, input]`.
@@ -27,8 +42,14 @@ impl<E: Engine> Linear<E> {
         prefix: &str,
         out: usize,
         input: usize,
+        over: Over,
     ) -> Result<Self, ModelError> {
-        Ok(Linear { weight: loader.tensor(&format!("{prefix}.weight"), &[out, input])?, bias: None })
+        let weight = loader.tensor(&format!("{prefix}.weight"), &[out, input])?;
+        let weight = match over {
+            Over::Tokens => loader.engine().token_matrix(&weight)?,
+            Over::Few => loader.engine().matrix(&weight)?,
+        };
+        Ok(Linear { weight, bias: None })
     }
 
     /// `{prefix}.weight` `[out, channels, 2, 2]`, a convolution of 2×2 patches, as a matrix over `channels · 4` values.
@@ -40,7 +61,8 @@ impl<E: Engine> Linear<E> {
     ) -> Result<Self, ModelError> {
         let weight = loader.tensor(&format!("{prefix}.weight"), &[out, channels, 2, 2])?;
         let bias = loader.tensor(&format!("{prefix}.bias"), &[out])?;
-        Ok(Linear { weight: loader.engine().reshape(&weight, &[out, channels * 4])?, bias: Some(bias) })
+        let weight = loader.engine().reshape(&weight, &[out, channels * 4])?;
+        Ok(Linear { weight: loader.engine().matrix(&weight)?, bias: Some(bias) })
     }
 
     /// `[rows, input]` → `[rows, out]`, or `[input]` → `[out]`.
@@ -61,10 +83,16 @@ pub(crate) struct FeedForward<E: Engine> {
 
 impl<E: Engine> FeedForward<E> {
     /// `{prefix}.w1` `[2·hidden, width]` and `{prefix}.w2` `[width, hidden]`.
-    pub fn load(loader: &dyn Tensors<E>, prefix: &str, width: usize, hidden: usize) -> Result<Self, ModelError> {
+    pub fn load(
+        loader: &dyn Tensors<E>,
+        prefix: &str,
+        width: usize,
+        hidden: usize,
+        over: Over,
+    ) -> Result<Self, ModelError> {
         Ok(FeedForward {
-            w1: Linear::load_without_bias(loader, &format!("{prefix}.w1"), 2 * hidden, width)?,
-            w2: Linear::load_without_bias(loader, &format!("{prefix}.w2"), width, hidden)?,
+            w1: Linear::load_without_bias(loader, &format!("{prefix}.w1"), 2 * hidden, width, over)?,
+            w2: Linear::load_without_bias(loader, &format!("{prefix}.w2"), width, hidden, over)?,
         })
     }
 
@@ -83,7 +111,7 @@ pub(crate) struct Modulation<E: Engine, const N: usize> {
 impl<E: Engine, const N: usize> Modulation<E, N> {
     /// `{prefix}` projects `input` to `N · width`.
     pub fn load(loader: &dyn Tensors<E>, prefix: &str, width: usize, input: usize) -> Result<Self, ModelError> {
-        Ok(Modulation { projection: Linear::load(loader, prefix, N * width, input)?, width })
+        Ok(Modulation { projection: Linear::load(loader, prefix, N * width, input, Over::Few)?, width })
     }
 
     /// `silu(c)` `[input]` → the vectors `[width]` in stored order.

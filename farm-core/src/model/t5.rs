@@ -6,7 +6,7 @@
 use crate::engine::Engine;
 use crate::model::ModelError;
 use crate::model::config::T5Config;
-use crate::model::layers::{Linear, Observer};
+use crate::model::layers::{Linear, Observer, Over};
 use crate::model::weights::{Loader, Tensors};
 
 /// Buckets that [`bucket`] knows: half for keys after the query, in each half 8 exact distances and 8 growing ranges.
@@ -105,7 +105,7 @@ impl<E: Engine> T5Block<E> {
     fn load(loader: &Loader<'_, E>, config: &T5Config, block: usize) -> Result<Self, ModelError> {
         let (d, inner) = (config.d_model, config.num_heads * config.d_kv);
         let (attention, ffn) = (format!("encoder.block.{block}.layer.0"), format!("encoder.block.{block}.layer.1"));
-        let linear = |name: String, out, input| Linear::load_without_bias(loader, &name, out, input);
+        let linear = |name: String, out, input| Linear::load_without_bias(loader, &name, out, input, Over::Few);
         Ok(T5Block {
             attention_norm: loader.tensor(&format!("{attention}.layer_norm.weight"), &[d])?,
             q: linear(format!("{attention}.SelfAttention.q"), inner, d)?,

@@ -1,18 +1,27 @@
 //! Softmax attention over blocks of keys, with an online softmax: nothing of size queries × keys is stored.
+//!
+//! Keys and values are arranged for products once, some heads at a time, and then read by every block of queries.
+
+use std::ops::Range;
 
 use candle_core::Tensor;
 
-use super::data::{dims, expect, from_vec, shape_error, slice};
-use super::linear::{Matrix, product};
+use super::Units;
+use super::amx::{self, Tile};
+use super::data::{dims, expect, from_vec, room, shape_error, slice};
 use super::pool::Pool;
+use super::product::{Finish, PANEL, PanelsView, Rows, Target, product, transpose_panel};
 use super::wide::{exp, exp_minus, max, wide};
 use crate::engine::{AttentionOut, Result};
 
-/// Queries and keys of a tile. Its scores (128 KiB) and the key block stay in the second-level cache.
+/// Queries of a task, and keys of a block. Their scores (128 KiB) and the block's keys and values stay in the second-level
+/// cache.
 const QUERIES: usize = 128;
-const KEYS: usize = 256;
+const KEYS: usize = 8 * PANEL;
+/// Heads are arranged together while their keys and values take at most so many bytes.
+const ARRANGED: usize = 64 << 20;
 
-/// Values of one head inside `[rows, heads, d]`.
+/// `[rows, heads, d]`, or `[rows, heads·d]`.
 #[derive(Clone, Copy)]
 struct Stream<'a> {
     values: &'a [f32],
@@ -21,16 +30,13 @@ struct Stream<'a> {
     d: usize,
 }
 
-impl<'a> Stream<'a> {
-    /// Rows `start..start + rows` of one head.
-    fn head(&self, head: usize, start: usize, rows: usize) -> Matrix<'a> {
-        let row_stride = self.heads * self.d;
-        let values = &self.values[start * row_stride + head * self.d..];
-        Matrix { values, rows, columns: self.d, row_stride, column_stride: 1 }
-    }
-}
-
-pub(super) fn attention(pool: &Pool, q: &Tensor, keys: &[&Tensor], values: &[&Tensor]) -> Result<AttentionOut<Tensor>> {
+pub(super) fn attention(
+    pool: &Pool,
+    units: Units,
+    q: &Tensor,
+    keys: &[&Tensor],
+    values: &[&Tensor],
+) -> Result<AttentionOut<Tensor>> {
     const OP: &str = "attention";
     let [queries, heads, d] = dims(OP, "q [rows, heads, head_dim]", q)?;
     if keys.len() != values.len() {
@@ -44,10 +50,10 @@ pub(super) fn attention(pool: &Pool, q: &Tensor, keys: &[&Tensor], values: &[&Te
         slices.push((slice(OP, key)?, slice(OP, value)?, rows));
     }
     let stream = |values, rows| Stream { values, rows, heads, d };
-    let segments: Vec<_> = slices.iter().map(|(k, v, rows)| (stream(k, *rows), stream(v, *rows))).collect();
+    let segments: Vec<_> = slices.iter().map(|(k, v, rows)| [stream(k, *rows), stream(v, *rows)]).collect();
     let q = slice(OP, q)?;
     let scale = 1.0 / (d as f64).sqrt();
-    let (out, lse) = blockwise(pool, stream(&q, queries), &segments, scale as f32, None);
+    let (out, lse) = blockwise(pool, units, stream(&q, queries), &segments, scale as f32, None);
     Ok(AttentionOut { out: from_vec(OP, out, &[queries, heads * d])?, lse: from_vec(OP, lse, &[queries, heads])? })
 }
 
@@ -62,7 +68,7 @@ pub(super) fn t5_attention(pool: &Pool, qkv: [&Tensor; 3], bias: &Tensor, heads:
     expect(OP, "bias", bias, &[heads, rows, rows])?;
     let (q, k, v, bias) = (slice(OP, qkv[0])?, slice(OP, qkv[1])?, slice(OP, qkv[2])?, slice(OP, bias)?);
     let stream = |values| Stream { values, rows, heads, d: width / heads };
-    let (out, _) = blockwise(pool, stream(&q), &[(stream(&k), stream(&v))], 1.0, Some(&bias));
+    let (out, _) = blockwise(pool, Units::Vectors, stream(&q), &[[stream(&k), stream(&v)]], 1.0, Some(&bias));
     from_vec(OP, out, &[rows, width])
 }
 
@@ -90,7 +96,7 @@ pub(super) fn merge(pool: &Pool, a: &AttentionOut<Tensor>, b: &AttentionOut<Tens
         let (wa, wb) = ((a - max).exp(), (b - max).exp());
         (wa / (wa + wb), max + (wa + wb).ln())
     };
-    let mut out = vec![0f32; rows * width];
+    let mut out = room(rows * width);
     let d = width / heads;
     pool.rows(&mut out, width, 4, |row0, run| {
         for (head, out) in (row0 * heads..).zip(run.chunks_exact_mut(d)) {
@@ -105,102 +111,297 @@ pub(super) fn merge(pool: &Pool, a: &AttentionOut<Tensor>, b: &AttentionOut<Tens
     Ok(AttentionOut { out: from_vec(OP, out, &[rows, width])?, lse: from_vec(OP, lse, &[rows, heads])? })
 }
 
+/// Keys and values of some heads of one segment, as right-hand matrices of products: of each head `[d, rows]` in panels of
+/// keys, and `[rows, d]` in panels of channels.
+struct Arranged {
+    rows: usize,
+    d: usize,
+    form: Form,
+}
+
+enum Form {
+    Panels {
+        keys: Vec<f32>,
+        values: Vec<f32>,
+    },
+    /// For the matrix units.
+    Tiles {
+        keys: Vec<Tile>,
+        values: Vec<Tile>,
+        pieces: usize,
+    },
+}
+
+impl Arranged {
+    fn new(pool: &Pool, units: Units, [k, v]: [Stream<'_>; 2], heads: Range<usize>) -> Self {
+        let Stream { rows, d, .. } = k;
+        let stride = k.heads * d;
+        let (key_panels, value_panels) = (rows.div_ceil(PANEL), d.div_ceil(PANEL));
+        let keys = |i: usize, to: &mut [f32]| {
+            let (head, row) = (heads.start + i / key_panels, i % key_panels * PANEL);
+            transpose_panel(&k.values[row * stride + head * d..], PANEL.min(rows - row), stride, to);
+        };
+        let values = |i: usize, to: &mut [f32]| {
+            let (head, channel) = (heads.start + i / value_panels, i % value_panels * PANEL);
+            let width = PANEL.min(d - channel);
+            for (to, row) in to.chunks_exact_mut(PANEL).zip(v.values.chunks_exact(stride)) {
+                to[..width].copy_from_slice(&row[head * d + channel..][..width]);
+            }
+        };
+        let (key_panels, value_panels) = (heads.len() * key_panels, heads.len() * value_panels);
+        fn tiles<const P: usize>(
+            pool: &Pool,
+            [keys, values]: [&(dyn Fn(usize, &mut [f32]) + Sync); 2],
+            [key_panels, value_panels, rows, d]: [usize; 4],
+        ) -> Form {
+            let of = |panels, depth: usize, fill: &(dyn Fn(usize, &mut [f32]) + Sync)| {
+                arrange(pool, panels, amx::right_tiles(depth, 1, P), |i, to| {
+                    let mut panel = vec![0f32; depth * PANEL];
+                    fill(i, &mut panel);
+                    amx::arrange_right::<P>(&panel, to);
+                })
+            };
+            Form::Tiles { keys: of(key_panels, d, keys), values: of(value_panels, rows, values), pieces: P }
+        }
+        let sizes = [key_panels, value_panels, rows, d];
+        let form = match units {
+            Units::Vectors => Form::Panels {
+                keys: arrange(pool, key_panels, d * PANEL, keys),
+                values: arrange(pool, value_panels, rows * PANEL, values),
+            },
+            Units::Split => tiles::<3>(pool, [&keys, &values], sizes),
+            Units::Rounded => tiles::<1>(pool, [&keys, &values], sizes),
+        };
+        Self { rows, d, form }
+    }
+
+    /// Scores of queries with some keys of the `i`-th head, in rows of [`KEYS`]. `keys` begins at a multiple of that.
+    fn score(&self, i: usize, queries: &Queries<'_>, keys: Range<usize>, scores: &mut [f32]) {
+        let panels = keys.start / PANEL..keys.end.div_ceil(PANEL);
+        assert!(scores.len() == queries.count * KEYS && keys.len() <= KEYS);
+        let to = Target { start: scores.as_mut_ptr(), stride: KEYS };
+        let of_head = self.rows.div_ceil(PANEL);
+        match &self.form {
+            Form::Panels { keys, .. } => {
+                let len = of_head * PANEL * self.d;
+                let values = &keys[i * len..][..len];
+                let view = PanelsView { values, whole: self.d, columns: self.rows, depth: 0..self.d };
+                let rows = Rows { count: queries.count, stride: queries.stride, runs: &[(queries.values, self.d)] };
+                // Safety: the scores have `count` rows of KEYS values.
+                unsafe { product(rows, view, panels, to, Finish::STORE) };
+            }
+            Form::Tiles { keys, pieces, .. } => {
+                let units = amx::Configured::new();
+                let each = amx::right_tiles(self.d, 1, *pieces);
+                for (column, panel) in panels.enumerate() {
+                    let right = &keys[(i * of_head + panel) * each..][..each];
+                    let sizes = [queries.count, PANEL.min(self.rows - panel * PANEL)];
+                    // Safety: as above.
+                    unsafe {
+                        amx::product_of(
+                            *pieces,
+                            &units,
+                            &queries.tiles,
+                            right,
+                            sizes,
+                            to.at(0, column * PANEL),
+                            false,
+                            None,
+                        )
+                    };
+                }
+            }
+        }
+    }
+
+    /// Adds the values of some keys of the `i`-th head, weighted by rows of [`KEYS`], to rows of `out`. `tiles` is scratch.
+    ///
+    /// # Safety
+    /// As many rows of `d` values have to be valid at `out`, and in use by nobody else.
+    unsafe fn mix(&self, i: usize, weights: &[f32], keys: Range<usize>, tiles: &mut Vec<Tile>, out: Target) {
+        let (count, width) = (weights.len() / KEYS, keys.len());
+        let of_head = self.d.div_ceil(PANEL);
+        match &self.form {
+            Form::Panels { values, .. } => {
+                let len = of_head * PANEL * self.rows;
+                let values = &values[i * len..][..len];
+                let view = PanelsView { values, whole: self.rows, columns: self.d, depth: keys };
+                let rows = Rows { count, stride: KEYS, runs: &[(weights, width)] };
+                // Safety: the caller's promise.
+                unsafe { product(rows, view, 0..of_head, out, Finish::ADD) };
+            }
+            Form::Tiles { values, pieces, .. } => {
+                let units = amx::Configured::new();
+                amx::arrange_left_of(*pieces, weights, KEYS, [count, width], tiles);
+                let each = amx::right_tiles(self.rows, 1, *pieces);
+                let (before, some) = (amx::right_tiles(keys.start, 1, *pieces), amx::right_tiles(width, 1, *pieces));
+                for panel in 0..of_head {
+                    let right = &values[(i * of_head + panel) * each + before..][..some];
+                    let sizes = [count, PANEL.min(self.d - panel * PANEL)];
+                    // Safety: the caller's promise.
+                    unsafe {
+                        amx::product_of(*pieces, &units, tiles, right, sizes, out.at(0, panel * PANEL), true, None)
+                    };
+                }
+            }
+        }
+    }
+}
+
+/// `panels` panels of `each` values, filled in parallel.
+fn arrange<T: Copy + Default + Send>(
+    pool: &Pool,
+    panels: usize,
+    each: usize,
+    fill: impl Fn(usize, &mut [T]) + Sync + Send,
+) -> Vec<T> {
+    let mut all = room(panels * each);
+    if each > 0 {
+        let work = all.len();
+        pool.run(all.chunks_exact_mut(each).enumerate().collect(), work, |(i, to)| fill(i, to));
+    }
+    all
+}
+
+/// Some queries of one head: `count` rows, `stride` values apart.
+struct Queries<'a> {
+    values: &'a [f32],
+    count: usize,
+    stride: usize,
+    /// The same for the matrix units, where they are used.
+    tiles: Vec<Tile>,
+}
+
 /// Output `[queries, heads·d]` and log-sum-exp `[queries, heads]`. A query without any key gives 0 and -∞, which is
 /// neutral when results are merged. `bias` is `[heads, queries, keys]` over a single segment.
 fn blockwise(
     pool: &Pool,
+    units: Units,
     q: Stream<'_>,
-    segments: &[(Stream<'_>, Stream<'_>)],
+    segments: &[[Stream<'_>; 2]],
     scale: f32,
     bias: Option<&[f32]>,
 ) -> (Vec<f32>, Vec<f32>) {
     let Stream { rows: queries, heads, d, .. } = q;
-    if queries == 0 || heads == 0 || d == 0 {
-        return (vec![0.0; queries * heads * d], vec![f32::NEG_INFINITY; queries * heads]);
+    let mut out = room(queries * heads * d);
+    let mut lse = vec![f32::NEG_INFINITY; queries * heads];
+    let keys: usize = segments.iter().map(|[k, _]| k.rows).sum();
+    if out.is_empty() || keys == 0 {
+        return (out, lse);
     }
-    let keys: usize = segments.iter().map(|(k, _)| k.rows).sum();
-    // Head by head, so that a task's output is contiguous.
-    let mut by_head = vec![0f32; heads * queries * d];
-    let mut lse_by_head = vec![0f32; heads * queries];
-    let mut tasks = Vec::with_capacity(heads * queries.div_ceil(QUERIES));
-    for (head, (out, lse)) in by_head.chunks_mut(queries * d).zip(lse_by_head.chunks_mut(queries)).enumerate() {
-        for (block, (out, lse)) in out.chunks_mut(QUERIES * d).zip(lse.chunks_mut(QUERIES)).enumerate() {
-            tasks.push((head, block * QUERIES, out, lse));
-        }
+    let bytes = 2 * size_of::<f32>() * keys * d;
+    let at_once = (ARRANGED / bytes).clamp(1, heads);
+    let out_at = Target { start: out.as_mut_ptr(), stride: heads * d };
+    let lse_at = Target { start: lse.as_mut_ptr(), stride: heads };
+    for first in (0..heads).step_by(at_once) {
+        let some = first..heads.min(first + at_once);
+        let arranged: Vec<_> = segments.iter().map(|kv| Arranged::new(pool, units, *kv, some.clone())).collect();
+        let blocks = some.clone().flat_map(|head| (0..queries).step_by(QUERIES).map(move |start| (head, start)));
+        pool.run(blocks.collect(), 2 * some.len() * queries * keys * d, |(head, start)| {
+            let block = Block {
+                q,
+                rows: start..queries.min(start + QUERIES),
+                head,
+                arranged: &arranged,
+                index: head - first,
+                scale,
+                bias: bias.map(|bias| &bias[head * queries * keys..][..queries * keys]),
+            };
+            // Safety: no other task has these rows of this head, and both vectors outlive the tasks.
+            unsafe { block.attend(out_at.at(start, head * d), lse_at.at(start, head)) }
+        });
     }
-    pool.run(tasks, 2 * heads * queries * keys * d, |(head, start, out, lse)| {
-        let tile = q.head(head, start, lse.len());
-        let bias = bias.map(|bias| &bias[(head * queries + start) * keys..]);
-        query_block(tile, head, segments, scale, bias, out, lse);
-    });
-
-    let mut out = vec![0f32; queries * heads * d];
-    pool.rows(&mut out, heads * d, 1, |row0, run| {
-        for (row, out) in (row0..).zip(run.chunks_exact_mut(heads * d)) {
-            for (head, out) in out.chunks_exact_mut(d).enumerate() {
-                out.copy_from_slice(&by_head[(head * queries + row) * d..][..d]);
-            }
-        }
-    });
-    let lse = (0..queries * heads).map(|i| lse_by_head[i % heads * queries + i / heads]).collect();
     (out, lse)
 }
 
-/// One head's output for a block of queries. `out` is `[queries, d]`, zero at first; `bias` starts at the block's first
-/// query, with rows as long as the (only) segment.
-fn query_block(
-    q: Matrix<'_>,
+/// Some queries of one head.
+struct Block<'a> {
+    q: Stream<'a>,
+    rows: Range<usize>,
     head: usize,
-    segments: &[(Stream<'_>, Stream<'_>)],
+    arranged: &'a [Arranged],
+    /// Of the head among those that are arranged.
+    index: usize,
     scale: f32,
-    bias: Option<&[f32]>,
-    out: &mut [f32],
-    lse: &mut [f32],
-) {
-    let (queries, d) = (q.rows, q.columns);
-    let widest = segments.iter().map(|(k, _)| k.rows.min(KEYS)).max().unwrap_or(0);
-    let mut scores = vec![0f32; queries * widest];
-    // Running maximum and Σ e^(score − maximum) of every query.
-    let mut maxima = vec![f32::NEG_INFINITY; queries];
-    let mut sums = vec![0f64; queries];
-    for (k, v) in segments {
-        for start in (0..k.rows).step_by(KEYS) {
-            let width = KEYS.min(k.rows - start);
-            let scores = &mut scores[..queries * width];
-            product(scores, q, k.head(head, start, width).t(), scale, false);
-            wide(
-                #[inline(always)]
-                || {
-                    for (i, row) in scores.chunks_exact_mut(width).enumerate() {
-                        if let Some(bias) = bias {
-                            for (score, bias) in row.iter_mut().zip(&bias[i * k.rows + start..]) {
-                                *score += bias;
-                            }
+    /// `[queries, keys]` of this head.
+    bias: Option<&'a [f32]>,
+}
+
+impl Block<'_> {
+    /// Output `[rows, d]`, zero at first, and log-sum-exp `[rows, 1]`.
+    ///
+    /// # Safety
+    /// Both have to be valid for writes and in use by nobody else.
+    unsafe fn attend(&self, out: Target, lse: Target) {
+        let Stream { values, heads, d, .. } = self.q;
+        let (count, stride) = (self.rows.len(), heads * d);
+        let mut queries =
+            Queries { values: &values[self.rows.start * stride + self.head * d..], count, stride, tiles: Vec::new() };
+        if let Some(Form::Tiles { pieces, .. }) = self.arranged.first().map(|segment| &segment.form) {
+            amx::arrange_left_of(*pieces, queries.values, stride, [count, d], &mut queries.tiles);
+        }
+        let mut scores = vec![0f32; count * KEYS];
+        let mut weights = Vec::new();
+        // Running maximum and Σ e^(score − maximum) of every query.
+        let mut running = vec![(f32::NEG_INFINITY, 0f64); count];
+        for segment in self.arranged {
+            for start in (0..segment.rows).step_by(KEYS) {
+                let keys = start..segment.rows.min(start + KEYS);
+                segment.score(self.index, &queries, keys.clone(), &mut scores);
+                // Safety: the caller's promise.
+                unsafe {
+                    self.soften(&mut scores, keys.clone(), &mut running, out);
+                    segment.mix(self.index, &scores, keys, &mut weights, out);
+                }
+            }
+        }
+        for (i, (maximum, sum)) in running.into_iter().enumerate() {
+            // Safety: the caller's promise.
+            let (out, lse) = unsafe { (row_of(out, i, d), lse.at(i, 0).start) };
+            let inverse = (1.0 / sum) as f32;
+            out.iter_mut().for_each(|out| *out *= inverse);
+            // Safety: the caller's promise.
+            unsafe { *lse = (f64::from(maximum) + sum.ln()) as f32 };
+        }
+    }
+
+    /// Scores of a block of keys → e^(scale·score + bias − maximum); the output so far is brought to the new maximum.
+    ///
+    /// # Safety
+    /// As for [`Block::attend`].
+    unsafe fn soften(&self, scores: &mut [f32], keys: Range<usize>, running: &mut [(f32, f64)], out: Target) {
+        let (scale, width) = (self.scale, keys.len());
+        wide(
+            #[inline(always)]
+            || {
+                for (i, (scores, (maximum, sum))) in scores.chunks_exact_mut(KEYS).zip(running).enumerate() {
+                    let scores = &mut scores[..width];
+                    if let Some(bias) = self.bias {
+                        let row = (self.rows.start + i) * self.arranged[0].rows;
+                        for (score, bias) in scores.iter_mut().zip(&bias[row + keys.start..]) {
+                            *score += bias;
                         }
-                        let maximum = max(row).max(maxima[i]);
-                        let sum = exp_minus(row, maximum);
-                        if maximum > maxima[i] {
-                            let shrink = exp(maxima[i] - maximum);
-                            sums[i] *= f64::from(shrink);
-                            out[i * d..][..d].iter_mut().for_each(|out| *out *= shrink);
-                            maxima[i] = maximum;
-                        }
-                        sums[i] += f64::from(sum);
                     }
-                },
-            );
-            let probabilities =
-                Matrix { values: scores, rows: queries, columns: width, row_stride: width, column_stride: 1 };
-            product(out, probabilities, v.head(head, start, width), 1.0, true);
-        }
+                    let highest = (max(scores) * scale).max(*maximum);
+                    let added = exp_minus(scores, scale, highest);
+                    if highest > *maximum {
+                        let shrink = exp(*maximum - highest);
+                        *sum *= f64::from(shrink);
+                        // Safety: the caller's promise.
+                        unsafe { row_of(out, i, self.q.d) }.iter_mut().for_each(|out| *out *= shrink);
+                        *maximum = highest;
+                    }
+                    *sum += f64::from(added);
+                }
+            },
+        );
     }
-    for (i, out) in out.chunks_exact_mut(d).enumerate() {
-        if segments.iter().all(|(k, _)| k.rows == 0) {
-            lse[i] = f32::NEG_INFINITY;
-            continue;
-        }
-        let inverse = (1.0 / sums[i]) as f32;
-        out.iter_mut().for_each(|out| *out *= inverse);
-        lse[i] = (f64::from(maxima[i]) + sums[i].ln()) as f32;
-    }
+}
+
+/// # Safety
+/// The row has to have `len` values that are valid for reads and writes and in use by nobody else.
+#[inline(always)]
+unsafe fn row_of<'a>(target: Target, row: usize, len: usize) -> &'a mut [f32] {
+    // Safety: the caller's promise.
+    unsafe { std::slice::from_raw_parts_mut(target.at(row, 0).start, len) }
 }

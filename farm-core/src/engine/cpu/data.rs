@@ -41,6 +41,23 @@ pub(super) fn slice<'a>(op: &'static str, x: &'a Tensor) -> Result<Slice<'a>> {
     Ok(Slice { storage, range: start..end })
 }
 
+/// Zeros to be written over. Large ones are asked for in huge pages: fresh memory costs a fault a page, which with small ones
+/// is more than what is computed takes.
+pub(super) fn room<T: Copy + Default>(len: usize) -> Vec<T> {
+    let values = vec![T::default(); len];
+    #[cfg(target_os = "linux")]
+    {
+        const HUGE: usize = 2 << 20;
+        let (start, bytes) = (values.as_ptr() as usize, size_of_val(&values[..]));
+        let (first, end) = (start.next_multiple_of(HUGE), (start + bytes) / HUGE * HUGE);
+        if first < end {
+            // Safety: whole pages inside the vector. It is advice: what they hold stays, and a refusal changes nothing.
+            unsafe { libc::madvise(first as *mut libc::c_void, end - first, libc::MADV_HUGEPAGE) };
+        }
+    }
+    values
+}
+
 /// A tensor that owns `values`, without a copy.
 pub(super) fn from_vec(op: &'static str, values: Vec<f32>, shape: &[usize]) -> Result<Tensor> {
     if shape.iter().product::<usize>() != values.len() {

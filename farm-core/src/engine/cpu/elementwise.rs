@@ -2,7 +2,7 @@
 
 use candle_core::Tensor;
 
-use super::data::{dims, expect, from_vec, shape_error, slice};
+use super::data::{dims, expect, from_vec, room, shape_error, slice};
 use super::pool::Pool;
 use super::wide::{gelu_tanh, silu as silu_f32, wide};
 use crate::engine::Result;
@@ -17,7 +17,7 @@ fn map1(
 ) -> Result<Tensor> {
     let values = slice(op, a)?;
     let values: &[f32] = &values;
-    let mut out = vec![0f32; values.len()];
+    let mut out = room(values.len());
     pool.rows(&mut out, 1, cost, |start, run| {
         wide(
             #[inline(always)]
@@ -39,7 +39,7 @@ fn map2(
     let shape = a.dims();
     let (a, b) = (slice(op, a)?, slice(op, b)?);
     let (a, b): (&[f32], &[f32]) = (&a, &b);
-    let mut out = vec![0f32; a.len()];
+    let mut out = room(a.len());
     pool.rows(&mut out, 1, cost, |start, run| {
         wide(
             #[inline(always)]
@@ -87,7 +87,7 @@ pub(super) fn swiglu(pool: &Pool, x: &Tensor) -> Result<Tensor> {
     let half = width / 2;
     let x = slice(OP, x)?;
     let x: &[f32] = &x;
-    let mut out = vec![0f32; m * half];
+    let mut out = room(m * half);
     pool.rows(&mut out, half, 16, |row0, run| {
         wide(
             #[inline(always)]

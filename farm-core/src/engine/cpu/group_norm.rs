@@ -5,7 +5,7 @@ use std::ops::Range;
 use candle_core::Tensor;
 use rayon::prelude::*;
 
-use super::data::{dims, from_vec, shape_error, slice};
+use super::data::{dims, from_vec, room, shape_error, slice};
 use super::pool::Pool;
 use super::wide::{silu, wide};
 use crate::engine::{EngineError, Result};
@@ -84,7 +84,7 @@ pub fn group_norm_silu(
     let frames: Vec<Affine> = totals.0.chunks(groups).map(|totals| Affine::of_frame(totals, weight)).collect();
 
     let (frame_len, block_len) = (height * width * channels, BLOCK_PIXELS * channels);
-    let mut out = vec![0f32; x.len()];
+    let mut out = room(x.len());
     let by_block =
         out.par_chunks_mut(frame_len).zip(x.par_chunks(frame_len)).zip(&frames).flat_map(|((out, x), affine)| {
             out.par_chunks_mut(block_len).zip(x.par_chunks(block_len)).map(move |(out, x)| (out, x, affine))

@@ -1,119 +1,77 @@
-//! `x · Wᵀ + b`, in blocks of the `gemm` crate.
+//! `x · Wᵀ + b`.
 
+use std::cell::Cell;
 use std::ops::Range;
-use std::slice::from_raw_parts_mut;
 
 use candle_core::Tensor;
 
-use super::data::{dims, expect, from_vec, shape_error, slice};
+use super::Units;
+use super::amx::{self, Tile};
+use super::data::{dims, expect, from_vec, room, shape_error, slice};
 use super::pool::Pool;
-use super::wide::{dot, wide};
+use super::product::{CHAIN, Finish, PANEL, Panels, Rows, Target, product};
 use crate::engine::Result;
 use crate::parallel::shard::Split;
 
-/// Rows and columns of a task. A task repacks its share of the weight and of x, which `ROWS`, `COLUMNS` multiplications
-/// per element outweigh. Half of `ROWS` is more than [`MIN_OUTPUT`], so that no block of an output with few columns falls
-/// below it.
-const ROWS: usize = 528;
-const COLUMNS: usize = 512;
-/// gemm sums the products of a small output, and of a single row, in orders of their own; above this many values it
-/// does not. Fewer rows are padded with zeros.
-const MIN_OUTPUT: usize = 256;
-/// gemm cuts deeper sums into runs whose length depends on the other sizes as well. Up to this depth it cuts nothing.
-const DEPTH: usize = 512;
+/// Rows and columns of a task: with [`DEPTH`] values of each row, its share of x, the output and a panel stay in the
+/// second-level cache.
+const ROWS: usize = 120;
+const COLUMNS: usize = 8 * PANEL;
+/// Deeper sums are cut into runs of so many products, whose part of a panel stays in the first-level cache or near it.
+const DEPTH: usize = 8 * CHAIN;
 
-/// A matrix in memory that is someone else's: element (i, j) at `i·row + j·column`.
-#[derive(Clone, Copy)]
-pub(super) struct Matrix<'a> {
-    pub values: &'a [f32],
-    pub rows: usize,
-    pub columns: usize,
-    pub row_stride: usize,
-    pub column_stride: usize,
+/// Rows of a task on the matrix units, of which each splits the weights for itself, and its most panels.
+const TOKEN_ROWS: usize = 256;
+const TOKEN_PANELS: usize = 32;
+/// Panels whose part of the output stays in the second-level cache from one run of depth to the next.
+const TOKEN_GROUP: usize = 8;
+
+/// A weight `[out, in]`, arranged for [`linear`].
+pub struct Matrix {
+    shape: [usize; 2],
+    form: Form,
 }
 
-impl<'a> Matrix<'a> {
-    /// The transposed matrix, same memory.
-    pub fn t(self) -> Matrix<'a> {
-        Matrix {
-            values: self.values,
-            rows: self.columns,
-            columns: self.rows,
-            row_stride: self.column_stride,
-            column_stride: self.row_stride,
+enum Form {
+    /// For the vector units, and if `split` for the matrix units, where each value is split into three pieces as it is used.
+    Panels { panels: Panels, split: bool },
+    /// Rounded to bf16, for the matrix units: of each panel all steps.
+    Rounded(Vec<Tile>),
+}
+
+/// Arranges a weight `[out, in]` for any machine. Exact.
+pub(super) fn matrix(weight: &Tensor) -> Result<Matrix> {
+    const OP: &str = "matrix";
+    let [n, k] = dims(OP, "weight [out, in]", weight)?;
+    let panels = Panels::of_transposed(&slice(OP, weight)?, [n, k], k);
+    Ok(Matrix { shape: [k, n], form: Form::Panels { panels, split: false } })
+}
+
+/// Arranges a weight `[out, in]` for many rows, on the units that [`Units`] names.
+pub(super) fn token_matrix(units: Units, weight: &Tensor) -> Result<Matrix> {
+    let mut matrix = matrix(weight)?;
+    let [k, n] = matrix.shape;
+    let Form::Panels { panels, split } = &mut matrix.form else { return Ok(matrix) };
+    match units {
+        Units::Vectors => {}
+        Units::Split => *split = true,
+        Units::Rounded => {
+            let each = amx::right_tiles(k, 1, 1);
+            let mut tiles: Vec<Tile> = room(each * n.div_ceil(PANEL));
+            if each > 0 {
+                for (panel, to) in tiles.chunks_exact_mut(each).enumerate() {
+                    amx::arrange_right::<1>(panels.view().panel(panel), to);
+                }
+            }
+            matrix.form = Form::Rounded(tiles);
         }
     }
-
-    fn fits(&self) -> bool {
-        self.rows == 0
-            || self.columns == 0
-            || (self.rows - 1) * self.row_stride + (self.columns - 1) * self.column_stride < self.values.len()
-    }
+    Ok(matrix)
 }
 
-/// `out = scale · a·b`, or `out += scale · a·b` with `add`; `out` is `[a.rows, b.columns]`, contiguous.
-/// Runs on the calling thread; the order of additions depends on the three sizes only.
-///
-/// # Panics
-/// If the sizes do not fit each other or their slices, which is a bug of the caller.
-pub(super) fn product(out: &mut [f32], a: Matrix<'_>, b: Matrix<'_>, scale: f32, add: bool) {
-    assert!(out.len() == a.rows * b.columns);
-    // Safety: by the assertion the output lies in `out`, which is borrowed for us alone.
-    unsafe { product_at(out.as_mut_ptr(), b.columns, a, b, scale, add) }
-}
-
-/// [`product`] to rows `out_stride` values apart.
-///
-/// # Safety
-/// `a.rows` rows of `b.columns` values at `out` have to be valid for writes and not in use by anyone else.
-unsafe fn product_at(out: *mut f32, out_stride: usize, a: Matrix<'_>, b: Matrix<'_>, scale: f32, add: bool) {
-    assert!(a.fits() && b.fits() && b.rows == a.columns);
-    // Safety: the caller vouches for `out`, the assertion for `a` and `b`. Strides are below lengths of slices, so they
-    // fit isize.
-    unsafe {
-        gemm::gemm(
-            a.rows,
-            b.columns,
-            a.columns,
-            out,
-            1,
-            out_stride as isize,
-            add,
-            a.values.as_ptr(),
-            a.column_stride as isize,
-            a.row_stride as isize,
-            b.values.as_ptr(),
-            b.column_stride as isize,
-            b.row_stride as isize,
-            1.0,
-            scale,
-            false,
-            false,
-            false,
-            gemm::Parallelism::None,
-        );
-    }
-}
-
-/// Start of an output that tasks fill in disjoint blocks.
-#[derive(Clone, Copy)]
-struct Output(*mut f32);
-// Safety: `linear` gives every block of the output to exactly one task and outlives them all.
-unsafe impl Send for Output {}
-unsafe impl Sync for Output {}
-
-impl Output {
-    /// # Safety
-    /// `offset` has to lie in the output.
-    unsafe fn at(self, offset: usize) -> *mut f32 {
-        // Safety: the caller's promise.
-        unsafe { self.0.add(offset) }
-    }
-}
-
-pub(super) fn linear(pool: &Pool, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+pub(super) fn linear(pool: &Pool, x: &Tensor, weight: &Matrix, bias: Option<&Tensor>) -> Result<Tensor> {
     const OP: &str = "linear";
-    let [n, weight_k] = dims(OP, "weight [out, in]", weight)?;
+    let [weight_k, n] = weight.shape;
     let (&k, rows) = x.dims().split_last().ok_or_else(|| shape_error(OP, "x [rows, in] or [in]", x.dims()))?;
     if k != weight_k || rows.len() > 1 {
         return Err(shape_error(OP, format!("x [rows, {weight_k}] or [{weight_k}] for this weight"), x.dims()));
@@ -121,82 +79,131 @@ pub(super) fn linear(pool: &Pool, x: &Tensor, weight: &Tensor, bias: Option<&Ten
     if let Some(bias) = bias {
         expect(OP, "bias", bias, &[n])?;
     }
-    let bias_slice = bias.map(|b| slice(OP, b)).transpose()?;
-    let bias = bias_slice.as_deref();
-    let (values, weight) = (slice(OP, x)?, slice(OP, weight)?);
-    let (values, weight): (&[f32], &[f32]) = (&values, &weight);
-    match rows {
-        [m] => from_vec(OP, matrix(pool, values, *m, weight, [n, k], bias), &[*m, n]),
-        _ => from_vec(OP, vector(pool, values, weight, n, bias), &[n]),
-    }
+    let bias = bias.map(|b| slice(OP, b)).transpose()?;
+    let m = rows.first().copied().unwrap_or(1);
+    let (x, bias) = (&slice(OP, x)?[..], bias.as_deref());
+    let out = match &weight.form {
+        Form::Panels { panels, split: false } => rows_times(pool, x, m, panels, bias),
+        Form::Panels { panels, split: true } => tokens_times::<3>(pool, x, [m, k, n], bias, Right::Panels(panels)),
+        Form::Rounded(tiles) => tokens_times::<1>(pool, x, [m, k, n], bias, Right::Tiles(tiles)),
+    };
+    let mut shape = rows.to_vec();
+    shape.push(n);
+    from_vec(OP, out, &shape)
 }
 
-/// A matrix-vector product reads every weight once; gemm does it at a fraction of the memory's rate.
-fn vector(pool: &Pool, x: &[f32], weight: &[f32], n: usize, bias: Option<&[f32]>) -> Vec<f32> {
-    let mut out = vec![0f32; n];
-    let k = x.len();
-    pool.rows(&mut out, 1, k, |start, run| {
-        let bias = bias.map(|bias| &bias[start..]);
-        wide(
-            #[inline(always)]
-            || {
-                for (j, out) in run.iter_mut().enumerate() {
-                    let sum = dot(x, &weight[(start + j) * k..][..k]);
-                    *out = bias.map_or(sum, |bias| sum + bias[j]);
-                }
-            },
-        );
-    });
-    out
-}
-
-/// `[m, k] × [n, k] → [m, n]`. A row has the same bits for any number of rows: see [`MIN_OUTPUT`] and [`DEPTH`].
-fn matrix(pool: &Pool, x: &[f32], m: usize, weight: &[f32], [n, k]: [usize; 2], bias: Option<&[f32]>) -> Vec<f32> {
-    if m == 0 || n == 0 {
-        return Vec::new();
-    }
-    let padded_rows = m.max(2).max(MIN_OUTPUT / n + 1);
-    if m < padded_rows {
-        let mut padded = vec![0f32; padded_rows * k];
-        padded[..m * k].copy_from_slice(x);
-        let mut out = matrix(pool, &padded, padded_rows, weight, [n, k], bias);
-        out.truncate(m * n);
+/// `[m, k] × [k, n] → [m, n]`.
+fn rows_times(pool: &Pool, x: &[f32], m: usize, weight: &Panels, bias: Option<&[f32]>) -> Vec<f32> {
+    let [k, n] = weight.shape();
+    let mut out = room(m * n);
+    if out.is_empty() {
         return out;
     }
-    let mut out = vec![0f32; m * n];
-    let output = Output(out.as_mut_ptr());
-    let grid: Vec<(Range<usize>, Range<usize>)> =
-        blocks(m, ROWS).flat_map(|rows| blocks(n, COLUMNS).map(move |columns| (rows.clone(), columns))).collect();
-    pool.run(grid, m * n * k, |(rows, columns)| {
-        for depth in blocks(k, DEPTH) {
-            let (a, w) = (rows_of(x, k, &rows, &depth), rows_of(weight, k, &columns, &depth));
-            // Safety: rows and columns lie in [m, n], and no other task has this block.
-            let at = unsafe { output.at(rows.start * n + columns.start) };
-            // Safety: as above.
-            unsafe { product_at(at, n, a, w.t(), 1.0, depth.start > 0) };
+    let start = Target { start: out.as_mut_ptr(), stride: n };
+    let grid: Vec<(Range<usize>, Range<usize>)> = blocks(m, ROWS)
+        .flat_map(|rows| blocks(n.div_ceil(PANEL), COLUMNS / PANEL).map(move |p| (rows.clone(), p)))
+        .collect();
+    pool.run(grid, m * n * k, |(rows, panels)| {
+        // Of no depth, the output is the bias.
+        for first in (0..k.max(1)).step_by(DEPTH) {
+            let run = first..k.min(first + DEPTH);
+            let run_of_x = (&x[rows.start * k + run.start..], run.len());
+            let left = Rows { count: rows.len(), stride: k, runs: &[run_of_x] };
+            let finish = Finish { add: run.start > 0, bias: bias.filter(|_| run.end == k) };
+            // Safety: rows and columns lie in [m, n], and no other task has them.
+            unsafe {
+                let out = start.at(rows.start, panels.start * PANEL);
+                product(left, weight.view().part(run.clone()), panels.clone(), out, finish);
+            }
         }
-        let Some(bias) = bias else { return };
-        let bias = &bias[columns.clone()];
-        wide(
-            #[inline(always)]
-            || {
-                for row in rows {
-                    // Safety: as above.
-                    let out = unsafe { from_raw_parts_mut(output.at(row * n + columns.start), bias.len()) };
-                    for (out, bias) in out.iter_mut().zip(bias) {
-                        *out += bias;
-                    }
-                }
-            },
-        );
     });
     out
 }
 
-/// The given rows and columns of a row-major matrix that is `k` wide.
-fn rows_of<'a>(values: &'a [f32], k: usize, rows: &Range<usize>, columns: &Range<usize>) -> Matrix<'a> {
-    let values = &values[rows.start * k + columns.start..(rows.end - 1) * k + columns.end];
-    Matrix { values, rows: rows.len(), columns: columns.len(), row_stride: k, column_stride: 1 }
+/// Weights for the matrix units.
+#[derive(Clone, Copy)]
+enum Right<'a> {
+    /// To be split.
+    Panels(&'a Panels),
+    /// `[panels][steps]` of one piece.
+    Tiles(&'a [Tile]),
+}
+
+impl<'a> Right<'a> {
+    /// Tiles of `P` pieces of some of a panel's depth, in `scratch` if they have to be made.
+    fn tiles<'s, const P: usize>(
+        self,
+        panel: usize,
+        k: usize,
+        depth: Range<usize>,
+        scratch: &'s mut [Tile],
+    ) -> &'s [Tile]
+    where
+        'a: 's,
+    {
+        match self {
+            Self::Panels(panels) => {
+                let scratch = &mut scratch[..amx::right_tiles(depth.len(), 1, P)];
+                amx::arrange_right::<P>(panels.view().part(depth).panel(panel), scratch);
+                scratch
+            }
+            Self::Tiles(tiles) => {
+                let (all, before) = (amx::right_tiles(k, 1, P), amx::right_tiles(depth.start, 1, P));
+                &tiles[panel * all + before..][..amx::right_tiles(depth.len(), 1, P)]
+            }
+        }
+    }
+}
+
+thread_local! {
+    /// Rows of a thread's task, kept from task to task: fresh memory costs a fault a page.
+    static LEFT: Cell<Vec<Vec<Tile>>> = const { Cell::new(Vec::new()) };
+}
+
+/// As [`rows_times`] on the matrix units, `P` pieces a value.
+fn tokens_times<const P: usize>(
+    pool: &Pool,
+    x: &[f32],
+    [m, k, n]: [usize; 3],
+    bias: Option<&[f32]>,
+    right: Right<'_>,
+) -> Vec<f32> {
+    let mut out = room(m * n);
+    if out.is_empty() {
+        return out;
+    }
+    let start = Target { start: out.as_mut_ptr(), stride: n };
+    let grid: Vec<(Range<usize>, Range<usize>)> = blocks(m, TOKEN_ROWS)
+        .flat_map(|rows| blocks(n.div_ceil(PANEL), TOKEN_PANELS).map(move |p| (rows.clone(), p)))
+        .collect();
+    pool.run(grid, m * n * k, |(rows, panels)| {
+        let runs: Vec<Range<usize>> =
+            (0..k.max(1)).step_by(amx::DEPTH).map(|first| first..k.min(first + amx::DEPTH)).collect();
+        let mut left = LEFT.take();
+        left.resize_with(runs.len().max(left.len()), Vec::new);
+        for (depth, left) in runs.iter().zip(&mut left[..]) {
+            let from = &x[rows.start * k + depth.start..];
+            amx::arrange_left::<P>(from, k, [rows.len(), depth.len()], left);
+        }
+        let tiles = amx::Configured::new();
+        let mut split = vec![Tile::default(); amx::right_tiles(amx::DEPTH.min(k), 1, P)];
+        for group in panels.clone().step_by(TOKEN_GROUP) {
+            for (depth, left) in runs.iter().zip(&left[..]) {
+                for panel in group..panels.end.min(group + TOKEN_GROUP) {
+                    let right = right.tiles::<P>(panel, k, depth.clone(), &mut split);
+                    let (column, width) = (panel * PANEL, PANEL.min(n - panel * PANEL));
+                    let bias = bias.filter(|_| depth.end == k).map(|bias| &bias[column..]);
+                    // Safety: rows and columns lie in [m, n], and no other task has them.
+                    unsafe {
+                        let out = start.at(rows.start, column);
+                        amx::product::<P>(&tiles, left, right, [rows.len(), width], out, depth.start > 0, bias);
+                    }
+                }
+            }
+        }
+        LEFT.set(left);
+    });
+    out
 }
 
 /// `0..len` in even runs of at most `max`.

@@ -3,14 +3,17 @@
 //! Every operation is cut into tasks by shape alone, so results have the same bits for any number of threads.
 //! candle's own operations are used only where they move data; it would run arithmetic on a process-wide pool.
 
+mod amx;
 mod attention;
 mod conv;
 mod data;
 mod elementwise;
 mod group_norm;
+mod lanes;
 mod linear;
 mod norm;
 mod pool;
+mod product;
 mod rope;
 #[cfg(test)]
 mod tests;
@@ -26,19 +29,51 @@ use self::pool::Pool;
 use crate::engine::{AttentionOut, ConvCache, Engine, EngineError, Qkv, RawTensor, Result, RopeTable, SequenceOps};
 use crate::tiles::statistics::{Sums, Totals};
 
+/// How exactly the visual tokens' products are computed: linear layers over them and attention. All else is f32.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Precision {
+    /// As exact as f32 numbers and f32 sums.
+    #[default]
+    F32,
+    /// Factors rounded to bf16, sums in f32: weights take half the memory, and machines with matrix units are several
+    /// times as fast. On others nothing but the weights is rounded.
+    Bf16,
+}
+
+/// What computes those products.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Units {
+    Vectors,
+    /// Matrix units, each f32 number as the sum of three of bf16.
+    Split,
+    /// Matrix units, numbers rounded to bf16.
+    Rounded,
+}
+
 /// One CPU device: a number of threads of its own.
 pub struct CpuEngine {
     pool: Pool,
+    units: Units,
 }
 
 impl CpuEngine {
-    /// An engine with `threads` threads. Errors if `threads` is 0 or the threads cannot be started.
+    /// An engine with `threads` threads, in f32. Errors if `threads` is 0 or the threads cannot be started.
     pub fn new(threads: usize) -> Result<CpuEngine> {
+        Self::with_precision(threads, Precision::F32)
+    }
+
+    /// As [`CpuEngine::new`].
+    pub fn with_precision(threads: usize, precision: Precision) -> Result<CpuEngine> {
         if threads == 0 {
             let message = "a device needs at least 1 thread".into();
             return Err(EngineError::Backend { op: "start threads", message });
         }
-        Ok(CpuEngine { pool: Pool::new(threads)? })
+        let units = match precision {
+            _ if !amx::available() => Units::Vectors,
+            Precision::F32 => Units::Split,
+            Precision::Bf16 => Units::Rounded,
+        };
+        Ok(CpuEngine { pool: Pool::new(threads)?, units })
     }
 }
 
@@ -73,7 +108,7 @@ impl SequenceOps for CpuEngine {
     }
 
     fn attention(&self, q: &Tensor, keys: &[&Tensor], values: &[&Tensor]) -> Result<AttentionOut<Tensor>> {
-        attention::attention(&self.pool, q, keys, values)
+        attention::attention(&self.pool, self.units, q, keys, values)
     }
 
     fn merge_attention(&self, a: &AttentionOut<Tensor>, b: &AttentionOut<Tensor>) -> Result<AttentionOut<Tensor>> {
@@ -82,6 +117,7 @@ impl SequenceOps for CpuEngine {
 }
 
 impl Engine for CpuEngine {
+    type Matrix = linear::Matrix;
     type ConvWeight = conv::PackedConv;
 
     fn name(&self) -> String {
@@ -98,6 +134,14 @@ impl Engine for CpuEngine {
         from_vec("weight", values, &shape)
     }
 
+    fn matrix(&self, weight: &Tensor) -> Result<linear::Matrix> {
+        linear::matrix(weight)
+    }
+
+    fn token_matrix(&self, weight: &Tensor) -> Result<linear::Matrix> {
+        linear::token_matrix(self.units, weight)
+    }
+
     fn conv_weight(&self, weight: RawTensor<'_>, bias: RawTensor<'_>) -> Result<conv::PackedConv> {
         conv::pack_conv(weight, bias)
     }
@@ -112,7 +156,7 @@ impl Engine for CpuEngine {
 
     // ---- shared by the networks ----
 
-    fn linear(&self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    fn linear(&self, x: &Tensor, weight: &linear::Matrix, bias: Option<&Tensor>) -> Result<Tensor> {
         linear::linear(&self.pool, x, weight, bias)
     }
 

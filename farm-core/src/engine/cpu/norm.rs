@@ -3,7 +3,7 @@
 
 use candle_core::Tensor;
 
-use super::data::{dims, expect, from_vec, slice};
+use super::data::{dims, expect, from_vec, room, slice};
 use super::pool::Pool;
 use super::wide::{sum_f64, wide};
 use crate::engine::Result;
@@ -43,7 +43,7 @@ fn scaled_rms(
     [m, d]: [usize; 2],
     eps: f64,
 ) -> Result<Tensor> {
-    let mut out = vec![0f32; m * d];
+    let mut out = room(m * d);
     pool.rows(&mut out, d, 4, |row0, run| {
         wide(
             #[inline(always)]
@@ -68,7 +68,7 @@ pub(super) fn gated_residual(pool: &Pool, x: &Tensor, branch: &Tensor, gate: &Te
     let gate: Vec<f32> = slice(OP, gate)?.iter().map(|&gate| f64::from(gate).tanh() as f32).collect();
     let (x, branch) = (slice(OP, x)?, slice(OP, branch)?);
     let (x, branch): (&[f32], &[f32]) = (&x, &branch);
-    let mut out = vec![0f32; m * d];
+    let mut out = room(m * d);
     pool.rows(&mut out, d, 6, |row0, run| {
         wide(
             #[inline(always)]
@@ -94,7 +94,7 @@ pub(super) fn modulated_layer_norm(pool: &Pool, x: &Tensor, shift: &Tensor, scal
     let factor: Vec<f32> = slice(OP, scale)?.iter().map(|scale| 1.0 + scale).collect();
     let (x, shift) = (slice(OP, x)?, slice(OP, shift)?);
     let (x, shift): (&[f32], &[f32]) = (&x, &shift);
-    let mut out = vec![0f32; m * d];
+    let mut out = room(m * d);
     pool.rows(&mut out, d, 8, |row0, run| {
         wide(
             #[inline(always)]

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use candle_core::Tensor;
 
-use super::data::{dims, expect, from_vec, shape_error, slice};
+use super::data::{dims, expect, from_vec, room, shape_error, slice};
 use super::norm::inverse_rms;
 use super::pool::Pool;
 use super::wide::wide;
@@ -39,7 +39,7 @@ pub(super) fn rope_table(
     let count = tokens.len();
     let unit = (UNIT_AREA / (rows * columns) as f64).sqrt();
     let centred = |i: usize, n: usize| f64::from(((i as f64 - (n as f64 - 1.0) / 2.0) * unit) as f32);
-    let (mut cos, mut sin) = (vec![0f32; count * width], vec![0f32; count * width]);
+    let (mut cos, mut sin) = (room(count * width), room(count * width));
     let tasks: Vec<_> = cos.chunks_mut(width.max(1)).zip(sin.chunks_mut(width.max(1))).enumerate().collect();
     pool.run(tasks, count * width * 32, |(i, (cos, sin))| {
         let token = tokens.start + i;
@@ -83,7 +83,7 @@ pub(super) fn split_qkv(
     let (packed, q_norm, k_norm) = (slice(OP, packed)?, slice(OP, q_norm)?, slice(OP, k_norm)?);
     let (packed, q_norm, k_norm): (&[f32], &[f32], &[f32]) = (&packed, &q_norm, &k_norm);
 
-    let [mut q, mut k, mut v] = [(); 3].map(|()| vec![0f32; m * width]);
+    let [mut q, mut k, mut v] = [(); 3].map(|()| room(m * width));
     // Runs of 16 rows: some 50,000 values at the published width.
     let run = 16 * width.max(1);
     let tasks: Vec<_> = q

@@ -3,7 +3,7 @@
 use candle_core::Tensor;
 use rayon::prelude::*;
 
-use super::data::{dims, from_vec, shape_error, slice};
+use super::data::{dims, from_vec, room, shape_error, slice};
 use super::pool::Pool;
 use crate::engine::Result;
 
@@ -23,7 +23,7 @@ pub fn depth_to_space_time(pool: &Pool, x: &Tensor, st: usize, s: usize, drop: u
     let x: &[f32] = &x;
     let channels = packed / factor;
     let shape = [st * frames - drop, s * height, s * width, channels];
-    let mut out = vec![0f32; shape.iter().product()];
+    let mut out = room(shape.iter().product());
     let by_row = out.par_chunks_mut(s * width * channels).enumerate();
     let fill = |(row, out): (usize, &mut [f32])| {
         let (frame, row) = (row / shape[1] + drop, row % shape[1]);

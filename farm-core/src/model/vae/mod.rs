@@ -37,7 +37,7 @@ pub struct VaeDecoder<E: Engine> {
 
 /// A 1×1×1 convolution: a matrix product over the channels of every pixel.
 struct Pointwise<E: Engine> {
-    weight: E::Tensor,
+    weight: E::Matrix,
     bias: E::Tensor,
 }
 
@@ -85,10 +85,10 @@ impl<E: Engine> VaeDecoder<E> {
 
         let conv_in = Pointwise {
             // [C, latent channels, 1, 1, 1]
-            weight: loader.engine.reshape(
+            weight: loader.engine.matrix(&loader.engine.reshape(
                 &loader.tensor("blocks.0.0.weight", &[first, config.latent_channels, 1, 1, 1])?,
                 &[first, config.latent_channels],
-            )?,
+            )?)?,
             bias: loader.tensor("blocks.0.0.bias", &[first])?,
         };
         let res_blocks = |count: usize, channels: usize, name: &dyn Fn(usize) -> String| {
@@ -231,7 +231,7 @@ fn check(config: &VaeConfig) -> Result<usize, ModelError> {
 impl<E: Engine> Pointwise<E> {
     fn load(loader: &Loader<'_, E>, prefix: &str, output: usize, input: usize) -> Result<Self, ModelError> {
         Ok(Self {
-            weight: loader.tensor(&format!("{prefix}.weight"), &[output, input])?,
+            weight: loader.engine.matrix(&loader.tensor(&format!("{prefix}.weight"), &[output, input])?)?,
             bias: loader.tensor(&format!("{prefix}.bias"), &[output])?,
         })
     }
