@@ -58,8 +58,6 @@ enum Work {
     Forward {
         network: &'static str,
         precision: &'static str,
-        /// Whether there is this precision here.
-        ours: bool,
         warm_ups: u32,
         runs: u32,
     },
@@ -83,9 +81,7 @@ const fn forward(
     [warm_ups, runs]: [u32; 2],
     time_goal: f64,
 ) -> Case {
-    // bf16 weights need kernels of their own.
-    let ours = !matches!(precision.as_bytes(), b"bf16");
-    let work = Work::Forward { network, precision, ours, warm_ups, runs };
+    let work = Work::Forward { network, precision, warm_ups, runs };
     Case { name, work, time_goal, memory_goal: MEMORY_GOAL }
 }
 
@@ -119,7 +115,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
             let (mut ours, mut theirs) = (Vec::new(), Vec::new());
             for round in 1..=args.rounds.get() {
                 eprintln!("{}, {threads} threads, round {round} of {}", case.name, args.rounds);
-                ours.extend(sides.ours(case, threads).with_context(|| format!("{}, ours", case.name))?);
+                ours.push(sides.ours(case, threads).with_context(|| format!("{}, ours", case.name))?);
                 let (round, versions) =
                     sides.theirs(case, threads).with_context(|| format!("{}, theirs", case.name))?;
                 theirs.push(round);
@@ -146,16 +142,14 @@ struct Sides<'a> {
 }
 
 impl Sides<'_> {
-    /// None if there is no such thing here yet.
-    fn ours(&self, case: &Case, threads: NonZeroUsize) -> anyhow::Result<Option<Round>> {
+    fn ours(&self, case: &Case, threads: NonZeroUsize) -> anyhow::Result<Round> {
         let mut command = Command::new(&self.node);
         match case.work {
-            Work::Forward { ours: false, .. } => Ok(None),
-            Work::Forward { network, warm_ups, runs, .. } => {
-                command.args(["bench", "forward", network]);
+            Work::Forward { network, precision, warm_ups, runs } => {
+                command.args(["bench", "forward", network, "--precision", precision]);
                 self.forward(&mut command, case, threads, [warm_ups, runs]);
                 let finished = process::run(&mut command)?.checked(&command)?;
-                Ok(Some(Round::forward(&finished.json()?, finished.others)))
+                Ok(Round::forward(&finished.json()?, finished.others))
             }
             Work::Clip => {
                 let folder = tempfile::tempdir()?;
@@ -163,7 +157,7 @@ impl Sides<'_> {
                 command.args(["render", "--prompt", PROMPT, "--seed", "1", "--model", MODEL]);
                 command.args(["--threads", &threads.to_string(), "--out"]).arg(&out);
                 let finished = process::run(&mut command)?.checked(&command)?;
-                Ok(Some(Round::clip(&finished, finished.peak_mib, 0.0)))
+                Ok(Round::clip(&finished, finished.peak_mib, 0.0))
             }
         }
     }
@@ -174,7 +168,7 @@ impl Sides<'_> {
         // All is on this machine, and all is to run on its processor.
         command.env("HF_HUB_OFFLINE", "1").env("CUDA_VISIBLE_DEVICES", "");
         match case.work {
-            Work::Forward { network, precision, warm_ups, runs, .. } => {
+            Work::Forward { network, precision, warm_ups, runs } => {
                 command.arg(Path::new(SCRIPTS).join("forward.py")).args([network, "--precision", precision]);
                 self.forward(&mut command, case, threads, [warm_ups, runs]);
                 let finished = process::run(&mut command)?.checked(&command)?;

@@ -20,7 +20,9 @@ mod tests;
 mod volume;
 mod wide;
 
+use std::fmt;
 use std::ops::Range;
+use std::str::FromStr;
 
 use candle_core::Tensor;
 
@@ -38,6 +40,27 @@ pub enum Precision {
     /// Factors rounded to bf16, sums in f32: weights take half the memory, and machines with matrix units are several
     /// times as fast. On others nothing but the weights is rounded.
     Bf16,
+}
+
+impl fmt::Display for Precision {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::F32 => "fp32",
+            Self::Bf16 => "bf16",
+        })
+    }
+}
+
+impl FromStr for Precision {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        match text {
+            "fp32" => Ok(Self::F32),
+            "bf16" => Ok(Self::Bf16),
+            other => Err(format!("no precision {other}; there are fp32 and bf16")),
+        }
+    }
 }
 
 /// What computes those products.

@@ -16,7 +16,7 @@ use std::time::Instant;
 
 use anyhow::{Context, bail, ensure};
 use farm_core::engine::Engine;
-use farm_core::engine::cpu::CpuEngine;
+use farm_core::engine::cpu::{CpuEngine, Precision};
 use farm_core::model::dit::Dit;
 use farm_core::model::latent::VaeLatent;
 use farm_core::model::t5::T5Encoder;
@@ -43,6 +43,9 @@ pub struct Args {
     /// Compute threads [default: one per core]
     #[arg(long, value_name = "N")]
     threads: Option<NonZeroUsize>,
+    /// fp32, or bf16 for what is computed over the visual tokens
+    #[arg(long, default_value_t)]
+    precision: Precision,
     /// Forwards to take the median of
     #[arg(long, value_name = "N", default_value = "5")]
     runs: NonZeroUsize,
@@ -82,7 +85,7 @@ struct Figures {
 
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let threads = args.threads.or_else(|| std::thread::available_parallelism().ok()).map_or(1, NonZeroUsize::get);
-    let engine = CpuEngine::new(threads)?;
+    let engine = CpuEngine::with_precision(threads, args.precision)?;
     let tensors = TensorFile::open(&args.tensors)?;
     let watch = Watch { started: Instant::now(), warm_ups: args.warm_ups, runs: args.runs.get() };
     let checkpoint = Checkpoint::open(&args.model)?;
