@@ -23,6 +23,11 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+/// Every result of the engine is fresh memory. This one gives out again what was freed a moment ago; libc's gives large pieces
+/// back to the system, which has to clear them anew.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 #[derive(Parser)]
 #[command(name = "farm-node", version, about = "Render clips on this machine", propagate_version = true)]
 struct Cli {

@@ -55,12 +55,7 @@ struct Case {
 
 enum Work {
     /// One network's forward.
-    Forward {
-        network: &'static str,
-        precision: &'static str,
-        warm_ups: u32,
-        runs: u32,
-    },
+    Forward { network: &'static str, precision: &'static str, warm_ups: u32, runs: u32 },
     /// The bundled checkpoint's clip, from the start of the process to the mp4.
     Clip,
 }

@@ -200,6 +200,15 @@ pub(super) unsafe fn product<const P: usize>(
         let lower = if first + TILE < rows { upper.wrapping_add(steps * P) } else { upper };
         // Safety: the row is there.
         let to = unsafe { out.at(first, 0) };
+        // What is written at the end is fetched meanwhile.
+        for row in 0..BLOCK.min(rows - first) {
+            let line = to.start.wrapping_add(row * to.stride).cast::<i8>();
+            // Safety: fetching changes nothing, wherever it points.
+            unsafe {
+                _mm_prefetch::<_MM_HINT_ET0>(line);
+                _mm_prefetch::<_MM_HINT_ET0>(line.wrapping_add(64));
+            }
+        }
         let whole = first + BLOCK <= rows && width == PANEL && !add && bias.is_none();
         // Safety: tiles are configured; each pointer has the tiles of `steps` steps by the assertions; a whole block lies in
         // `out`, which is the caller's promise.

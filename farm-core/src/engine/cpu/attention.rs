@@ -8,7 +8,7 @@ use candle_core::Tensor;
 
 use super::Units;
 use super::amx::{self, Tile};
-use super::data::{dims, expect, from_vec, room, shape_error, slice};
+use super::data::{dims, expect, from_vec, room, shape_error, slice, zeros};
 use super::pool::Pool;
 use super::product::{Finish, PANEL, PanelsView, Rows, Target, product, transpose_panel};
 use super::wide::{exp, exp_minus, max, wide};
@@ -255,7 +255,7 @@ fn arrange<T: Copy + Default + Send>(
     each: usize,
     fill: impl Fn(usize, &mut [T]) + Sync + Send,
 ) -> Vec<T> {
-    let mut all = room(panels * each);
+    let mut all = zeros(panels * each);
     if each > 0 {
         let work = all.len();
         pool.run(all.chunks_exact_mut(each).enumerate().collect(), work, |(i, to)| fill(i, to));
@@ -283,7 +283,7 @@ fn blockwise(
     bias: Option<&[f32]>,
 ) -> (Vec<f32>, Vec<f32>) {
     let Stream { rows: queries, heads, d, .. } = q;
-    let mut out = room(queries * heads * d);
+    let mut out = zeros(queries * heads * d);
     let mut lse = vec![f32::NEG_INFINITY; queries * heads];
     let keys: usize = segments.iter().map(|[k, _]| k.rows).sum();
     if out.is_empty() || keys == 0 {

@@ -41,21 +41,40 @@ pub(super) fn slice<'a>(op: &'static str, x: &'a Tensor) -> Result<Slice<'a>> {
     Ok(Slice { storage, range: start..end })
 }
 
-/// Zeros to be written over. Large ones are asked for in huge pages: fresh memory costs a fault a page, which with small ones
-/// is more than what is computed takes.
-pub(super) fn room<T: Copy + Default>(len: usize) -> Vec<T> {
+/// Room for a result that is written in full before anybody reads it: what is in it is whatever the memory held. Zeros for
+/// large results cost more than what is computed takes.
+pub(super) fn room(len: usize) -> Vec<f32> {
+    let mut values = Vec::with_capacity(len);
+    advise(values.spare_capacity_mut());
+    // Safety: the capacity is there, and any bits are an f32.
+    #[expect(clippy::uninit_vec, reason = "written in full, which is the caller's promise")]
+    unsafe {
+        values.set_len(len)
+    };
+    values
+}
+
+/// Zeros.
+pub(super) fn zeros<T: Copy + Default>(len: usize) -> Vec<T> {
     let values = vec![T::default(); len];
+    advise(&values);
+    values
+}
+
+/// Large memory is asked for in huge pages: a fault for each small one takes longer than what is computed.
+fn advise<T>(values: &[T]) {
     #[cfg(target_os = "linux")]
     {
         const HUGE: usize = 2 << 20;
-        let (start, bytes) = (values.as_ptr() as usize, size_of_val(&values[..]));
+        let (start, bytes) = (values.as_ptr() as usize, size_of_val(values));
         let (first, end) = (start.next_multiple_of(HUGE), (start + bytes) / HUGE * HUGE);
         if first < end {
-            // Safety: whole pages inside the vector. It is advice: what they hold stays, and a refusal changes nothing.
+            // Safety: whole pages inside the values. It is advice: what they hold stays, and a refusal changes nothing.
             unsafe { libc::madvise(first as *mut libc::c_void, end - first, libc::MADV_HUGEPAGE) };
         }
     }
-    values
+    #[cfg(not(target_os = "linux"))]
+    let _ = values;
 }
 
 /// A tensor that owns `values`, without a copy.

@@ -7,7 +7,7 @@ use candle_core::Tensor;
 
 use super::Units;
 use super::amx::{self, Tile};
-use super::data::{dims, expect, from_vec, room, shape_error, slice};
+use super::data::{dims, expect, from_vec, room, shape_error, slice, zeros};
 use super::pool::Pool;
 use super::product::{CHAIN, Finish, PANEL, Panels, Rows, Target, product};
 use crate::engine::Result;
@@ -57,7 +57,7 @@ pub(super) fn token_matrix(units: Units, weight: &Tensor) -> Result<Matrix> {
         Units::Split => *split = true,
         Units::Rounded => {
             let each = amx::right_tiles(k, 1, 1);
-            let mut tiles: Vec<Tile> = room(each * n.div_ceil(PANEL));
+            let mut tiles: Vec<Tile> = zeros(each * n.div_ceil(PANEL));
             if each > 0 {
                 for (panel, to) in tiles.chunks_exact_mut(each).enumerate() {
                     amx::arrange_right::<1>(panels.view().panel(panel), to);

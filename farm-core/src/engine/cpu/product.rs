@@ -9,7 +9,7 @@
 
 use std::ops::Range;
 
-use super::data::room;
+use super::data::zeros;
 use super::lanes::{Lanes, Plain};
 
 /// Columns of a panel.
@@ -39,7 +39,7 @@ impl Panels {
     }
 
     pub fn zeros(depth: usize, columns: usize) -> Self {
-        Self { depth, columns, values: room(columns.div_ceil(PANEL) * depth * PANEL) }
+        Self { depth, columns, values: zeros(columns.div_ceil(PANEL) * depth * PANEL) }
     }
 
     /// Depth and columns of the matrix.
@@ -346,6 +346,45 @@ unsafe fn write<L: Lanes, const V: usize, const R: usize>(sums: [[L; V]; R], out
                     sum.store(out.at(r, v * L::WIDTH).start);
                 }
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn values(n: usize, seed: u64) -> Vec<f32> {
+        let mut state = seed;
+        let mut next = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+        };
+        (0..n).map(|_| next()).collect()
+    }
+
+    #[test]
+    fn all_instruction_sets_have_the_same_bits() {
+        // Rows in two runs, more of them than a tile; a narrow last panel; more products than a chain.
+        let (count, runs, columns) = (31, [50, 41], 71);
+        let depth: usize = runs.iter().sum();
+        let (first, second) = (values(count * runs[0], 1), values(count * runs[0], 2));
+        let right = Panels::of_transposed(&values(columns * depth, 3), [columns, depth], depth);
+        let bias = values(columns, 4);
+        let rows = Rows { count, stride: runs[0], runs: &[(&first, runs[0]), (&second, runs[1])] };
+        let finish = Finish { add: true, bias: Some(&bias) };
+        let run = |with: unsafe fn(Rows<'_>, PanelsView<'_>, Range<usize>, Target, Finish<'_>)| {
+            let mut out = values(count * columns, 5);
+            let to = Target { start: out.as_mut_ptr(), stride: columns };
+            // Safety: `out` has `count` rows of `columns` values; instruction sets are those of this machine.
+            unsafe { with(rows, right.view(), 0..columns.div_ceil(PANEL), to, finish) };
+            out
+        };
+        let plain = run(walk::<Plain, 2, 4>);
+        assert!(plain == run(product));
+        #[cfg(target_arch = "x86_64")]
+        if super::super::wide::has_avx2() {
+            assert!(plain == run(walk::<super::super::lanes::x86::Avx2, 2, 6>));
         }
     }
 }

@@ -1,6 +1,6 @@
 //! The kernels against scalar references in f64, and the promises of the module docs.
 
-use super::CpuEngine;
+use super::{CpuEngine, Precision, Units, amx};
 use crate::engine::{Engine, EngineError, RawDtype, RawTensor, RopeTable, SequenceOps};
 use candle_core::Tensor;
 
@@ -468,4 +468,94 @@ fn wrong_shapes_are_errors_that_name_the_operation() {
             other => panic!("{op}: {:?}", other.map(|t| t.dims().to_vec())),
         }
     }
+}
+
+/// Every way that this machine has to compute over the visual tokens.
+fn all_units() -> Vec<Units> {
+    let on_tiles = [Units::Split, Units::Rounded].into_iter().filter(|_| amx::available());
+    [Units::Vectors].into_iter().chain(on_tiles).collect()
+}
+
+fn engine_on(units: Units, threads: usize) -> CpuEngine {
+    CpuEngine { units, ..engine(threads) }
+}
+
+/// Values of the same magnitude, rounded as the units round them.
+fn rounded(units: Units, values: &[f32]) -> Vec<f32> {
+    let round = |x: &f32| if units == Units::Rounded { half::bf16::from_f32(*x).to_f32() } else { *x };
+    values.iter().map(round).collect()
+}
+
+#[test]
+fn a_layer_over_tokens_is_the_product_on_all_units() {
+    // One row, tiles that are not full, several blocks of rows and panels, depths of several runs.
+    for [m, k, n] in [[1, 7, 5], [33, 600, 40], [300, 1100, 70], [17, 33, 1030], [600, 32, 32], [2, 0, 3]] {
+        let (x, w, b) = (tensor(&[m, k], 1), tensor(&[n, k], 2), tensor(&[n], 3));
+        for units in all_units() {
+            let e = engine_on(units, 2);
+            let got = read(&e.linear(&x, &e.token_matrix(&w).unwrap(), Some(&b)).unwrap());
+            let (x, w, b) = (rounded(units, &read(&x)), rounded(units, &read(&w)), read(&b));
+            let mut size = 0f64;
+            let expected: Vec<f64> = (0..m * n)
+                .map(|at| {
+                    let (i, j) = (at / n, at % n);
+                    let products = || (0..k).map(|c| f64::from(x[i * k + c]) * f64::from(w[j * k + c]));
+                    size = size.max(products().map(f64::abs).sum());
+                    products().sum::<f64>() + f64::from(b[j])
+                })
+                .collect();
+            let worst = got.iter().zip(&expected).map(|(a, b)| (f64::from(*a) - b).abs()).fold(0.0, f64::max);
+            assert!(worst <= 4e-7 * (size + 1.0), "{units:?} {m} {k} {n}: off by {worst} of {size}");
+        }
+    }
+}
+
+#[test]
+fn a_token_has_the_same_bits_for_any_number_of_tokens_and_threads_on_all_units() {
+    let (m, heads, d) = (700, 3, 40);
+    let (x, w) = (tensor(&[m, heads * d], 1), tensor(&[3 * heads * d, heads * d], 2));
+    for units in all_units() {
+        let run = |first: usize, rows: usize, threads: usize| {
+            let e = engine_on(units, threads);
+            let x = e.narrow(&x, 0, first, rows).unwrap();
+            let linear = e.linear(&x, &e.token_matrix(&w).unwrap(), None).unwrap();
+            let [q, k] = [(first, rows), (0, m)].map(|(first, rows)| {
+                e.reshape(&e.narrow(&tensor(&[m, heads * d], 3), 0, first, rows).unwrap(), &[rows, heads, d]).unwrap()
+            });
+            let attended = e.attention(&q, &[&k], &[&k]).unwrap();
+            [read(&linear), read(&attended.out), read(&attended.lse)]
+        };
+        let whole = run(0, m, 1);
+        for (first, rows, threads) in [(0, m, 3), (0, 1, 1), (5, 31, 1), (100, 257, 2), (m - 1, 1, 2)] {
+            for (whole, part) in whole.iter().zip(run(first, rows, threads)) {
+                let width = whole.len() / m;
+                let of_whole = &whole[first * width..(first + rows) * width];
+                assert!(part == of_whole, "{units:?}, rows {first}.., {rows} of them, {threads} threads");
+            }
+        }
+    }
+}
+
+#[test]
+fn attention_equals_the_definition_on_all_units() {
+    let (heads, d) = (2, 40);
+    let q = tensor(&[150, heads, d], 1);
+    let [k, v] = [2, 3].map(|seed| tensor(&[300, heads, d], seed));
+    let scale = 1.0 / (d as f64).sqrt();
+    let (out, lse) = naive_attention([&read(&q), &read(&k), &read(&v)], heads, d, scale, |_, _, _| 0.0);
+    for units in all_units() {
+        let got = engine_on(units, 2).attention(&q, &[&k], &[&v]).unwrap();
+        // Weights of 300 keys are rounded to 8 digits there, each by itself.
+        let tolerance = if units == Units::Rounded { 2e-3 } else { 2e-6 };
+        assert_close(&read(&got.out), &out, tolerance);
+        assert_close(&read(&got.lse), &lse, tolerance);
+    }
+}
+
+#[test]
+fn precisions_are_read_as_they_are_written() {
+    for precision in [Precision::F32, Precision::Bf16] {
+        assert_eq!(precision.to_string().parse(), Ok(precision));
+    }
+    assert!("fp16".parse::<Precision>().unwrap_err().contains("bf16"));
 }
