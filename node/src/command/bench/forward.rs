@@ -16,7 +16,6 @@ use std::time::Instant;
 
 use anyhow::{Context, bail, ensure};
 use farm_core::engine::Engine;
-use farm_core::engine::cpu::CpuEngine;
 use farm_core::model::dit::Dit;
 use farm_core::model::latent::VaeLatent;
 use farm_core::model::t5::T5Encoder;
@@ -29,6 +28,7 @@ use serde::Serialize;
 
 use super::{median, peak_mib};
 use crate::command::layout::{channels_first, channels_last};
+use crate::devices::ThreadArgs;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -40,9 +40,8 @@ pub struct Args {
     /// Inputs and expected output
     #[arg(long, value_name = "FILE.safetensors")]
     tensors: PathBuf,
-    /// Compute threads [default: one per core]
-    #[arg(long, value_name = "N")]
-    threads: Option<NonZeroUsize>,
+    #[command(flatten)]
+    threads: ThreadArgs,
     /// Forwards to take the median of
     #[arg(long, value_name = "N", default_value = "5")]
     runs: NonZeroUsize,
@@ -81,8 +80,9 @@ struct Figures {
 }
 
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
-    let threads = args.threads.or_else(|| std::thread::available_parallelism().ok()).map_or(1, NonZeroUsize::get);
-    let engine = CpuEngine::new(threads)?;
+    let compute = args.threads.compute(1)?;
+    let engine = compute.engine(0)?;
+    compute.settle(0)?;
     let tensors = TensorFile::open(&args.tensors)?;
     let watch = Watch { started: Instant::now(), warm_ups: args.warm_ups, runs: args.runs.get() };
     let checkpoint = Checkpoint::open(&args.model)?;
@@ -96,7 +96,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let (relative_l2, max_difference) = compare(&output, &expected)?;
     let figures = Figures {
         network: args.network,
-        threads,
+        threads: compute.threads(),
         load: timed.load,
         median: median(&timed.seconds),
         seconds: timed.seconds,
@@ -221,6 +221,8 @@ fn compare(got: &[f32], expected: &[f32]) -> anyhow::Result<(f64, f64)> {
 
 #[cfg(test)]
 mod tests {
+    use farm_core::engine::cpu::CpuEngine;
+
     use super::*;
 
     /// The committed references have more rows than one, and padding: what they hold for the decoder fits as it is.
