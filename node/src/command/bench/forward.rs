@@ -68,6 +68,8 @@ struct Figures {
     threads: usize,
     /// Opening the checkpoint and loading the network.
     load: f64,
+    /// FLOPs of the matrix products and attention of a forward, which are nearly all; none where they are not counted.
+    flops: Option<f64>,
     /// Of each counted forward.
     seconds: Vec<f64>,
     median: f64,
@@ -98,6 +100,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         network: args.network,
         threads: compute.threads(),
         load: timed.load,
+        flops: timed.flops,
         median: median(&timed.seconds),
         seconds: timed.seconds,
         peak_mib,
@@ -117,6 +120,7 @@ struct Watch {
 
 struct Timed {
     load: f64,
+    flops: Option<f64>,
     seconds: Vec<f64>,
     /// Of the last forward.
     output: Vec<f32>,
@@ -128,6 +132,7 @@ impl Watch {
     /// Called when the network is loaded.
     fn time(
         self,
+        flops: Option<f64>,
         layout: fn(&[f32]) -> Vec<f32>,
         mut forward: impl FnMut() -> anyhow::Result<Vec<f32>>,
     ) -> anyhow::Result<Timed> {
@@ -141,7 +146,7 @@ impl Watch {
                 seconds.push(began.elapsed().as_secs_f64());
             }
         }
-        Ok(Timed { load, seconds, output, layout })
+        Ok(Timed { load, flops, seconds, output, layout })
     }
 }
 
@@ -154,7 +159,13 @@ fn dit<E: Engine>(engine: &E, checkpoint: &Checkpoint, tensors: &TensorFile, wat
     let &[1, tokens, width] = shape(tensors, "dit.text")? else { bail!("dit.text is not [1, tokens, width]") };
     let text = engine.upload(&tensors.floats("dit.text")?, &[tokens, width])?;
     let solo = RankGroup::solo()?;
-    watch.time(<[f32]>::to_vec, || {
+    let (shape, visual) = (part.config().shape(), size[1] * (size[2] / 2) * (size[3] / 2));
+    let flops = (0..shape.layers).map(|layer| {
+        // Nothing reads what text would take from the last layer.
+        let queries = if layer + 1 == shape.layers { visual } else { visual + tokens };
+        shape.linear_flops(layer, visual, tokens) + shape.attention_flops(queries, visual + tokens, shape.heads)
+    });
+    watch.time(Some(flops.sum()), <[f32]>::to_vec, || {
         // Of a clip, the first two are made once for all steps.
         let geometry = dit.geometry(engine, &solo, size)?;
         let branch = dit.text_conditioning(engine, &solo, Some(&text))?;
@@ -168,7 +179,11 @@ fn t5<E: Engine>(engine: &E, checkpoint: &Checkpoint, tensors: &TensorFile, watc
     let encoder = T5Encoder::load(&Loader { engine, source: part }, part.config())?;
     ensure!(matches!(shape(tensors, "t5.ids")?, [1, _]), "t5.ids is not [1, tokens]");
     let ids = tensors.numbers("t5.ids")?;
-    watch.time(<[f32]>::to_vec, || Ok(engine.download(&encoder.encode(engine, &ids)?)?))
+    let (config, tokens) = (part.config(), ids.len() as f64);
+    let inner = (config.num_heads * config.d_kv) as f64;
+    let parameters = config.d_model as f64 * (4.0 * inner + 3.0 * config.d_ff as f64);
+    let flops = config.num_layers as f64 * (2.0 * tokens * parameters + 4.0 * tokens * tokens * inner);
+    watch.time(Some(flops), <[f32]>::to_vec, || Ok(engine.download(&encoder.encode(engine, &ids)?)?))
 }
 
 fn vae<E: Engine>(engine: &E, checkpoint: &Checkpoint, tensors: &TensorFile, watch: Watch) -> anyhow::Result<Timed> {
@@ -177,6 +192,7 @@ fn vae<E: Engine>(engine: &E, checkpoint: &Checkpoint, tensors: &TensorFile, wat
     let [c, t, h, w] = volume(tensors, "vae.in")?;
     let latent = engine.upload(&channels_last(&tensors.floats("vae.in")?, c), &[t, h, w, c])?;
     watch.time(
+        None,
         |frames| channels_first(frames, 3),
         || {
             let (mut stream, mut frames) = (decoder.stream(), Vec::new());
