@@ -14,17 +14,21 @@ use farm_core::tiles::message::FromHand;
 
 use crate::decode::hand::{self, HandError};
 use crate::device_thread::{Decode, Denoise, Denoised, Device, RenderError};
+use crate::devices::Compute;
 use crate::models::ModelShelf;
 
 pub struct CpuDevice {
     engine: CpuEngine,
+    /// What the engine has its threads from, and which of its devices this is.
+    place: (Compute, usize),
     /// Weights are shared; the threads are the device's own.
     shelf: Arc<ModelShelf>,
 }
 
 impl CpuDevice {
-    pub fn new(threads: usize, shelf: Arc<ModelShelf>) -> anyhow::Result<Self> {
-        Ok(Self { engine: CpuEngine::new(threads)?, shelf })
+    /// Device `index` of those that `compute` has threads for.
+    pub fn new(compute: &Compute, index: usize, shelf: Arc<ModelShelf>) -> anyhow::Result<Self> {
+        Ok(Self { engine: compute.engine(index)?, place: (compute.clone(), index), shelf })
     }
 
     pub fn name(&self) -> String {
@@ -33,6 +37,14 @@ impl CpuDevice {
 }
 
 impl Device for CpuDevice {
+    fn start(&mut self) {
+        let (compute, index) = &self.place;
+        if let Err(error) = compute.settle(*index) {
+            // The engine's own threads are in their place.
+            tracing::warn!("device {index} computes on any core: {error:#}");
+        }
+    }
+
     fn denoise(&mut self, work: Denoise) -> Result<Denoised, RenderError> {
         self.try_denoise(&work).map_err(|error| {
             // Whatever it is, the others must not wait for this rank.

@@ -145,6 +145,9 @@ impl RenderError {
 
 /// Something that works on clips, one at a time. Lives on its own thread.
 pub trait Device: Send + 'static {
+    /// Called first, on the device's own thread.
+    fn start(&mut self) {}
+
     /// Does its part of the denoising. If it fails it ends the group. The leader calls `work.monitor.advance` at least once
     /// per step, and hands over where it is told to; the others look whether it is stopped.
     fn denoise(&mut self, work: Denoise) -> Result<Denoised, RenderError>;
@@ -207,6 +210,7 @@ impl DeviceHandle {
 }
 
 fn serve(mut device: impl Device, inbox: Receiver<(Command, Reservation)>) {
+    device.start();
     while let Ok((command, reservation)) = inbox.recv() {
         // A panic is a bug of ours or of a library in one clip. The device holds no state between clips that it could
         // have left half changed, so the thread lives on. Nobody waits for the answers of an aborted attempt.

@@ -1,12 +1,17 @@
 //! Which devices of this machine a command uses.
 
+use std::io;
 use std::num::NonZeroUsize;
 use std::path::Path;
 use std::str::FromStr;
+use std::sync::Arc;
 
 use anyhow::Context;
+use farm_core::engine::cpu::{CpuEngine, Precision};
 use farm_core::parallel::cost::Site;
 use farm_core::parallel::cost::devices::Devices as Rates;
+
+use crate::cores;
 
 /// More devices than this on one node is a typing error.
 const MAX_DEVICES: usize = 256;
@@ -28,11 +33,79 @@ impl FromStr for Devices {
     }
 }
 
-impl Devices {
-    /// Compute threads of each device: as asked, or the processor's cores divided among the devices.
-    pub fn threads(self, asked: Option<NonZeroUsize>) -> usize {
-        let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
-        asked.map_or_else(|| (cores / self.cpus).max(1), NonZeroUsize::get)
+/// The threads of a command's devices.
+#[derive(clap::Args, Clone, Copy)]
+// Flattened into other commands' arguments, of which this is a part, not a group.
+#[group(skip)]
+pub struct ThreadArgs {
+    /// Compute threads of each device; what is computed has the same bits for any number [default: the cores that this
+    /// process may use, divided among the devices]
+    #[arg(long, value_name = "N")]
+    threads: Option<NonZeroUsize>,
+    /// Keep each thread on a core of its own, and the threads of a device on one NUMA node if one has room
+    #[arg(long)]
+    pin: bool,
+    /// fp32; or bf16, which rounds what is multiplied in layers and attention over the visual tokens: faster on processors
+    /// with matrix units, and not quite the same clip
+    #[arg(long, value_name = "fp32|bf16", default_value_t)]
+    precision: Precision,
+}
+
+impl ThreadArgs {
+    pub fn compute(self, devices: usize) -> anyhow::Result<Compute> {
+        // Heeds the process's affinity and its control group's quota.
+        let usable = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+        let threads = self.threads.map_or_else(|| (usable / devices).max(1), NonZeroUsize::get);
+        let cores = match self.pin {
+            true => Some(cores::assign(&cores::numa_nodes()?, &cores::allowed()?, devices, threads)?),
+            false => None,
+        };
+        Ok(Compute { threads, precision: self.precision, cores: cores.map(Arc::new) })
+    }
+}
+
+/// The compute threads of each device, and where they run.
+#[derive(Clone)]
+pub struct Compute {
+    threads: usize,
+    precision: Precision,
+    /// Of each device, if its threads are pinned.
+    cores: Option<Arc<Vec<Vec<usize>>>>,
+}
+
+impl Compute {
+    /// `threads` for any device.
+    #[cfg(test)]
+    pub fn unpinned(threads: usize) -> Self {
+        Self { threads, precision: Precision::default(), cores: None }
+    }
+
+    /// Threads of each device.
+    pub fn threads(&self) -> usize {
+        self.threads
+    }
+
+    /// An engine with the threads of device `device`.
+    pub fn engine(&self, device: usize) -> anyhow::Result<CpuEngine> {
+        let engine = CpuEngine::with_precision(self.threads, self.precision)?;
+        if let Some(cores) = self.cores_of(device) {
+            let pinned = engine.on_every_thread(|thread| cores::pin_thread(&cores[thread..=thread]));
+            pinned.into_iter().collect::<io::Result<()>>().with_context(|| format!("cannot pin to cores {cores:?}"))?;
+        }
+        Ok(engine)
+    }
+
+    /// Keeps the calling thread, which is about to use that engine, on the device's cores: it computes too what is not
+    /// worth waking another thread for.
+    pub fn settle(&self, device: usize) -> anyhow::Result<()> {
+        match self.cores_of(device) {
+            Some(cores) => cores::pin_thread(cores).with_context(|| format!("cannot pin to cores {cores:?}")),
+            None => Ok(()),
+        }
+    }
+
+    fn cores_of(&self, device: usize) -> Option<&[usize]> {
+        self.cores.as_ref().map(|cores| &cores[device][..])
     }
 }
 
@@ -87,7 +160,32 @@ fn memory_bytes() -> anyhow::Result<f64> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
+
+    #[test]
+    fn an_engine_that_is_pinned_has_its_threads_on_their_cores() {
+        let args = ThreadArgs { threads: NonZeroUsize::new(1), pin: true, precision: Precision::F32 };
+        let compute = args.compute(1).unwrap();
+        let core = compute.cores_of(0).unwrap()[0];
+        let seen = compute.engine(0).unwrap().on_every_thread(|_| cores::allowed().unwrap());
+        assert_eq!(seen, [BTreeSet::from([core])]);
+        let settled = std::thread::spawn(move || compute.settle(0).map(|()| cores::allowed().unwrap()));
+        assert_eq!(settled.join().unwrap().unwrap(), BTreeSet::from([core]));
+        assert!(args.compute(MAX_DEVICES * 64).is_err());
+    }
+
+    #[test]
+    fn without_asking_nothing_is_pinned() {
+        let compute = ThreadArgs { threads: None, pin: false, precision: Precision::F32 }.compute(1).unwrap();
+        let all = cores::allowed().unwrap();
+        assert!(compute.threads() <= all.len());
+        compute.settle(0).unwrap();
+        assert!(
+            compute.engine(0).unwrap().on_every_thread(|_| cores::allowed().unwrap()).iter().all(|seen| *seen == all)
+        );
+    }
 
     #[test]
     fn devices_are_read_as_documented_and_nothing_else() {

@@ -3,6 +3,7 @@
 mod attempt;
 mod checkpoints;
 mod command;
+mod cores;
 mod cpu_device;
 mod data_plane;
 mod decode;

@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::net::{Ipv4Addr, TcpListener};
-use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -20,7 +19,7 @@ use farm_core::model::weights::checkpoint::Checkpoint;
 use farm_core::parallel::cost::devices::{DeviceEntry, Devices as Rates, LinkEntry};
 use farm_core::parallel::cost::{ClipShape, ModelShape};
 
-use crate::devices::{CALIBRATED_CPU, CALIBRATED_LOCAL, CALIBRATED_TCP, Devices};
+use crate::devices::{CALIBRATED_CPU, CALIBRATED_LOCAL, CALIBRATED_TCP, Compute, Devices, ThreadArgs};
 
 /// Rows of a product, and rows of keys, at most: as fast per value as more of them, and quick.
 const MAX_ROWS: usize = 256;
@@ -42,9 +41,8 @@ pub struct Args {
     /// Devices that compute at the same time
     #[arg(long, value_name = "cpu:K", default_value = "cpu:1")]
     pub devices: Devices,
-    /// Compute threads of each device [default: the processor's cores divided among the devices]
-    #[arg(long, value_name = "N")]
-    pub threads: Option<NonZeroUsize>,
+    #[command(flatten)]
+    pub threads: ThreadArgs,
     /// Measure at the sizes of this checkpoint [default: those of the published model]
     #[arg(long, value_name = "DIR")]
     pub model: Option<PathBuf>,
@@ -54,16 +52,17 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
-    let (devices, threads) = (args.devices.cpus, args.devices.threads(args.threads));
+    let (devices, compute) = (args.devices.cpus, args.threads.compute(args.devices.cpus)?);
+    let threads = compute.threads();
     let (model, tokens, sizes) = sizes(args.model.as_deref())?;
     let source = format!("farm-node calibrate: {devices} at once, {threads} threads each, sizes of {sizes}");
     eprintln!("measuring {devices} devices of {threads} threads, about 5 seconds");
 
-    let engines = (0..devices).map(|_| CpuEngine::new(threads).map(Arc::new)).collect::<Result<Vec<_>, _>>()?;
+    let engines = (0..devices).map(|device| compute.engine(device).map(Arc::new)).collect::<Result<Vec<_>, _>>()?;
     let work = Work::new(&engines[0], &model, tokens)?;
-    let linear = work.linear_flops / median_of_all(&engines, |engine| work.linear(engine))?;
-    let attention = work.attention_flops / median_of_all(&engines, |engine| work.attention(engine))?;
-    let bandwidth = work.elementwise_bytes / median_of_all(&engines, |engine| work.elementwise(engine))?;
+    let linear = work.linear_flops / median_of_all(&engines, &compute, |engine| work.linear(engine))?;
+    let attention = work.attention_flops / median_of_all(&engines, &compute, |engine| work.attention(engine))?;
+    let bandwidth = work.elementwise_bytes / median_of_all(&engines, &compute, |engine| work.elementwise(engine))?;
     let device = DeviceEntry {
         peak: None,
         efficiency: None,
@@ -177,28 +176,33 @@ impl Work {
 /// Median seconds of `work` on a device while all devices do the same.
 fn median_of_all(
     engines: &[Arc<CpuEngine>],
+    compute: &Compute,
     work: impl Fn(&CpuEngine) -> anyhow::Result<()> + Sync,
 ) -> anyhow::Result<f64> {
     let runs = runs_in_budget(&engines[0], engines.len(), &work)?;
     let samples = thread::scope(|scope| {
         let devices: Vec<_> = engines
             .iter()
-            .map(|engine| {
-                scope.spawn(|| {
+            .enumerate()
+            .map(|(device, engine)| {
+                let work = &work;
+                scope.spawn(move || {
+                    compute.settle(device)?;
                     (0..runs)
                         .map(|_| {
                             let started = Instant::now();
                             work(engine).map(|()| started.elapsed().as_secs_f64())
                         })
-                        .collect::<Vec<_>>()
+                        .collect::<anyhow::Result<Vec<_>>>()
                 })
             })
             .collect();
-        devices.into_iter().map(|device| device.join().map_err(|_| anyhow!("a device's thread panicked"))).collect()
+        devices
+            .into_iter()
+            .map(|device| device.join().map_err(|_| anyhow!("a device's thread panicked"))?)
+            .collect::<anyhow::Result<Vec<_>>>()
     });
-    let samples: anyhow::Result<Vec<_>> = samples;
-    let samples = samples?.into_iter().flatten().collect::<anyhow::Result<Vec<f64>>>()?;
-    Ok(median(samples))
+    Ok(median(samples?.into_iter().flatten().collect()))
 }
 
 /// As many runs as the budget has room for, from one on an idle machine.

@@ -1,12 +1,10 @@
 //! `farm-node decode`: frames of a latent that was kept.
 
-use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::{Context, bail, ensure};
-use farm_core::engine::cpu::CpuEngine;
 use farm_core::job::state::{Progress, Stage};
 use farm_core::model::ModelError;
 use farm_core::model::latent::read_latent;
@@ -20,7 +18,7 @@ use crate::command::watch::{Show, progress_bar, stop_on_signals};
 use crate::decode::local::{self, LocalDecode};
 use crate::decode::shape;
 use crate::decode::stitcher::StitchError;
-use crate::devices::Devices;
+use crate::devices::{Devices, ThreadArgs};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -40,9 +38,8 @@ pub struct Args {
     /// Devices that decode together: cpu:K
     #[arg(long, value_name = "cpu:K", default_value = "cpu:1")]
     pub devices: Devices,
-    /// Compute threads of each device [default: the processor's cores divided among the devices]
-    #[arg(long, value_name = "N")]
-    pub threads: Option<NonZeroUsize>,
+    #[command(flatten)]
+    pub threads: ThreadArgs,
 }
 
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
@@ -60,8 +57,8 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         eprintln!("warning: this latent is of step {step} of {steps}: the clip will be noisy");
     }
     let shape = shape(args.tiles, latent.size, part.config()).map_err(anyhow::Error::msg)?;
-    let threads = args.devices.threads(args.threads);
-    let engine = CpuEngine::new(threads)?;
+    let compute = args.threads.compute(args.devices.cpus)?;
+    let engine = compute.engine(0)?;
     let decoder = Arc::new(VaeDecoder::load(&Loader { engine: &engine, source: part }, part.config())?);
 
     let plan = &shape.plan;
@@ -74,7 +71,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         size: latent.size,
         shape,
         devices: args.devices.cpus,
-        threads,
+        compute,
         stop,
     };
     let outcome = in_tiles(work, &target, &mut Show::new(bar.clone()))?;

@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::io::IsTerminal;
-use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::str::FromStr;
@@ -27,7 +26,7 @@ use crate::attempt::{HandsWanted, Workshop};
 use crate::cpu_device::CpuDevice;
 use crate::data_plane::{DataPlane, DataPlaneArgs};
 use crate::device_thread::DeviceHandle;
-use crate::devices::{Devices, Placing};
+use crate::devices::{Devices, Placing, ThreadArgs};
 use crate::encode;
 use crate::evidence::Evidence;
 use crate::models::ModelShelf;
@@ -69,9 +68,8 @@ pub struct Args {
     /// File with the farm's shared secret
     #[arg(long, value_name = "FILE")]
     pub secret_file: Option<PathBuf>,
-    /// Compute threads of each device [default: the processor's cores divided among the devices]
-    #[arg(long, value_name = "N")]
-    pub threads: Option<NonZeroUsize>,
+    #[command(flatten)]
+    pub threads: ThreadArgs,
     /// Steps between two checkpoints of a latent, from which another node goes on if this one is lost; 0 for none
     #[arg(long, value_name = "K", default_value_t = 8)]
     pub checkpoint_steps: u32,
@@ -366,7 +364,8 @@ async fn prepare(args: Args) -> anyhow::Result<Prepared> {
 
     let data = args.data.unwrap_or_else(|| std::env::temp_dir().join(format!("farm-node-{name}")));
     let folder = Folder::open(&data)?;
-    let threads = args.devices.threads(args.threads);
+    let compute = args.threads.compute(args.devices.cpus)?;
+    let threads = compute.threads();
     let mut site = args.devices.site(threads, Placing::Threads, args.devices_file.as_deref())?;
     // Without a limit nobody knows of one: the weights are in memory when the node joins, and a clip that has no room
     // beside them has none on any number of these devices.
@@ -380,7 +379,7 @@ async fn prepare(args: Args) -> anyhow::Result<Prepared> {
     let mut devices = Vec::new();
     let mut infos = Vec::new();
     for index in (0..args.devices.cpus as u32).map(DeviceIndex) {
-        let device = CpuDevice::new(threads, shelf.clone())?;
+        let device = CpuDevice::new(&compute, index.0 as usize, shelf.clone())?;
         infos.push(DeviceInfo { name: device.name() });
         devices.push(DeviceHandle::spawn(index, device).context("cannot start a device thread")?);
     }

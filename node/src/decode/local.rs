@@ -13,6 +13,7 @@ use tokio::sync::mpsc;
 
 use super::hand;
 use super::stitcher::{Arrival, OpenSink, StitchError, Stitched, Surroundings, stitch};
+use crate::devices::Compute;
 use crate::link;
 
 /// Messages that wait for a hand, or from it.
@@ -25,8 +26,7 @@ pub struct LocalDecode<'a> {
     pub size: [usize; 4],
     pub shape: Arc<Shape>,
     pub devices: usize,
-    /// Of each device.
-    pub threads: usize,
+    pub compute: Compute,
     pub stop: Arc<AtomicBool>,
 }
 
@@ -36,7 +36,7 @@ pub fn decode(
     sink: OpenSink,
     progress: Box<dyn FnMut(u32) + Send + '_>,
 ) -> anyhow::Result<Result<Stitched, StitchError>> {
-    let LocalDecode { decoder, latent, size, shape, devices, threads, stop } = work;
+    let LocalDecode { decoder, latent, size, shape, devices, compute, stop } = work;
     let stop = &stop;
     // More hands than tiles would have nothing to do.
     let devices = devices.min(shape.plan.tiles.len());
@@ -46,11 +46,14 @@ pub fn decode(
     std::thread::scope(|scope| {
         for device in 0..devices {
             let (crew, link) = link::pair(DEPTH);
-            let engine = CpuEngine::new(threads)?;
+            let engine = compute.engine(device)?;
             let latent = DitLatent(engine.upload(latent, &size)?);
             let decoder = decoder.clone();
-            let name = format!("device {device}");
+            let (name, compute) = (format!("device {device}"), compute.clone());
             std::thread::Builder::new().name(name.clone()).spawn_scoped(scope, move || {
+                if let Err(error) = compute.settle(device) {
+                    tracing::warn!("device {device} computes on any core: {error:#}");
+                }
                 // The crew is told what goes wrong.
                 let _ = hand::work(&engine, &decoder, &latent, link, stop);
             })?;

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 use anyhow::Context;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use self::report::{Report, Round, Side};
@@ -86,10 +86,21 @@ struct Printed {
     median: f64,
     peak_mib: f64,
     relative_l2: f64,
+    /// Of a forward, printed on our side.
+    flops: Option<f64>,
     #[serde(default)]
     cuda_mib: f64,
     #[serde(default)]
     versions: Value,
+}
+
+/// What `farm-node bench peak` prints: limits of one core.
+#[derive(Deserialize, Serialize)]
+struct Peak {
+    vectors: String,
+    f32_flops: f64,
+    tile_flops: Option<f64>,
+    copy_bytes: f64,
 }
 
 /// What their clip prints.
@@ -102,7 +113,7 @@ struct PrintedClip {
 
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let sides = Sides { node: farm_node()?, python: &args.python, files: &args.files };
-    let mut report = Report::new(Setting::here()?, args.rounds.get());
+    let mut report = Report::new(Setting::here()?, sides.peak()?, args.rounds.get());
     println!("{}", report.setting.line());
     let chosen = |case: &&Case| args.cases.is_empty() || args.cases.iter().any(|name| name == case.name);
     for &threads in &args.threads {
@@ -122,7 +133,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         }
     }
     println!("{}", report.versions_line());
-    println!("{}", report.as_text());
+    println!("{}\n\n{}", report.as_text(), report.limits_as_text());
     if let Some(path) = &args.json {
         store(path, &report)?;
     }
@@ -137,6 +148,12 @@ struct Sides<'a> {
 }
 
 impl Sides<'_> {
+    fn peak(&self) -> anyhow::Result<Peak> {
+        let mut command = Command::new(&self.node);
+        command.args(["bench", "peak", "--json"]);
+        process::run(&mut command)?.checked(&command)?.json()
+    }
+
     fn ours(&self, case: &Case, threads: NonZeroUsize) -> anyhow::Result<Round> {
         let mut command = Command::new(&self.node);
         match case.work {

@@ -98,6 +98,12 @@ impl CpuEngine {
         };
         Ok(CpuEngine { pool: Pool::new(threads)?, units })
     }
+
+    /// Runs `f` with its number on each thread of this engine, for what only a thread can do for itself, such as choosing
+    /// its core.
+    pub fn on_every_thread<R: Send>(&self, f: impl Fn(usize) -> R + Sync) -> Vec<R> {
+        self.pool.on_every_thread(f)
+    }
 }
 
 impl SequenceOps for CpuEngine {

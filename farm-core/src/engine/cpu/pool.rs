@@ -32,6 +32,11 @@ impl Pool {
         self.threads
     }
 
+    /// Runs `f` with its number on each thread of the pool, all at once.
+    pub fn on_every_thread<R: Send>(&self, f: impl Fn(usize) -> R + Sync) -> Vec<R> {
+        self.rayon.broadcast(|context| f(context.index()))
+    }
+
     /// Runs `f` on a thread of the pool, where rayon's own functions use this pool.
     pub fn install<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R {
         self.rayon.install(f)

@@ -103,6 +103,12 @@ impl<C: Send + Sync> WeightSource for Part<C> {
         });
         Ok(StoredTensor { shape: located.shape.clone(), pieces: pieces.collect() })
     }
+
+    fn release(&self, name: &str) {
+        for piece in self.tensors.get(name).iter().flat_map(|located| &located.pieces) {
+            self.files[piece.file].release(piece.bytes.clone());
+        }
+    }
 }
 
 /// An open checkpoint: memory-mapped, checked to be complete, nothing of it read yet but headers.
@@ -182,19 +188,19 @@ impl Checkpoint {
     }
 
     /// Hex sha256 over all files that decide what is rendered: weights that are read, configurations, the tokenizer,
-    /// each with its name, in name order. Reads every weight byte on the first call, from the mapping.
+    /// each with its name, in name order. Reads every weight byte on the first call, and keeps none in memory.
     pub fn content_hash(&self) -> Result<&str, CheckpointError> {
         if let Some(hash) = self.hash.get() {
             return Ok(hash);
         }
-        let mut contents: BTreeMap<String, &[u8]> = BTreeMap::new();
+        let mut contents: BTreeMap<String, Content<'_>> = BTreeMap::new();
         for (name, bytes) in &self.configs {
-            contents.insert(name.clone(), bytes);
+            contents.insert(name.clone(), Content::Small(bytes));
         }
         let files = self.dit.iter().flat_map(|part| &part.files);
         let files = files.chain(self.vae.iter().flat_map(|part| &part.files));
         for file in files.chain(self.t5.iter().flat_map(|part| &part.files)) {
-            contents.insert(relative(&self.dir, file.path()), file.all_bytes());
+            contents.insert(relative(&self.dir, file.path()), Content::Weights(file));
         }
         let tokenizer = match &self.tokenizer {
             Some(dir) => crate::model::tokenizer::model_file(dir),
@@ -203,15 +209,22 @@ impl Checkpoint {
         let tokenizer_bytes;
         if let Some(path) = tokenizer {
             tokenizer_bytes = folder::read_small(&path)?;
-            contents.insert(relative(&self.dir, &path), &tokenizer_bytes);
+            contents.insert(relative(&self.dir, &path), Content::Small(&tokenizer_bytes));
         }
         let mut hasher = Sha256::new();
-        for (name, bytes) in contents {
+        for (name, content) in contents {
+            let len = match content {
+                Content::Small(bytes) => bytes.len(),
+                Content::Weights(file) => file.all_bytes().len(),
+            };
             // Lengths first, so that no two sets of files give the same stream.
             hasher.update((name.len() as u64).to_le_bytes());
             hasher.update(name.as_bytes());
-            hasher.update((bytes.len() as u64).to_le_bytes());
-            hasher.update(bytes);
+            hasher.update((len as u64).to_le_bytes());
+            match content {
+                Content::Small(bytes) => hasher.update(bytes),
+                Content::Weights(file) => file.pass(|part| hasher.update(part)),
+            }
         }
         let hash = hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
         Ok(self.hash.get_or_init(|| hash))
@@ -334,6 +347,13 @@ impl Checkpoint {
             hash: OnceLock::new(),
         })
     }
+}
+
+/// What is hashed of a file.
+#[derive(Clone, Copy)]
+enum Content<'a> {
+    Small(&'a [u8]),
+    Weights(&'a TensorFile),
 }
 
 /// State of reading one folder.

@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
 use memmap2::Mmap;
+#[cfg(unix)]
+use memmap2::UncheckedAdvice;
 use safetensors::Dtype;
 use serde::Deserialize;
 use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
@@ -18,6 +20,11 @@ use crate::engine::RawDtype;
 /// The published transformer's header is 130 KB. The bound keeps a hostile length from becoming an allocation.
 const MAX_HEADER_BYTES: u64 = 16 << 20;
 const MAX_RANK: usize = 8;
+/// A fault maps the cached pages around it too, in aligned windows of this size (Linux's default).
+#[cfg(unix)]
+const FAULT_WINDOW: usize = 64 << 10;
+/// Bytes that a pass over a whole file has in memory at a time.
+const PASS_BYTES: usize = 4 << 20;
 
 /// A tensor as the header describes it.
 #[derive(Clone, Debug)]
@@ -130,6 +137,32 @@ impl TensorFile {
     /// The whole file.
     pub(super) fn all_bytes(&self) -> &[u8] {
         &self.map
+    }
+
+    /// Shows the whole file to `see`, part by part, without keeping it in memory.
+    pub(super) fn pass(&self, mut see: impl FnMut(&[u8])) {
+        for start in (0..self.map.len()).step_by(PASS_BYTES) {
+            let range = start..self.map.len().min(start + PASS_BYTES);
+            see(&self.map[range.clone()]);
+            self.release(range);
+        }
+    }
+
+    /// Takes the pages of these bytes out of this process's memory. They are read again, from the system's cache or
+    /// the file, if anybody asks; so nothing is lost where a neighbour's bytes share a page.
+    pub(super) fn release(&self, range: Range<usize>) {
+        #[cfg(unix)]
+        {
+            let start = range.start.min(self.map.len()) / FAULT_WINDOW * FAULT_WINDOW;
+            let end = range.end.next_multiple_of(FAULT_WINDOW).min(self.map.len());
+            // SAFETY: in a read-only mapping of a file, pages that are dropped come back with the same bytes: what anybody
+            // still borrows of them keeps its address and its values.
+            let advised = unsafe { self.map.unchecked_advise_range(UncheckedAdvice::DontNeed, start, end - start) };
+            // Advice that is not taken costs memory and nothing else.
+            drop(advised);
+        }
+        #[cfg(not(unix))]
+        drop(range);
     }
 }
 

@@ -26,6 +26,10 @@ pub struct StoredTensor<'a> {
 /// Finds a tensor by its original-layout name, for example `blocks.0.attn.qkv_x.weight`.
 pub trait WeightSource: Send + Sync {
     fn get(&self, name: &str) -> Result<StoredTensor<'_>, WeightError>;
+
+    /// Says that an engine has its own copy of the tensor, so that a source may give the memory of its bytes back.
+    /// [`get`](Self::get) still finds it, with the same values.
+    fn release(&self, _name: &str) {}
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -55,25 +59,34 @@ impl<E: Engine> Tensors<E> for Loader<'_, E> {
     }
 
     fn tensor(&self, name: &str, shape: &[usize]) -> Result<E::Tensor, ModelError> {
-        let stored = self.checked(name, shape)?;
-        Ok(self.engine.weight(&stored.pieces)?)
+        self.take(name, shape, |stored| Ok(self.engine.weight(&stored.pieces)?))
     }
 }
 
 impl<E: Engine> Loader<'_, E> {
     /// `{prefix}.weight` `[out, in, 3, 3, 3]` and `{prefix}.bias` `[out]`, packed.
     pub fn conv3d(&self, prefix: &str, out: usize, input: usize) -> Result<E::ConvWeight, ModelError> {
-        let weight = self.checked(&format!("{prefix}.weight"), &[out, input, 3, 3, 3])?;
-        let bias = self.checked(&format!("{prefix}.bias"), &[out])?;
-        // No layout splits a convolution.
-        Ok(self.engine.conv_weight(weight.pieces[0], bias.pieces[0])?)
+        self.take(&format!("{prefix}.weight"), &[out, input, 3, 3, 3], |weight| {
+            self.take(&format!("{prefix}.bias"), &[out], |bias| {
+                // No layout splits a convolution.
+                Ok(self.engine.conv_weight(weight.pieces[0], bias.pieces[0])?)
+            })
+        })
     }
 
-    fn checked(&self, name: &str, shape: &[usize]) -> Result<StoredTensor<'_>, WeightError> {
+    /// Hands the tensor `name` of this `shape` to `take`, which makes an engine's own of it, and releases it.
+    fn take<T>(
+        &self,
+        name: &str,
+        shape: &[usize],
+        take: impl FnOnce(&StoredTensor<'_>) -> Result<T, ModelError>,
+    ) -> Result<T, ModelError> {
         let stored = self.source.get(name)?;
         if stored.shape != shape {
-            return Err(WeightError::Shape { name: name.into(), expected: shape.to_vec(), got: stored.shape });
+            return Err(WeightError::Shape { name: name.into(), expected: shape.to_vec(), got: stored.shape }.into());
         }
-        Ok(stored)
+        let taken = take(&stored);
+        self.source.release(name);
+        taken
     }
 }

@@ -6,6 +6,7 @@ use farm_core::model::weights::checkpoint::Checkpoint;
 
 use super::*;
 use crate::cpu_device::CpuDevice;
+use crate::devices::Compute;
 use crate::models::ModelShelf;
 
 /// What rank 2 does instead of its work.
@@ -65,9 +66,10 @@ impl Gang {
         let model = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().join("assets/mochi-tiny");
         let hash = Checkpoint::open(&model).unwrap().content_hash().unwrap().to_owned();
         let shelf = Arc::new(ModelShelf::open([("tiny".to_owned(), model)], 1).unwrap());
+        let compute = Compute::unpinned(1);
         let (fault, begun) = (Arc::new(Mutex::new(fault)), Arc::new(tokio::sync::Notify::new()));
         let device = |index| {
-            let device = CpuDevice::new(1, shelf.clone()).unwrap();
+            let device = CpuDevice::new(&compute, index as usize, shelf.clone()).unwrap();
             let faulty = Faulty { device, fault: fault.clone(), begun: begun.clone() };
             DeviceHandle::spawn(DeviceIndex(index), faulty).unwrap()
         };

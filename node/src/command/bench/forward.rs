@@ -16,7 +16,6 @@ use std::time::Instant;
 
 use anyhow::{Context, bail, ensure};
 use farm_core::engine::Engine;
-use farm_core::engine::cpu::{CpuEngine, Precision};
 use farm_core::model::dit::Dit;
 use farm_core::model::latent::VaeLatent;
 use farm_core::model::t5::T5Encoder;
@@ -29,6 +28,7 @@ use serde::Serialize;
 
 use super::{median, peak_mib};
 use crate::command::layout::{channels_first, channels_last};
+use crate::devices::ThreadArgs;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -40,12 +40,8 @@ pub struct Args {
     /// Inputs and expected output
     #[arg(long, value_name = "FILE.safetensors")]
     tensors: PathBuf,
-    /// Compute threads [default: one per core]
-    #[arg(long, value_name = "N")]
-    threads: Option<NonZeroUsize>,
-    /// fp32, or bf16 for what is computed over the visual tokens
-    #[arg(long, default_value_t)]
-    precision: Precision,
+    #[command(flatten)]
+    threads: ThreadArgs,
     /// Forwards to take the median of
     #[arg(long, value_name = "N", default_value = "5")]
     runs: NonZeroUsize,
@@ -72,6 +68,8 @@ struct Figures {
     threads: usize,
     /// Opening the checkpoint and loading the network.
     load: f64,
+    /// FLOPs of the matrix products and attention of a forward, which are nearly all; none where they are not counted.
+    flops: Option<f64>,
     /// Of each counted forward.
     seconds: Vec<f64>,
     median: f64,
@@ -84,8 +82,9 @@ struct Figures {
 }
 
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
-    let threads = args.threads.or_else(|| std::thread::available_parallelism().ok()).map_or(1, NonZeroUsize::get);
-    let engine = CpuEngine::with_precision(threads, args.precision)?;
+    let compute = args.threads.compute(1)?;
+    let engine = compute.engine(0)?;
+    compute.settle(0)?;
     let tensors = TensorFile::open(&args.tensors)?;
     let watch = Watch { started: Instant::now(), warm_ups: args.warm_ups, runs: args.runs.get() };
     let checkpoint = Checkpoint::open(&args.model)?;
@@ -99,8 +98,9 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let (relative_l2, max_difference) = compare(&output, &expected)?;
     let figures = Figures {
         network: args.network,
-        threads,
+        threads: compute.threads(),
         load: timed.load,
+        flops: timed.flops,
         median: median(&timed.seconds),
         seconds: timed.seconds,
         peak_mib,
@@ -120,6 +120,7 @@ struct Watch {
 
 struct Timed {
     load: f64,
+    flops: Option<f64>,
     seconds: Vec<f64>,
     /// Of the last forward.
     output: Vec<f32>,
@@ -131,6 +132,7 @@ impl Watch {
     /// Called when the network is loaded.
     fn time(
         self,
+        flops: Option<f64>,
         layout: fn(&[f32]) -> Vec<f32>,
         mut forward: impl FnMut() -> anyhow::Result<Vec<f32>>,
     ) -> anyhow::Result<Timed> {
@@ -144,7 +146,7 @@ impl Watch {
                 seconds.push(began.elapsed().as_secs_f64());
             }
         }
-        Ok(Timed { load, seconds, output, layout })
+        Ok(Timed { load, flops, seconds, output, layout })
     }
 }
 
@@ -157,7 +159,13 @@ fn dit<E: Engine>(engine: &E, checkpoint: &Checkpoint, tensors: &TensorFile, wat
     let &[1, tokens, width] = shape(tensors, "dit.text")? else { bail!("dit.text is not [1, tokens, width]") };
     let text = engine.upload(&tensors.floats("dit.text")?, &[tokens, width])?;
     let solo = RankGroup::solo()?;
-    watch.time(<[f32]>::to_vec, || {
+    let (shape, visual) = (part.config().shape(), size[1] * (size[2] / 2) * (size[3] / 2));
+    let flops = (0..shape.layers).map(|layer| {
+        // Nothing reads what text would take from the last layer.
+        let queries = if layer + 1 == shape.layers { visual } else { visual + tokens };
+        shape.linear_flops(layer, visual, tokens) + shape.attention_flops(queries, visual + tokens, shape.heads)
+    });
+    watch.time(Some(flops.sum()), <[f32]>::to_vec, || {
         // Of a clip, the first two are made once for all steps.
         let geometry = dit.geometry(engine, &solo, size)?;
         let branch = dit.text_conditioning(engine, &solo, Some(&text))?;
@@ -171,7 +179,11 @@ fn t5<E: Engine>(engine: &E, checkpoint: &Checkpoint, tensors: &TensorFile, watc
     let encoder = T5Encoder::load(&Loader { engine, source: part }, part.config())?;
     ensure!(matches!(shape(tensors, "t5.ids")?, [1, _]), "t5.ids is not [1, tokens]");
     let ids = tensors.numbers("t5.ids")?;
-    watch.time(<[f32]>::to_vec, || Ok(engine.download(&encoder.encode(engine, &ids)?)?))
+    let (config, tokens) = (part.config(), ids.len() as f64);
+    let inner = (config.num_heads * config.d_kv) as f64;
+    let parameters = config.d_model as f64 * (4.0 * inner + 3.0 * config.d_ff as f64);
+    let flops = config.num_layers as f64 * (2.0 * tokens * parameters + 4.0 * tokens * tokens * inner);
+    watch.time(Some(flops), <[f32]>::to_vec, || Ok(engine.download(&encoder.encode(engine, &ids)?)?))
 }
 
 fn vae<E: Engine>(engine: &E, checkpoint: &Checkpoint, tensors: &TensorFile, watch: Watch) -> anyhow::Result<Timed> {
@@ -180,6 +192,7 @@ fn vae<E: Engine>(engine: &E, checkpoint: &Checkpoint, tensors: &TensorFile, wat
     let [c, t, h, w] = volume(tensors, "vae.in")?;
     let latent = engine.upload(&channels_last(&tensors.floats("vae.in")?, c), &[t, h, w, c])?;
     watch.time(
+        None,
         |frames| channels_first(frames, 3),
         || {
             let (mut stream, mut frames) = (decoder.stream(), Vec::new());
@@ -224,6 +237,8 @@ fn compare(got: &[f32], expected: &[f32]) -> anyhow::Result<(f64, f64)> {
 
 #[cfg(test)]
 mod tests {
+    use farm_core::engine::cpu::CpuEngine;
+
     use super::*;
 
     /// The committed references have more rows than one, and padding: what they hold for the decoder fits as it is.

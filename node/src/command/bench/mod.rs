@@ -1,8 +1,10 @@
 //! `farm-node bench`: where the time of one clip goes, and how much memory it takes. `bench usp`: what ranks gain.
-//! `bench tiles`: what decodes in tiles lose. `bench forward`: one network alone, of any checkpoint.
+//! `bench tiles`: what decodes in tiles lose. `bench forward`: one network alone, of any checkpoint. `bench peak`: what a core
+//! can do at most.
 
 mod decode;
 mod forward;
+mod peak;
 mod stitch;
 mod tiles;
 mod usp;
@@ -15,7 +17,6 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::Context;
-use farm_core::engine::cpu::CpuEngine;
 use farm_core::job::spec::{RenderRequest, RenderSpec};
 use farm_core::job::state::Progress;
 use farm_core::model::pipeline::{Pipeline, RenderObserver, Residency, Start};
@@ -23,6 +24,7 @@ use farm_core::model::weights::checkpoint::Checkpoint;
 use farm_core::parallel::group::RankGroup;
 use serde::Serialize;
 
+use crate::devices::ThreadArgs;
 use crate::encode::{FrameSink, Mp4Sink};
 
 /// The goal for a clip of the bundled checkpoint with its own defaults, on two cores.
@@ -37,9 +39,8 @@ pub struct Args {
     /// Checkpoint folder; the goal is set for the bundled one
     #[arg(long, value_name = "DIR", default_value = "assets/mochi-tiny")]
     pub model: PathBuf,
-    /// Compute threads [default: one per core]
-    #[arg(long, value_name = "N")]
-    pub threads: Option<NonZeroUsize>,
+    #[command(flatten)]
+    pub threads: ThreadArgs,
     /// Clips to take the medians of
     #[arg(long, value_name = "N", default_value = "5")]
     pub runs: NonZeroUsize,
@@ -63,6 +64,8 @@ enum Other {
     Stitch(stitch::Args),
     /// Time one network over stored inputs, and compare with a stored result
     Forward(forward::Args),
+    /// Measure what one core computes and its memory moves at most
+    Peak(peak::Args),
 }
 
 /// Medians in seconds.
@@ -95,11 +98,13 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         Some(Other::Decode(args)) => return decode::run(args),
         Some(Other::Stitch(args)) => return stitch::run(args),
         Some(Other::Forward(args)) => return forward::run(args),
+        Some(Other::Peak(args)) => return peak::run(args),
         None => {}
     }
-    let threads = args.threads.or_else(|| std::thread::available_parallelism().ok()).map_or(1, NonZeroUsize::get);
+    let compute = args.threads.compute(1)?;
     let started = Instant::now();
-    let engine = CpuEngine::new(threads)?;
+    let engine = compute.engine(0)?;
+    compute.settle(0)?;
     let pipeline = Pipeline::open(&engine, Checkpoint::open(&args.model)?, Residency::Kept)?;
     let solo = RankGroup::solo()?;
     let load = started.elapsed().as_secs_f64();
@@ -127,7 +132,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     };
     let (denoise, clip, peak_mib) = (median(|s| s.denoise), median(|s| s.total), peak_mib()?);
     let figures = Figures {
-        threads,
+        threads: compute.threads(),
         runs: runs.len(),
         width: spec.width,
         height: spec.height,

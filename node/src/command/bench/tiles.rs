@@ -1,7 +1,6 @@
 //! `farm-node bench tiles`: how far decodes in tiles are from the decode of the whole frame.
 
 use std::io;
-use std::num::NonZeroUsize;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -24,6 +23,8 @@ use farm_core::tiles::plan::{Mode, Tiling};
 use farm_core::tiles::quality::Quality;
 use serde::Serialize;
 
+use crate::devices::ThreadArgs;
+
 /// Width and height in pixels.
 const SIZES: [[u32; 2]; 3] = [[64, 64], [192, 128], [320, 192]];
 /// Tile and overlap in latent pixels; exact tiles do not overlap. The smallest frame is one tile of all but the first.
@@ -44,9 +45,8 @@ pub struct Args {
     /// Checkpoint folder; goals are set for the bundled one
     #[arg(long, value_name = "DIR", default_value = "assets/mochi-tiny")]
     pub model: PathBuf,
-    /// Compute threads [default: one per core]
-    #[arg(long, value_name = "N")]
-    pub threads: Option<NonZeroUsize>,
+    #[command(flatten)]
+    pub threads: ThreadArgs,
     /// Print the figures as JSON
     #[arg(long)]
     pub json: bool,
@@ -76,8 +76,9 @@ struct Figures {
 }
 
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
-    let threads = args.threads.or_else(|| std::thread::available_parallelism().ok()).map_or(1, NonZeroUsize::get);
-    let engine = CpuEngine::new(threads)?;
+    let compute = args.threads.compute(1)?;
+    let engine = compute.engine(0)?;
+    compute.settle(0)?;
     if !args.json {
         println!("decodes in tiles against the decode of the whole frame; tiles and overlaps in latent pixels");
         println!("decoder  frame    tiling                 grid  work     PSNR   oracle     SSIM    seam    worst");

@@ -22,6 +22,7 @@ use farm_core::parallel::topology::Topology;
 use serde::Serialize;
 
 use super::median;
+use crate::cores;
 
 type Tensor = <CpuEngine as SequenceOps>::Tensor;
 
@@ -188,18 +189,12 @@ fn time(topology: Topology, pipeline: &Pipeline<CpuEngine>, spec: &RenderSpec) -
     Ok(timings)
 }
 
-/// Puts the calling thread on one core, so that ranks do not share one while another is idle.
-fn pin_to_core(core: usize) -> anyhow::Result<()> {
-    let cores = thread::available_parallelism()?.get();
-    ensure!(core < cores, "rank {core} has no core of its own: this machine has {cores}");
-    // SAFETY: the set is plain data, zeroed and filled by the macros' functions; 0 is the calling thread.
-    let pinned = unsafe {
-        let mut set: libc::cpu_set_t = std::mem::zeroed();
-        libc::CPU_SET(core, &mut set);
-        libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &set)
+/// Keeps the calling thread on one core, so that ranks do not share one while another is idle.
+fn pin_to_core(rank: usize) -> anyhow::Result<()> {
+    let [core] = cores::assign(&[], &cores::allowed()?, rank + 1, 1)?[rank][..] else {
+        bail!("no core for rank {rank}")
     };
-    ensure!(pinned == 0, "cannot pin a thread to core {core}: {}", io::Error::last_os_error());
-    Ok(())
+    cores::pin_thread(&[core]).with_context(|| format!("cannot pin a thread to core {core}"))
 }
 
 /// A rank's end that counts the time spent waiting in it.

@@ -21,7 +21,7 @@ use farm_core::parallel::group::RankGroup;
 use farm_core::parallel::topology::Topology;
 
 use crate::command::plan::Degrees;
-use crate::devices::{Devices, Placing};
+use crate::devices::{Compute, Devices, Placing};
 
 /// What a group waits for its last member to be started.
 const FORMING: Duration = Duration::from_secs(120);
@@ -112,7 +112,7 @@ pub struct Clip<'a> {
     pub spec: &'a RenderSpec,
     /// Says what has to be the same on every rank of a group of processes.
     pub identity: String,
-    pub threads: usize,
+    pub compute: &'a Compute,
     pub stop: &'a Arc<AtomicBool>,
 }
 
@@ -126,7 +126,8 @@ impl Clip<'_> {
         follower: &mut dyn RenderObserver,
     ) -> anyhow::Result<Result<(), ModelError>> {
         let Some(rank) = args.rank else { return self.run_threads(args, lead) };
-        let engine = Arc::new(CpuEngine::new(self.threads)?);
+        let engine = Arc::new(self.compute.engine(0)?);
+        self.compute.settle(0)?;
         let tls = match (&args.tls_cert, &args.tls_key, &args.tls_ca) {
             (Some(certificate), Some(key), Some(ca)) => {
                 Some(tcp::TlsFiles { certificate: certificate.clone(), key: key.clone(), ca: ca.clone() })
@@ -161,14 +162,17 @@ impl Clip<'_> {
         lead: impl FnOnce(&CpuEngine, &RankGroup<CpuEngine>) -> Result<(), ModelError>,
     ) -> anyhow::Result<Result<(), ModelError>> {
         let engines =
-            (0..self.topology.world()).map(|_| CpuEngine::new(self.threads)).collect::<Result<Vec<_>, _>>()?;
+            (0..self.topology.world()).map(|rank| self.compute.engine(rank)).collect::<Result<Vec<_>, _>>()?;
         let ends = local::ranks(self.topology.world(), args.patience());
         let mut ranks = engines.iter().zip(ends);
         let (first, end) = ranks.next().context("a group without ranks")?;
+        self.compute.settle(0)?;
         let outcomes = thread::scope(|scope| {
             let others: Vec<_> = ranks
-                .map(|(engine, end)| {
+                .enumerate()
+                .map(|(i, (engine, end))| {
                     scope.spawn(move || {
+                        self.compute.settle(i + 1).map_err(|error| ModelError::Input(format!("{error:#}")))?;
                         let group = RankGroup::new(self.topology, Arc::new(end))?;
                         let mut follower = Follower { stop: self.stop.clone() };
                         self.pipeline.denoise(engine, &group, self.spec, &Start::Seed, &mut follower).map(drop)

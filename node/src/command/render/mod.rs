@@ -5,7 +5,6 @@ mod resume;
 
 use std::collections::BTreeMap;
 use std::io;
-use std::num::NonZeroUsize;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -32,6 +31,7 @@ use crate::command::target::{Kind, Target};
 use crate::command::watch::{Show, progress_bar, stop_on_signals};
 use crate::decode::local::LocalDecode;
 use crate::decode::shape;
+use crate::devices::ThreadArgs;
 use crate::encode::FrameSink;
 
 #[derive(clap::Args)]
@@ -59,27 +59,16 @@ pub struct Args {
     /// Noise to start from instead of the seed's: safetensors, key `noise`, f32 [1, 12, T, height/8, width/8]
     #[arg(long, value_name = "FILE")]
     pub noise: Option<PathBuf>,
-    /// Compute threads of each device; the clip has the same bits for any number [default: the processor's cores
-    /// divided among the devices]
-    #[arg(long, value_name = "N")]
-    pub threads: Option<NonZeroUsize>,
+    #[command(flatten)]
+    pub threads: ThreadArgs,
     /// Decode in tiles, on all of --devices: auto, whole, exact or HxW+OVERLAP in latent pixels of 8x8 pixels [default:
     /// the whole frame at a time, on one device]
     #[arg(long, value_name = "TILES", conflicts_with = "rank")]
     pub tiles: Option<Tiling>,
-    /// Arithmetic of the networks
-    #[arg(long, value_enum, default_value_t = Precision::Fp32)]
-    pub precision: Precision,
     #[command(flatten)]
     pub group: group::GroupArgs,
     #[command(flatten)]
     pub resume: resume::ResumeArgs,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub enum Precision {
-    /// f32 throughout; bf16 checkpoints are widened
-    Fp32,
 }
 
 fn parse_guidance(text: &str) -> Result<GuidanceScale, String> {
@@ -91,7 +80,6 @@ fn parse_guidance(text: &str) -> Result<GuidanceScale, String> {
 }
 
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
-    let Precision::Fp32 = args.precision;
     let target = match (&args.out, args.group.rank()) {
         (Some(out), 0) => Some(Target::create(out)?),
         (None, 0) => bail!("rank 0 writes the clip: give it --out"),
@@ -108,9 +96,9 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let seed = args.seed.unwrap_or_else(rand::random);
     let spec = RenderSpec::resolve(&request(&args), checkpoint.generation_defaults(), seed)?;
     let noise = args.noise.as_deref().map(|path| read_noise(path, &spec)).transpose()?;
-    let threads = args.group.devices.threads(args.threads);
+    let compute = args.threads.compute(args.group.devices.cpus)?;
     let dit = checkpoint.dit().with_context(|| format!("{} has no transformer", args.model.display()))?;
-    let (topology, sharded) = args.group.plan(dit.config(), &spec, threads)?;
+    let (topology, sharded) = args.group.plan(dit.config(), &spec, compute.threads())?;
     // Only of use, and only worth reading every byte, if it is shared or stored.
     let identity = if args.group.rank.is_some() || args.resume.wanted() {
         Identity::of(&checkpoint, &spec)?
@@ -122,7 +110,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         None => None,
     };
     let residency = if sharded { Residency::Sharded } else { Residency::WhileUsed };
-    let pipeline = Pipeline::open(&CpuEngine::new(threads)?, checkpoint, residency)?;
+    let pipeline = Pipeline::open(&compute.engine(0)?, checkpoint, residency)?;
     pipeline.check_group(topology, &spec)?;
 
     // Before anything is computed.
@@ -145,7 +133,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         None => noise.map_or(Start::Seed, Start::Noise),
     };
     let identity = identity.to_string();
-    let clip = Clip { pipeline: &pipeline, topology, spec: &spec, identity, threads, stop: &stop };
+    let clip = Clip { pipeline: &pipeline, topology, spec: &spec, identity, compute: &compute, stop: &stop };
     let bar = progress_bar();
     let mut follower = Follower { stop: stop.clone() };
     let mut in_tiles = None;
@@ -175,9 +163,9 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     };
     let outcome = match (outcome, in_tiles, tiles, &target) {
         (Ok(()), Some(values), Some(shape), Some(target)) => {
-            let decoder = pipeline.decoder(&CpuEngine::new(threads)?)?;
+            let decoder = pipeline.decoder(&compute.engine(0)?)?;
             let (size, devices) = (spec.latent_shape(), args.group.devices.cpus);
-            let work = LocalDecode { decoder, latent: &values, size, shape, devices, threads, stop: stop.clone() };
+            let work = LocalDecode { decoder, latent: &values, size, shape, devices, compute, stop: stop.clone() };
             decode::in_tiles(work, target, &mut Show::new(bar.clone()))?
         }
         (outcome, ..) => outcome,

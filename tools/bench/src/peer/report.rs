@@ -3,7 +3,7 @@
 use serde::Serialize;
 use serde_json::Value;
 
-use super::Printed;
+use super::{Peak, Printed};
 use crate::machine::Setting;
 use crate::process::Finished;
 use crate::ratio::{median, ratio, table};
@@ -21,19 +21,21 @@ pub struct Round {
     /// What CUDA's libraries take of their process, which a build for the processor alone would not have.
     cuda_mib: f64,
     relative_l2: Option<f64>,
+    /// Of a forward, where they are counted.
+    flops: Option<f64>,
     /// Cores that other processes used meanwhile.
     others: f64,
 }
 
 impl Round {
     pub fn forward(printed: &Printed, others: f64) -> Self {
-        let Printed { median, peak_mib, relative_l2, cuda_mib, .. } = *printed;
-        Self { seconds: median, peak_mib: peak_mib - cuda_mib, cuda_mib, relative_l2: Some(relative_l2), others }
+        let Printed { median, peak_mib, relative_l2, cuda_mib, flops, .. } = *printed;
+        Self { seconds: median, peak_mib: peak_mib - cuda_mib, cuda_mib, relative_l2: Some(relative_l2), flops, others }
     }
 
     pub fn clip(finished: &Finished, peak_mib: f64, cuda_mib: f64) -> Self {
         let Finished { seconds, others, .. } = *finished;
-        Self { seconds, peak_mib: peak_mib - cuda_mib, cuda_mib, relative_l2: None, others }
+        Self { seconds, peak_mib: peak_mib - cuda_mib, cuda_mib, relative_l2: None, flops: None, others }
     }
 }
 
@@ -63,6 +65,7 @@ pub struct Report {
     pub setting: Setting,
     /// Of the peer.
     pub versions: Value,
+    peak: Peak,
     rounds: usize,
     lines: Vec<Line>,
 }
@@ -76,10 +79,22 @@ struct Line {
     theirs: Side,
     time: Goal,
     memory: Goal,
+    /// What both sides do of what the cores can at most.
+    limit: Option<Limit>,
     /// Of the relative difference of either side from the expected output.
     tolerance: Option<f64>,
     /// None if there is nothing on our side.
     pass: Option<bool>,
+}
+
+/// Of a forward whose FLOPs are counted. A product of f32 may be made of several products of tiles, so neither share says
+/// alone how much is left to gain.
+#[derive(Serialize)]
+struct Limit {
+    flops: f64,
+    /// FLOP/s of either side.
+    ours: f64,
+    theirs: f64,
 }
 
 /// Ours over theirs.
@@ -101,8 +116,8 @@ impl Goal {
 }
 
 impl Report {
-    pub fn new(setting: Setting, rounds: usize) -> Self {
-        Self { setting, versions: Value::Null, rounds, lines: Vec::new() }
+    pub fn new(setting: Setting, peak: Peak, rounds: usize) -> Self {
+        Self { setting, versions: Value::Null, peak, rounds, lines: Vec::new() }
     }
 
     pub fn add(
@@ -120,7 +135,11 @@ impl Report {
         let near = [ours.as_ref(), Some(&theirs)].into_iter().flatten().filter_map(|side| side.relative_l2);
         let same = tolerance.is_none_or(|tolerance| near.into_iter().all(|difference| difference <= tolerance));
         let pass = time.met().zip(memory.met()).map(|(time, memory)| time && memory && same);
-        self.lines.push(Line { case, threads, ours, theirs, time, memory, tolerance, pass });
+        let limit = ours.as_ref().and_then(|ours| {
+            let flops = ours.rounds.first()?.flops?;
+            Some(Limit { flops, ours: flops / ours.seconds, theirs: flops / theirs.seconds })
+        });
+        self.lines.push(Line { case, threads, ours, theirs, time, memory, limit, tolerance, pass });
     }
 
     /// Whether no line that was measured misses a goal.
@@ -164,6 +183,35 @@ impl Report {
     }
 }
 
+impl Report {
+    /// What one core can do at most, and what part of it either side gets out of its threads.
+    pub fn limits_as_text(&self) -> String {
+        let Peak { vectors, f32_flops, tile_flops, copy_bytes } = &self.peak;
+        let tiles = tile_flops.map_or("none".into(), |flops| format!("{:.0} GFLOP/s", flops / 1e9));
+        let core = format!(
+            "one core at most: f32 with {vectors} {:.0} GFLOP/s, bf16 with AMX {tiles}, copy {:.0} GB/s",
+            f32_flops / 1e9,
+            copy_bytes / 1e9
+        );
+        let header =
+            ["case", "threads", "GFLOP", "ours GFLOP/s", "of f32", "of AMX", "theirs GFLOP/s", "of f32", "of AMX"];
+        let rows = self.lines.iter().filter_map(|line| {
+            let limit = line.limit.as_ref()?;
+            let giga = |flops: f64| format!("{:.0}", flops / 1e9);
+            let share = |flops: f64, of: Option<f64>| {
+                let of = of.and_then(|of| ratio(flops, of * line.threads as f64));
+                of.map_or("–".into(), |share| format!("{:.0} %", 100.0 * share))
+            };
+            let mut row = vec![line.case.to_owned(), line.threads.to_string(), giga(limit.flops)];
+            for side in [limit.ours, limit.theirs] {
+                row.extend([giga(side), share(side, Some(*f32_flops)), share(side, *tile_flops)]);
+            }
+            Some(row)
+        });
+        format!("{core}\n{}", table(&header, 1, rows))
+    }
+}
+
 impl Line {
     fn verdict(&self) -> String {
         let verdict = match self.pass {
@@ -187,12 +235,20 @@ mod tests {
     }
 
     fn side(seconds: [f64; 3], peak_mib: f64, relative_l2: f64) -> Option<Side> {
-        let round = |seconds| Round { seconds, peak_mib, cuda_mib: 0.0, relative_l2: Some(relative_l2), others: 0.0 };
+        let round = |seconds| Round {
+            seconds,
+            peak_mib,
+            cuda_mib: 0.0,
+            relative_l2: Some(relative_l2),
+            flops: Some(8e9),
+            others: 0.0,
+        };
         Side::of(seconds.map(round).into())
     }
 
     fn report(ours: Option<Side>, theirs: Option<Side>) -> Report {
-        let mut report = Report::new(setting(), 3);
+        let peak = Peak { vectors: "AVX2".into(), f32_flops: 10e9, tile_flops: None, copy_bytes: 5e9 };
+        let mut report = Report::new(setting(), peak, 3);
         report.add("dit", 2, [0.6, 0.5], Some(1e-4), ours, theirs.unwrap());
         report
     }
@@ -221,6 +277,14 @@ mod tests {
         let report = report(None, side([10.0; 3], 100.0, 1e-3));
         assert!(report.passed() && report.as_text().contains("skipped"), "{}", report.as_text());
         assert_eq!(serde_json::to_value(&report).unwrap()["lines"][0]["pass"], Value::Null);
+    }
+
+    #[test]
+    fn the_part_of_the_limit_is_of_all_threads() {
+        let report = report(side([1.0; 3], 1.0, 1e-6), side([2.0; 3], 100.0, 1e-6));
+        // 8 GFLOP in 1 and in 2 s, of 10 GFLOP/s on each of two cores.
+        let text = report.limits_as_text();
+        assert!(text.contains("40 %") && text.contains("20 %") && text.contains("AMX none"), "{text}");
     }
 
     #[test]
