@@ -14,7 +14,7 @@ use std::arch::x86_64::*;
 use std::marker::PhantomData;
 use std::sync::OnceLock;
 
-use super::product::{PANEL, Target};
+use super::product::{Finish, PANEL, Target};
 
 /// Rows and columns of a tile of sums, and pairs of depth of a tile of factors.
 const TILE: usize = 16;
@@ -170,8 +170,7 @@ unsafe fn split_line<const P: usize>(mut halves: [__m512; 2], order: Option<__m5
     }
 }
 
-/// The product of arranged rows with one arranged panel, to `width` columns of `out`: stored, or added to what is there, and
-/// then `bias` to each column.
+/// The product of arranged rows with one arranged panel, to `width` columns of `out`; a bias is that of these columns.
 ///
 /// # Safety
 /// `rows` rows of `width` values at `out` have to be valid for reads and writes, and in use by nobody else.
@@ -184,14 +183,13 @@ pub(super) unsafe fn product<const P: usize>(
     right: &[Tile],
     [rows, width]: [usize; 2],
     out: Target,
-    add: bool,
-    bias: Option<&[f32]>,
+    finish: Finish<'_>,
 ) {
     const BLOCK: usize = 2 * TILE;
     let steps = right.len() / (P * PANEL / TILE);
     assert!(right.len() == right_tiles(steps * STEP, 1, P));
     assert!(left.len() == left_tiles(rows, steps * STEP, P) && width <= PANEL);
-    assert!(bias.is_none_or(|bias| bias.len() >= width));
+    assert!(finish.bias.is_none_or(|bias| bias.len() >= width));
     let mut sums = Block([[0.0; PANEL]; BLOCK]);
     let buffer = Target { start: sums.0.as_mut_ptr().cast(), stride: PANEL };
     for first in (0..rows).step_by(BLOCK) {
@@ -209,13 +207,13 @@ pub(super) unsafe fn product<const P: usize>(
                 _mm_prefetch::<_MM_HINT_ET0>(line.wrapping_add(64));
             }
         }
-        let whole = first + BLOCK <= rows && width == PANEL && !add && bias.is_none();
+        let whole = first + BLOCK <= rows && width == PANEL && !finish.add && finish.bias.is_none();
         // Safety: tiles are configured; each pointer has the tiles of `steps` steps by the assertions; a whole block lies in
         // `out`, which is the caller's promise.
         unsafe {
             block::<P>([upper, lower], right.as_ptr(), steps, if whole { to } else { buffer });
             if !whole {
-                write(&sums, rows - first, width, to, add, bias);
+                write(&sums, rows - first, width, to, finish);
             }
         }
     }
@@ -226,16 +224,16 @@ pub(super) unsafe fn product<const P: usize>(
 /// # Safety
 /// As for [`product`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn write(sums: &Block, rows: usize, width: usize, out: Target, add: bool, bias: Option<&[f32]>) {
+unsafe fn write(sums: &Block, rows: usize, width: usize, out: Target, finish: Finish<'_>) {
     for (row, sums) in sums.0.iter().enumerate().take(rows) {
         // Safety: the caller's promise.
         let out = unsafe { std::slice::from_raw_parts_mut(out.at(row, 0).start, width) };
-        if add {
+        if finish.add {
             out.iter_mut().zip(sums).for_each(|(out, sum)| *out += sum);
         } else {
             out.copy_from_slice(&sums[..width]);
         }
-        if let Some(bias) = bias {
+        if let Some(bias) = finish.bias {
             out.iter_mut().zip(bias).for_each(|(out, bias)| *out += bias);
         }
     }
@@ -260,14 +258,13 @@ pub(super) unsafe fn product_of(
     right: &[Tile],
     sizes: [usize; 2],
     out: Target,
-    add: bool,
-    bias: Option<&[f32]>,
+    finish: Finish<'_>,
 ) {
     // Safety: the caller's promise.
     unsafe {
         match pieces {
-            1 => product::<1>(tiles, left, right, sizes, out, add, bias),
-            _ => product::<3>(tiles, left, right, sizes, out, add, bias),
+            1 => product::<1>(tiles, left, right, sizes, out, finish),
+            _ => product::<3>(tiles, left, right, sizes, out, finish),
         }
     }
 }

@@ -132,6 +132,9 @@ enum Form {
     },
 }
 
+/// Fills a panel, by its number.
+type Fill<'a> = dyn Fn(usize, &mut [f32]) + Sync + 'a;
+
 impl Arranged {
     fn new(pool: &Pool, units: Units, [k, v]: [Stream<'_>; 2], heads: Range<usize>) -> Self {
         let Stream { rows, d, .. } = k;
@@ -151,10 +154,10 @@ impl Arranged {
         let (key_panels, value_panels) = (heads.len() * key_panels, heads.len() * value_panels);
         fn tiles<const P: usize>(
             pool: &Pool,
-            [keys, values]: [&(dyn Fn(usize, &mut [f32]) + Sync); 2],
+            [keys, values]: [&Fill<'_>; 2],
             [key_panels, value_panels, rows, d]: [usize; 4],
         ) -> Form {
-            let of = |panels, depth: usize, fill: &(dyn Fn(usize, &mut [f32]) + Sync)| {
+            let of = |panels, depth: usize, fill: &Fill<'_>| {
                 arrange(pool, panels, amx::right_tiles(depth, 1, P), |i, to| {
                     let mut panel = vec![0f32; depth * PANEL];
                     fill(i, &mut panel);
@@ -205,8 +208,7 @@ impl Arranged {
                             right,
                             sizes,
                             to.at(0, column * PANEL),
-                            false,
-                            None,
+                            Finish::STORE,
                         )
                     };
                 }
@@ -240,7 +242,7 @@ impl Arranged {
                     let sizes = [count, PANEL.min(self.d - panel * PANEL)];
                     // Safety: the caller's promise.
                     unsafe {
-                        amx::product_of(*pieces, &units, tiles, right, sizes, out.at(0, panel * PANEL), true, None)
+                        amx::product_of(*pieces, &units, tiles, right, sizes, out.at(0, panel * PANEL), Finish::ADD)
                     };
                 }
             }

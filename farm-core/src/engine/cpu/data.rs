@@ -47,10 +47,7 @@ pub(super) fn room(len: usize) -> Vec<f32> {
     let mut values = Vec::with_capacity(len);
     advise(values.spare_capacity_mut());
     // Safety: the capacity is there, and any bits are an f32.
-    #[expect(clippy::uninit_vec, reason = "written in full, which is the caller's promise")]
-    unsafe {
-        values.set_len(len)
-    };
+    unsafe { values.set_len(len) };
     values
 }
 

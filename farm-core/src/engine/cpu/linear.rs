@@ -193,10 +193,11 @@ fn tokens_times<const P: usize>(
                     let right = right.tiles::<P>(panel, k, depth.clone(), &mut split);
                     let (column, width) = (panel * PANEL, PANEL.min(n - panel * PANEL));
                     let bias = bias.filter(|_| depth.end == k).map(|bias| &bias[column..]);
+                    let finish = Finish { add: depth.start > 0, bias };
                     // Safety: rows and columns lie in [m, n], and no other task has them.
                     unsafe {
                         let out = start.at(rows.start, column);
-                        amx::product::<P>(&tiles, left, right, [rows.len(), width], out, depth.start > 0, bias);
+                        amx::product::<P>(&tiles, left, right, [rows.len(), width], out, finish);
                     }
                 }
             }

@@ -3,6 +3,7 @@
 //! Every operation is cut into tasks by shape alone, so results have the same bits for any number of threads.
 //! candle's own operations are used only where they move data; it would run arithmetic on a process-wide pool.
 
+#[cfg_attr(not(target_arch = "x86_64"), path = "amx_absent.rs")]
 mod amx;
 mod attention;
 mod conv;
