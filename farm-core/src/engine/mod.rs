@@ -49,10 +49,30 @@ pub enum RawDtype {
     Bf16,
 }
 
+impl RawDtype {
+    /// Of a value.
+    pub fn bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::Bf16 => 2,
+        }
+    }
+}
+
 impl fmt::Debug for RawTensor<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:?}{:?}", self.dtype, self.shape)
     }
+}
+
+/// What a linear layer is applied to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Over {
+    /// The visual tokens: most of the work. An engine may do it by other means than the rest, in an order of additions of
+    /// their own.
+    Tokens,
+    /// Text or a single vector, or what leads into or out of the network.
+    Few,
 }
 
 /// Rotary tables of one request, `[tokens, heads, head_dim / 2]` each, made by [`Engine::rope_table`].
@@ -142,11 +162,12 @@ pub trait Engine: SequenceOps {
     /// Takes a stored weight, given as pieces that are concatenated along dimension 0 (one piece if the file stores it
     /// whole), and widens it to the engine's compute type (f32 on CPU). Exact: f16 and bf16 are subsets of f32.
     fn weight(&self, pieces: &[RawTensor<'_>]) -> Result<Self::Tensor>;
-    /// Arranges a weight `[out, in]` for [`Engine::linear`]. Exact.
-    fn matrix(&self, weight: &Self::Tensor) -> Result<Self::Matrix>;
-    /// As [`Engine::matrix`] for a layer over the visual tokens: an engine may do these by other means, in an order of
-    /// additions of their own, and round factors if it was made so.
-    fn token_matrix(&self, weight: &Self::Tensor) -> Result<Self::Matrix>;
+    /// Arranges a weight `[out, in]` for [`Engine::linear`]. Exact, unless the engine was made to round what is computed over
+    /// the visual tokens.
+    fn matrix(&self, weight: &Self::Tensor, over: Over) -> Result<Self::Matrix>;
+    /// As [`Engine::matrix`] from pieces as [`Engine::weight`] takes them, without a tensor in between. Dimensions behind the
+    /// first count as one.
+    fn stored_matrix(&self, pieces: &[RawTensor<'_>], over: Over) -> Result<Self::Matrix>;
     /// Packs a `[out, in, 3, 3, 3]` weight and its `[out]` bias for [`Engine::causal_conv3d`].
     fn conv_weight(&self, weight: RawTensor<'_>, bias: RawTensor<'_>) -> Result<Self::ConvWeight>;
     /// Copies values in. Errors if `values.len()` is not the product of `shape`.

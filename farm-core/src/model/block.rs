@@ -1,9 +1,9 @@
 //! One block of the asymmetric transformer: a visual and a text stream that meet in one attention.
 
-use crate::engine::{Engine, Qkv, RopeTable};
+use crate::engine::{Engine, Over, Qkv, RopeTable};
 use crate::model::ModelError;
 use crate::model::config::DitConfig;
-use crate::model::layers::{FeedForward, Linear, Modulation, Observer, Over};
+use crate::model::layers::{FeedForward, Linear, Modulation, Observer};
 use crate::model::weights::Tensors;
 use crate::parallel::attention::joint_attention;
 use crate::parallel::group::RankGroup;

@@ -2,13 +2,13 @@
 
 use std::ops::Range;
 
-use crate::engine::{Engine, RopeTable};
+use crate::engine::{Engine, Over, RopeTable};
 use crate::model::ModelError;
 use crate::model::block::{Sequence, Streams};
 use crate::model::blocks::Blocks;
 use crate::model::config::DitConfig;
 use crate::model::embed::{CaptionPool, TimestepEmbedder};
-use crate::model::layers::{Linear, Modulation, Observer, Over};
+use crate::model::layers::{Linear, Modulation, Observer};
 use crate::model::weights::{Loader, Tensors};
 use crate::parallel::group::RankGroup;
 use crate::parallel::shard::{Shares, Split};

@@ -1,9 +1,9 @@
 //! Embeddings that come before the blocks: timestep and pooled caption.
 
-use crate::engine::Engine;
+use crate::engine::{Engine, Over};
 use crate::model::ModelError;
 use crate::model::config::DitConfig;
-use crate::model::layers::{Linear, Over};
+use crate::model::layers::Linear;
 use crate::model::weights::Loader;
 
 /// Sinusoid of the timestep, then a two-layer perceptron.

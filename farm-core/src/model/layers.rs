@@ -1,21 +1,12 @@
 //! Layers that several parts are made of.
 
-use crate::engine::Engine;
+use crate::engine::{Engine, Over};
 use crate::model::ModelError;
 use crate::model::weights::Tensors;
 
 /// A look at the values inside a network, by the names of the reference tensors (`block0.x`, …). Called for every value
 /// of note in the order of computation; costs nothing but the call.
 pub type Observer<'a, T> = &'a mut dyn FnMut(&str, &T);
-
-/// What a linear layer is applied to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Over {
-    /// The visual tokens: most of the work.
-    Tokens,
-    /// Text or a single vector, or what leads into or out of the network.
-    Few,
-}
 
 /// `x · Wᵀ (+ b)`.
 pub(crate) struct Linear<E: Engine> {
@@ -44,12 +35,7 @@ impl<E: Engine> Linear<E> {
         input: usize,
         over: Over,
     ) -> Result<Self, ModelError> {
-        let weight = loader.tensor(&format!("{prefix}.weight"), &[out, input])?;
-        let weight = match over {
-            Over::Tokens => loader.engine().token_matrix(&weight)?,
-            Over::Few => loader.engine().matrix(&weight)?,
-        };
-        Ok(Linear { weight, bias: None })
+        Ok(Linear { weight: loader.matrix(&format!("{prefix}.weight"), &[out, input], over)?, bias: None })
     }
 
     /// `{prefix}.weight` `[out, channels, 2, 2]`, a convolution of 2×2 patches, as a matrix over `channels · 4` values.
@@ -59,10 +45,9 @@ impl<E: Engine> Linear<E> {
         out: usize,
         channels: usize,
     ) -> Result<Self, ModelError> {
-        let weight = loader.tensor(&format!("{prefix}.weight"), &[out, channels, 2, 2])?;
+        let weight = loader.matrix(&format!("{prefix}.weight"), &[out, channels, 2, 2], Over::Few)?;
         let bias = loader.tensor(&format!("{prefix}.bias"), &[out])?;
-        let weight = loader.engine().reshape(&weight, &[out, channels * 4])?;
-        Ok(Linear { weight: loader.engine().matrix(&weight)?, bias: Some(bias) })
+        Ok(Linear { weight, bias: Some(bias) })
     }
 
     /// `[rows, input]` → `[rows, out]`, or `[input]` → `[out]`.

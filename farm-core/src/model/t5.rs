@@ -3,10 +3,10 @@
 //! Runs on the ids without padding: padded positions would be masked as keys and never read, so leaving them out gives
 //! the same rows.
 
-use crate::engine::Engine;
+use crate::engine::{Engine, Over};
 use crate::model::ModelError;
 use crate::model::config::T5Config;
-use crate::model::layers::{Linear, Observer, Over};
+use crate::model::layers::{Linear, Observer};
 use crate::model::weights::{Loader, Tensors};
 
 /// Buckets that [`bucket`] knows: half for keys after the query, in each half 8 exact distances and 8 growing ranges.

@@ -13,7 +13,7 @@ use anyhow::{Context, anyhow, bail};
 use farm_core::comm::tcp::{self, TcpOptions};
 use farm_core::comm::{Collective, Patience, local};
 use farm_core::engine::cpu::CpuEngine;
-use farm_core::engine::{Engine, SequenceOps};
+use farm_core::engine::{Engine, Over, SequenceOps};
 use farm_core::job::spec::GenerationDefaults;
 use farm_core::model::weights::checkpoint::Checkpoint;
 use farm_core::parallel::cost::devices::{DeviceEntry, Devices as Rates, LinkEntry};
@@ -142,8 +142,8 @@ impl Work {
             hidden: tensor(&[rows, f])?,
             gated: tensor(&[rows, 2 * f])?,
             vector: tensor(&[d])?,
-            qkv: engine.matrix(&tensor(&[3 * d, d])?)?,
-            down: engine.matrix(&tensor(&[d, f])?)?,
+            qkv: engine.matrix(&tensor(&[3 * d, d])?, Over::Tokens)?,
+            down: engine.matrix(&tensor(&[d, f])?, Over::Tokens)?,
             queries: tensor(&[rows, model.heads, model.head_dim])?,
             keys: tensor(&[keys, model.heads, model.head_dim])?,
             linear_flops: (2 * rows * (3 * d * d + d * f)) as f64,

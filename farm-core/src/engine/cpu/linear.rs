@@ -7,10 +7,10 @@ use candle_core::Tensor;
 
 use super::Units;
 use super::amx::{self, Tile};
-use super::data::{dims, expect, from_vec, room, shape_error, slice, zeros};
+use super::data::{dims, expect, from_vec, room, shape_error, slice, widen, zeros};
 use super::pool::Pool;
-use super::product::{CHAIN, Finish, PANEL, Panels, Rows, Target, product};
-use crate::engine::Result;
+use super::product::{CHAIN, Finish, PANEL, Panels, Rows, Target, product, transpose_panel};
+use crate::engine::{RawTensor, Result};
 use crate::parallel::shard::Split;
 
 /// Rows and columns of a task: with [`DEPTH`] values of each row, its share of x, the output and a panel stay in the
@@ -39,34 +39,78 @@ enum Form {
     Rounded(Vec<Tile>),
 }
 
-/// Arranges a weight `[out, in]` for any machine. Exact.
-pub(super) fn matrix(weight: &Tensor) -> Result<Matrix> {
+/// Arranges a weight `[out, in]`.
+pub(super) fn matrix(units: Units, weight: &Tensor) -> Result<Matrix> {
     const OP: &str = "matrix";
     let [n, k] = dims(OP, "weight [out, in]", weight)?;
-    let panels = Panels::of_transposed(&slice(OP, weight)?, [n, k], k);
-    Ok(Matrix { shape: [k, n], form: Form::Panels { panels, split: false } })
+    let values = slice(OP, weight)?;
+    arrange(units, [k, n], |rows, to| {
+        to.extend_from_slice(&values[rows.start * k..rows.end * k]);
+        Ok(())
+    })
 }
 
-/// Arranges a weight `[out, in]` for many rows, on the units that [`Units`] names.
-pub(super) fn token_matrix(units: Units, weight: &Tensor) -> Result<Matrix> {
-    let mut matrix = matrix(weight)?;
-    let [k, n] = matrix.shape;
-    let Form::Panels { panels, split } = &mut matrix.form else { return Ok(matrix) };
-    match units {
-        Units::Vectors => {}
-        Units::Split => *split = true,
+/// Arranges a stored weight, pieces of `[out, in]` one above the other.
+pub(super) fn stored_matrix(units: Units, pieces: &[RawTensor<'_>]) -> Result<Matrix> {
+    const OP: &str = "stored_matrix";
+    let width = |piece: &RawTensor<'_>| piece.shape.iter().skip(1).product::<usize>();
+    let rows = |piece: &RawTensor<'_>| piece.shape.first().copied().unwrap_or(0);
+    let k = pieces.first().map(width).ok_or_else(|| shape_error(OP, "at least one piece", &[0]))?;
+    for piece in pieces {
+        let bytes = (rows(piece) * k).checked_mul(piece.dtype.bytes());
+        if width(piece) != k || bytes != Some(piece.bytes.len()) {
+            return Err(shape_error(OP, format!("pieces of {k} columns, each with its bytes"), piece.shape));
+        }
+    }
+    arrange(units, [k, pieces.iter().map(rows).sum()], |wanted, to| {
+        let mut first = 0;
+        for piece in pieces {
+            let own = wanted.start.max(first)..wanted.end.min(first + rows(piece));
+            if own.start < own.end {
+                let row = k * piece.dtype.bytes();
+                let bytes = &piece.bytes[(own.start - first) * row..(own.end - first) * row];
+                widen(OP, &RawTensor { dtype: piece.dtype, shape: &[own.len(), k], bytes }, to)?;
+            }
+            first += rows(piece);
+        }
+        Ok(())
+    })
+}
+
+/// A matrix `[k, n]` from the rows of its transposed one, of which `rows` appends some.
+fn arrange(
+    units: Units,
+    [k, n]: [usize; 2],
+    rows: impl Fn(Range<usize>, &mut Vec<f32>) -> Result<()>,
+) -> Result<Matrix> {
+    let mut some = Vec::new();
+    let mut panel = |panel: usize, to: &mut [f32]| {
+        let wanted = panel * PANEL..n.min((panel + 1) * PANEL);
+        some.clear();
+        rows(wanted.clone(), &mut some)?;
+        transpose_panel(&some, wanted.len(), k, to);
+        Ok(())
+    };
+    let form = match units {
         Units::Rounded => {
             let each = amx::right_tiles(k, 1, 1);
             let mut tiles: Vec<Tile> = zeros(each * n.div_ceil(PANEL));
-            if each > 0 {
-                for (panel, to) in tiles.chunks_exact_mut(each).enumerate() {
-                    amx::arrange_right::<1>(panels.view().panel(panel), to);
-                }
+            for (i, to) in tiles.chunks_exact_mut(each.max(1)).enumerate() {
+                let mut values = vec![0f32; k * PANEL];
+                panel(i, &mut values)?;
+                amx::arrange_right::<1>(&values, to);
             }
-            matrix.form = Form::Rounded(tiles);
+            Form::Rounded(tiles)
         }
-    }
-    Ok(matrix)
+        Units::Vectors | Units::Split => {
+            let mut panels = Panels::zeros(k, n);
+            for (i, to) in panels.iter_mut().enumerate() {
+                panel(i, to)?;
+            }
+            Form::Panels { panels, split: units == Units::Split }
+        }
+    };
+    Ok(Matrix { shape: [k, n], form })
 }
 
 pub(super) fn linear(pool: &Pool, x: &Tensor, weight: &Matrix, bias: Option<&Tensor>) -> Result<Tensor> {

@@ -29,7 +29,9 @@ use candle_core::Tensor;
 
 use self::data::{candle, from_vec, shape_error, slice, widen_pieces};
 use self::pool::Pool;
-use crate::engine::{AttentionOut, ConvCache, Engine, EngineError, Qkv, RawTensor, Result, RopeTable, SequenceOps};
+use crate::engine::{
+    AttentionOut, ConvCache, Engine, EngineError, Over, Qkv, RawTensor, Result, RopeTable, SequenceOps,
+};
 use crate::tiles::statistics::{Sums, Totals};
 
 /// How exactly the visual tokens' products are computed: linear layers over them and attention. All else is f32.
@@ -72,6 +74,12 @@ enum Units {
     Split,
     /// Matrix units, numbers rounded to bf16.
     Rounded,
+}
+
+impl Units {
+    fn over(self, over: Over) -> Self {
+        if over == Over::Tokens { self } else { Self::Vectors }
+    }
 }
 
 /// One CPU device: a number of threads of its own.
@@ -164,12 +172,12 @@ impl Engine for CpuEngine {
         from_vec("weight", values, &shape)
     }
 
-    fn matrix(&self, weight: &Tensor) -> Result<linear::Matrix> {
-        linear::matrix(weight)
+    fn matrix(&self, weight: &Tensor, over: Over) -> Result<linear::Matrix> {
+        linear::matrix(self.units.over(over), weight)
     }
 
-    fn token_matrix(&self, weight: &Tensor) -> Result<linear::Matrix> {
-        linear::token_matrix(self.units, weight)
+    fn stored_matrix(&self, pieces: &[RawTensor<'_>], over: Over) -> Result<linear::Matrix> {
+        linear::stored_matrix(self.units.over(over), pieces)
     }
 
     fn conv_weight(&self, weight: RawTensor<'_>, bias: RawTensor<'_>) -> Result<conv::PackedConv> {

@@ -29,11 +29,9 @@ impl Panels {
     /// From the transposed matrix, `[columns, depth]` with rows `stride` values apart.
     pub fn of_transposed(values: &[f32], [columns, depth]: [usize; 2], stride: usize) -> Self {
         let mut panels = Self::zeros(depth, columns);
-        if depth > 0 {
-            for (panel, to) in panels.values.chunks_exact_mut(depth * PANEL).enumerate() {
-                let first = panel * PANEL;
-                transpose_panel(&values[first * stride..], PANEL.min(columns - first), stride, to);
-            }
+        for (panel, to) in panels.iter_mut().enumerate() {
+            let first = panel * PANEL;
+            transpose_panel(&values[first * stride..], PANEL.min(columns - first), stride, to);
         }
         panels
     }
@@ -45,6 +43,11 @@ impl Panels {
     /// Depth and columns of the matrix.
     pub fn shape(&self) -> [usize; 2] {
         [self.depth, self.columns]
+    }
+
+    /// The panels, `[depth, PANEL]` each.
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut [f32]> {
+        self.values.chunks_exact_mut((self.depth * PANEL).max(1))
     }
 
     pub fn view(&self) -> PanelsView<'_> {

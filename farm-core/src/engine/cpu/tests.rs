@@ -1,7 +1,7 @@
 //! The kernels against scalar references in f64, and the promises of the module docs.
 
 use super::{CpuEngine, Precision, Units, amx};
-use crate::engine::{Engine, EngineError, RawDtype, RawTensor, RopeTable, SequenceOps};
+use crate::engine::{Engine, EngineError, Over, RawDtype, RawTensor, RopeTable, SequenceOps};
 use candle_core::Tensor;
 
 /// Values in [-1, 1], different for every seed.
@@ -68,7 +68,7 @@ fn a_row_of_linear_has_the_same_bits_for_any_number_of_rows() {
     for [k, n] in [[7, 1], [48, 12], [600, 48], [1500, 9], [192, 256], [700, 600]] {
         let (x, w, b) = (tensor(&[1100, k], 1), tensor(&[n, k], 2), tensor(&[n], 3));
         let e = engine(2);
-        let w = e.matrix(&w).unwrap();
+        let w = e.matrix(&w, Over::Few).unwrap();
         let whole = read(&e.linear(&x, &w, Some(&b)).unwrap());
         for (start, rows) in [(0, 1), (1099, 1), (5, 2), (17, 3), (400, 64), (3, 65), (100, 513), (76, 1024), (9, 0)] {
             let part = read(&e.linear(&e.narrow(&x, 0, start, rows).unwrap(), &w, Some(&b)).unwrap());
@@ -81,7 +81,7 @@ fn a_row_of_linear_has_the_same_bits_for_any_number_of_rows() {
 fn a_vector_is_projected_like_a_row_of_a_matrix() {
     let (x, w, b) = (tensor(&[3, 600], 1), tensor(&[700, 600], 2), tensor(&[700], 3));
     let e = engine(2);
-    let w = e.matrix(&w).unwrap();
+    let w = e.matrix(&w, Over::Few).unwrap();
     let rows = read(&e.linear(&x, &w, Some(&b)).unwrap());
     let vector = e.reshape(&e.narrow(&x, 0, 1, 1).unwrap(), &[600]).unwrap();
     let vector = e.linear(&vector, &w, Some(&b)).unwrap();
@@ -135,7 +135,7 @@ fn linear_is_the_product_with_the_transposed_weight() {
     for [m, k, n] in [[1, 7, 5], [1, 600, 700], [3, 1, 4], [80, 192, 576], [300, 40, 1100], [5, 1500, 9], [2, 0, 3]] {
         let (x, w, b) = (tensor(&[m, k], 1), tensor(&[n, k], 2), tensor(&[n], 3));
         let e = engine(2);
-        let got = read(&e.linear(&x, &e.matrix(&w).unwrap(), Some(&b)).unwrap());
+        let got = read(&e.linear(&x, &e.matrix(&w, Over::Few).unwrap(), Some(&b)).unwrap());
         let (x, w, b) = (read(&x), read(&w), read(&b));
         let expected: Vec<f64> = (0..m * n)
             .map(|at| {
@@ -367,7 +367,7 @@ fn results_have_the_same_bits_for_any_number_of_threads() {
         let gate = tensor(&[heads * d], 4);
         let norm = tensor(&[d], 5);
         let rope = e.rope_table(&tensor(&[3, heads, d / 2], 6), [1, 13, 41], 0..533).unwrap();
-        let w = e.matrix(&w).unwrap();
+        let w = e.matrix(&w, Over::Few).unwrap();
         let packed = e.linear(&x, &w, Some(&bias)).unwrap();
         let qkv = e.split_qkv(&packed, &norm, &norm, heads, Some(&rope)).unwrap();
         let text = e.narrow(&qkv.k, 0, 100, 61).unwrap();
@@ -425,7 +425,7 @@ fn weights_are_widened_exactly_and_pieces_follow_each_other() {
 fn wrong_shapes_are_errors_that_name_the_operation() {
     let e = engine(1);
     let t = |shape: &[usize]| tensor(shape, 1);
-    let m = |shape: &[usize]| e.matrix(&t(shape)).unwrap();
+    let m = |shape: &[usize]| e.matrix(&t(shape), Over::Few).unwrap();
     let (x, v, q) = (t(&[4, 6]), t(&[6]), t(&[4, 2, 3]));
     let table = RopeTable { cos: t(&[3, 2, 1]), sin: t(&[3, 2, 1]) };
     let results: Vec<(&str, crate::engine::Result<Tensor>)> = vec![
@@ -493,7 +493,7 @@ fn a_layer_over_tokens_is_the_product_on_all_units() {
         let (x, w, b) = (tensor(&[m, k], 1), tensor(&[n, k], 2), tensor(&[n], 3));
         for units in all_units() {
             let e = engine_on(units, 2);
-            let got = read(&e.linear(&x, &e.token_matrix(&w).unwrap(), Some(&b)).unwrap());
+            let got = read(&e.linear(&x, &e.matrix(&w, Over::Tokens).unwrap(), Some(&b)).unwrap());
             let (x, w, b) = (rounded(units, &read(&x)), rounded(units, &read(&w)), read(&b));
             let mut size = 0f64;
             let expected: Vec<f64> = (0..m * n)
@@ -518,7 +518,7 @@ fn a_token_has_the_same_bits_for_any_number_of_tokens_and_threads_on_all_units()
         let run = |first: usize, rows: usize, threads: usize| {
             let e = engine_on(units, threads);
             let x = e.narrow(&x, 0, first, rows).unwrap();
-            let linear = e.linear(&x, &e.token_matrix(&w).unwrap(), None).unwrap();
+            let linear = e.linear(&x, &e.matrix(&w, Over::Tokens).unwrap(), None).unwrap();
             let [q, k] = [(first, rows), (0, m)].map(|(first, rows)| {
                 e.reshape(&e.narrow(&tensor(&[m, heads * d], 3), 0, first, rows).unwrap(), &[rows, heads, d]).unwrap()
             });
@@ -558,4 +558,31 @@ fn precisions_are_read_as_they_are_written() {
         assert_eq!(precision.to_string().parse(), Ok(precision));
     }
     assert!("fp16".parse::<Precision>().unwrap_err().contains("bf16"));
+}
+
+#[test]
+fn a_matrix_of_stored_pieces_is_that_of_their_tensor() {
+    let (rows, k) = ([40, 3, 30], 70);
+    let n: usize = rows.iter().sum();
+    let (x, w) = (tensor(&[9, k], 1), tensor(&[n, k], 2));
+    let bytes = engine(1).to_bytes(&w).unwrap();
+    let mut rest = &bytes[..];
+    let shapes = rows.map(|rows| [rows, 7, 10]);
+    let pieces = shapes.each_ref().map(|shape| {
+        let (bytes, behind) = rest.split_at(shape[0] * k * 4);
+        rest = behind;
+        RawTensor { dtype: RawDtype::F32, shape, bytes }
+    });
+    for units in all_units() {
+        let e = engine_on(units, 1);
+        for over in [Over::Tokens, Over::Few] {
+            let [of_tensor, of_pieces] = [e.matrix(&w, over).unwrap(), e.stored_matrix(&pieces, over).unwrap()];
+            let run = |matrix| read(&e.linear(&x, matrix, None).unwrap());
+            assert!(run(&of_tensor) == run(&of_pieces), "{units:?} {over:?}");
+        }
+        let short = [RawTensor { bytes: &bytes[..8], ..pieces[0] }];
+        assert!(e.stored_matrix(&short, Over::Few).is_err() && e.stored_matrix(&[], Over::Few).is_err());
+        let wide = [pieces[0], RawTensor { shape: &[3, 71], ..pieces[1] }];
+        assert!(e.stored_matrix(&wide, Over::Few).is_err());
+    }
 }

@@ -18,7 +18,7 @@ mod tests;
 
 pub use self::tile::{Advance, TileStream};
 use self::walk::{Stop, Walk};
-use crate::engine::{Engine, SequenceOps};
+use crate::engine::{Engine, Over, SequenceOps};
 use crate::model::ModelError;
 use crate::model::config::VaeConfig;
 use crate::model::latent::{DitLatent, VaeLatent};
@@ -85,10 +85,7 @@ impl<E: Engine> VaeDecoder<E> {
 
         let conv_in = Pointwise {
             // [C, latent channels, 1, 1, 1]
-            weight: loader.engine.matrix(&loader.engine.reshape(
-                &loader.tensor("blocks.0.0.weight", &[first, config.latent_channels, 1, 1, 1])?,
-                &[first, config.latent_channels],
-            )?)?,
+            weight: loader.matrix("blocks.0.0.weight", &[first, config.latent_channels, 1, 1, 1], Over::Few)?,
             bias: loader.tensor("blocks.0.0.bias", &[first])?,
         };
         let res_blocks = |count: usize, channels: usize, name: &dyn Fn(usize) -> String| {
@@ -231,7 +228,7 @@ fn check(config: &VaeConfig) -> Result<usize, ModelError> {
 impl<E: Engine> Pointwise<E> {
     fn load(loader: &Loader<'_, E>, prefix: &str, output: usize, input: usize) -> Result<Self, ModelError> {
         Ok(Self {
-            weight: loader.engine.matrix(&loader.tensor(&format!("{prefix}.weight"), &[output, input])?)?,
+            weight: loader.matrix(&format!("{prefix}.weight"), &[output, input], Over::Few)?,
             bias: loader.tensor(&format!("{prefix}.bias"), &[output])?,
         })
     }

@@ -11,7 +11,7 @@ pub mod spiece;
 #[cfg(test)]
 mod tests;
 
-use crate::engine::{Engine, RawTensor};
+use crate::engine::{Engine, Over, RawTensor};
 use crate::model::ModelError;
 
 /// A tensor as the checkpoint stores it: pieces to be concatenated along dimension 0. A layout that splits q, k, v or
@@ -45,6 +45,13 @@ pub trait Tensors<E: Engine> {
     fn engine(&self) -> &E;
     /// The tensor `name`, which has to have `shape`.
     fn tensor(&self, name: &str, shape: &[usize]) -> Result<E::Tensor, ModelError>;
+    /// The tensor `name`, which has to have `shape`, as the weight of a linear layer; dimensions behind the first count as
+    /// one.
+    fn matrix(&self, name: &str, shape: &[usize], over: Over) -> Result<E::Matrix, ModelError> {
+        let weight = self.tensor(name, shape)?;
+        let (out, input) = (shape.first().copied().unwrap_or(0), shape.iter().skip(1).product());
+        Ok(self.engine().matrix(&self.engine().reshape(&weight, &[out, input])?, over)?)
+    }
 }
 
 /// Loads tensors of a checkpoint onto an engine.
@@ -60,6 +67,10 @@ impl<E: Engine> Tensors<E> for Loader<'_, E> {
 
     fn tensor(&self, name: &str, shape: &[usize]) -> Result<E::Tensor, ModelError> {
         self.take(name, shape, |stored| Ok(self.engine.weight(&stored.pieces)?))
+    }
+
+    fn matrix(&self, name: &str, shape: &[usize], over: Over) -> Result<E::Matrix, ModelError> {
+        self.take(name, shape, |stored| Ok(self.engine.stored_matrix(&stored.pieces, over)?))
     }
 }
 
