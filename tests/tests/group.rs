@@ -44,7 +44,11 @@ fn a_long_queue_is_rendered_by_small_groups_side_by_side() {
     let jobs = farm.done(LIMIT);
     assert_eq!(jobs.len(), CLIPS);
     let sizes: Vec<usize> = jobs.iter().map(|job| devices(&job["result"])).collect();
-    assert!(sizes[..8].iter().all(|size| *size == 1), "{sizes:?}");
+    // Where a tick finds two devices free and an odd number of clips, one on both is done sooner than a round that is half
+    // empty: so much is the rule. Far from the end nothing is larger, and most are small.
+    let early = &sizes[..8];
+    let alone = early.iter().filter(|size| **size == 1).count();
+    assert!(early.iter().all(|size| *size <= 2) && alone >= 5, "{sizes:?}");
 
     // As many at one time as there are devices.
     let spans: Vec<(String, String)> = jobs
