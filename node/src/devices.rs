@@ -45,8 +45,8 @@ pub struct ThreadArgs {
     /// Keep each thread on a core of its own, and the threads of a device on one NUMA node if one has room
     #[arg(long)]
     pin: bool,
-    /// fp32; or bf16, which rounds what is multiplied in layers and attention over the visual tokens: faster on processors
-    /// with matrix units, and not quite the same clip
+    /// fp32; or bf16, which on processors with matrix units (AMX) rounds what is multiplied in layers and attention over the
+    /// visual tokens: faster, and not quite the same clip
     #[arg(long, value_name = "fp32|bf16", default_value_t)]
     precision: Precision,
 }

@@ -40,8 +40,8 @@ pub enum Precision {
     /// As exact as f32 numbers and f32 sums.
     #[default]
     F32,
-    /// Factors rounded to bf16, sums in f32: weights take half the memory, and machines with matrix units are several
-    /// times as fast. On others nothing but the weights is rounded.
+    /// On machines with matrix units, factors rounded to bf16 and sums in f32: weights take half the memory, and the products
+    /// less than half the time. On others as [`Precision::F32`].
     Bf16,
 }
 
