@@ -231,8 +231,8 @@ pub trait Engine: SequenceOps {
         heads: usize,
         rope: Option<&RopeTable<Self::Tensor>>,
     ) -> Result<Qkv<Self::Tensor>>;
-    /// `silu(first half) ⊙ second half`: `[M, 2F] → [M, F]`.
-    fn swiglu(&self, x: &Self::Tensor) -> Result<Self::Tensor>;
+    /// `silu(a) ⊙ g` with `[a ‖ g] = x · Wᵀ`: x `[M, D]`, W `[2F, D]` → `[M, F]`.
+    fn linear_swiglu(&self, x: &Self::Tensor, weight: &Self::Matrix) -> Result<Self::Tensor>;
     /// `layer_norm(x, 1e-6) · (1 + scale) + shift`, no affine: x `[M, D]`; scale, shift `[D]`.
     fn modulated_layer_norm(
         &self,

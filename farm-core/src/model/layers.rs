@@ -62,7 +62,7 @@ impl<E: Engine> Linear<E> {
 
 /// SwiGLU: `w2 · (silu(a) ⊙ g)` with `[a ‖ g] = w1 · x`, no bias.
 pub(crate) struct FeedForward<E: Engine> {
-    w1: Linear<E>,
+    w1: E::Matrix,
     w2: Linear<E>,
 }
 
@@ -76,13 +76,13 @@ impl<E: Engine> FeedForward<E> {
         over: Over,
     ) -> Result<Self, ModelError> {
         Ok(FeedForward {
-            w1: Linear::load_without_bias(loader, &format!("{prefix}.w1"), 2 * hidden, width, over)?,
+            w1: loader.matrix(&format!("{prefix}.w1.weight"), &[2 * hidden, width], over)?,
             w2: Linear::load_without_bias(loader, &format!("{prefix}.w2"), width, hidden, over)?,
         })
     }
 
     pub fn apply(&self, engine: &E, x: &E::Tensor) -> Result<E::Tensor, ModelError> {
-        let hidden = engine.swiglu(&self.w1.apply(engine, x)?)?;
+        let hidden = engine.linear_swiglu(x, &self.w1)?;
         self.w2.apply(engine, &hidden)
     }
 }

@@ -117,7 +117,6 @@ type Tensor = <CpuEngine as SequenceOps>::Tensor;
 struct Work {
     x: Tensor,
     hidden: Tensor,
-    gated: Tensor,
     vector: Tensor,
     qkv: <CpuEngine as Engine>::Matrix,
     down: <CpuEngine as Engine>::Matrix,
@@ -140,7 +139,6 @@ impl Work {
         Ok(Self {
             x: tensor(&[rows, d])?,
             hidden: tensor(&[rows, f])?,
-            gated: tensor(&[rows, 2 * f])?,
             vector: tensor(&[d])?,
             qkv: engine.matrix(&tensor(&[3 * d, d])?, Over::Tokens)?,
             down: engine.matrix(&tensor(&[d, f])?, Over::Tokens)?,
@@ -148,7 +146,7 @@ impl Work {
             keys: tensor(&[keys, model.heads, model.head_dim])?,
             linear_flops: (2 * rows * (3 * d * d + d * f)) as f64,
             attention_flops: model.attention_flops(rows, keys, model.heads),
-            elementwise_bytes: (4 * rows * (2 * d + 3 * d + 3 * f)) as f64,
+            elementwise_bytes: (4 * rows * (2 * d + 3 * d)) as f64,
         })
     }
 
@@ -164,11 +162,10 @@ impl Work {
         Ok(())
     }
 
-    /// A norm, a residual and a gate: what stands between the products.
+    /// A norm and a gated residual: what stands between the products.
     fn elementwise(&self, engine: &CpuEngine) -> anyhow::Result<()> {
         engine.modulated_rms_norm(&self.x, &self.vector)?;
         engine.gated_residual(&self.x, &self.x, &self.vector)?;
-        engine.swiglu(&self.gated)?;
         Ok(())
     }
 }

@@ -168,7 +168,7 @@ impl Arranged {
         }
         let sizes = [key_panels, value_panels, rows, d];
         let form = match units {
-            Units::Vectors => Form::Panels {
+            Units::Vectors | Units::Halves => Form::Panels {
                 keys: arrange(pool, key_panels, d * PANEL, keys),
                 values: arrange(pool, value_panels, rows * PANEL, values),
             },

@@ -78,32 +78,6 @@ pub(super) fn gelu_gated(pool: &Pool, a: &Tensor, b: &Tensor) -> Result<Tensor> 
     )
 }
 
-pub(super) fn swiglu(pool: &Pool, x: &Tensor) -> Result<Tensor> {
-    const OP: &str = "swiglu";
-    let [m, width] = dims(OP, "x [rows, 2·channels]", x)?;
-    if width % 2 != 0 {
-        return Err(shape_error(OP, "an even number of channels", x.dims()));
-    }
-    let half = width / 2;
-    let x = slice(OP, x)?;
-    let x: &[f32] = &x;
-    let mut out = room(m * half);
-    pool.rows(&mut out, half, 16, |row0, run| {
-        wide(
-            #[inline(always)]
-            || {
-                for (out, x) in run.chunks_exact_mut(half).zip(x[row0 * width..].chunks_exact(width)) {
-                    let (a, g) = x.split_at(half);
-                    for ((out, &a), g) in out.iter_mut().zip(a).zip(g) {
-                        *out = silu_f32(a) * g;
-                    }
-                }
-            },
-        );
-    });
-    from_vec(OP, out, &[m, half])
-}
-
 pub(super) fn euler_step(
     pool: &Pool,
     z: &Tensor,

@@ -14,6 +14,8 @@ pub(super) trait Lanes: Copy {
     /// `self · factor + sum`, rounded once.
     unsafe fn fma(self, factor: Self, sum: Self) -> Self;
     unsafe fn add(self, other: Self) -> Self;
+    /// Asks for a cache line that will be wanted soon. It may point anywhere.
+    fn fetch(line: *const u8);
 }
 
 /// For any machine, and to compare the others with: the compiler makes of it what it can.
@@ -49,6 +51,9 @@ impl Lanes for Plain {
     unsafe fn add(self, other: Self) -> Self {
         Self(std::array::from_fn(|i| self.0[i] + other.0[i]))
     }
+
+    #[inline(always)]
+    fn fetch(_: *const u8) {}
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -84,6 +89,12 @@ macro_rules! lanes {
             #[inline(always)]
             unsafe fn add(self, other: Self) -> Self {
                 unsafe { Self($add(self.0, other.0)) }
+            }
+
+            #[inline(always)]
+            fn fetch(line: *const u8) {
+                // Safety: fetching changes nothing, wherever it points.
+                unsafe { _mm_prefetch::<_MM_HINT_T1>(line.cast()) }
             }
         }
     };

@@ -4,12 +4,14 @@ use std::cell::Cell;
 use std::ops::Range;
 
 use candle_core::Tensor;
+use half::bf16;
 
 use super::Units;
 use super::amx::{self, Tile};
 use super::data::{dims, expect, from_vec, room, shape_error, slice, widen, zeros};
 use super::pool::Pool;
-use super::product::{CHAIN, Finish, PANEL, Panels, Rows, Target, product, transpose_panel};
+use super::product::{CHAIN, Finish, PANEL, Panels, PanelsView, Rows, Target, product, transpose_panel};
+use super::wide::{silu, wide};
 use crate::engine::{RawTensor, Result};
 use crate::parallel::shard::Split;
 
@@ -17,8 +19,11 @@ use crate::parallel::shard::Split;
 /// second-level cache.
 const ROWS: usize = 120;
 const COLUMNS: usize = 8 * PANEL;
-/// Deeper sums are cut into runs of so many products, whose part of a panel stays in the first-level cache or near it.
-const DEPTH: usize = 8 * CHAIN;
+/// Deeper sums are cut into runs of so many products, whose part of a panel, 16 KiB, stays in the first-level cache.
+const DEPTH: usize = 2 * CHAIN;
+
+/// Rows of a task that computes all columns of a gated layer: its share of both halves stays in the caches.
+const GATED_ROWS: usize = 60;
 
 /// Rows of a task on the matrix units, of which each splits the weights for itself, and its most panels.
 const TOKEN_ROWS: usize = 256;
@@ -35,6 +40,8 @@ pub struct Matrix {
 enum Form {
     /// For the vector units, and if `split` for the matrix units, where each value is split into three pieces as it is used.
     Panels { panels: Panels, split: bool },
+    /// Panels as in [`Panels`], rounded to bf16. A task widens what it is about to use.
+    Halves(Vec<bf16>),
     /// Rounded to bf16, for the matrix units: of each panel all steps.
     Rounded(Vec<Tile>),
 }
@@ -102,6 +109,16 @@ fn arrange(
             }
             Form::Rounded(tiles)
         }
+        Units::Halves => {
+            let mut halves = zeros(n.div_ceil(PANEL) * k * PANEL);
+            let mut values = vec![0f32; k * PANEL];
+            for (i, to) in halves.chunks_exact_mut((k * PANEL).max(1)).enumerate() {
+                values.fill(0.0);
+                panel(i, &mut values)?;
+                to.iter_mut().zip(&values).for_each(|(to, value)| *to = bf16::from_f32(*value));
+            }
+            Form::Halves(halves)
+        }
         Units::Vectors | Units::Split => {
             let mut panels = Panels::zeros(k, n);
             for (i, to) in panels.iter_mut().enumerate() {
@@ -115,53 +132,198 @@ fn arrange(
 
 pub(super) fn linear(pool: &Pool, x: &Tensor, weight: &Matrix, bias: Option<&Tensor>) -> Result<Tensor> {
     const OP: &str = "linear";
-    let [weight_k, n] = weight.shape;
-    let (&k, rows) = x.dims().split_last().ok_or_else(|| shape_error(OP, "x [rows, in] or [in]", x.dims()))?;
-    if k != weight_k || rows.len() > 1 {
-        return Err(shape_error(OP, format!("x [rows, {weight_k}] or [{weight_k}] for this weight"), x.dims()));
-    }
+    let (rows, [m, k, n]) = sizes(OP, x, weight)?;
     if let Some(bias) = bias {
         expect(OP, "bias", bias, &[n])?;
     }
     let bias = bias.map(|b| slice(OP, b)).transpose()?;
-    let m = rows.first().copied().unwrap_or(1);
     let (x, bias) = (&slice(OP, x)?[..], bias.as_deref());
-    let out = match &weight.form {
-        Form::Panels { panels, split: false } => rows_times(pool, x, m, panels, bias),
-        Form::Panels { panels, split: true } => tokens_times::<3>(pool, x, [m, k, n], bias, Right::Panels(panels)),
-        Form::Rounded(tiles) => tokens_times::<1>(pool, x, [m, k, n], bias, Right::Tiles(tiles)),
-    };
+    let mut out = room(m * n);
+    let start = Target { start: out.as_mut_ptr(), stride: n };
+    let [most_rows, most_panels] = weight.form.task();
+    let grid: Vec<(Range<usize>, Range<usize>)> = blocks(m, most_rows)
+        .flat_map(|rows| blocks(n.div_ceil(PANEL), most_panels).map(move |panels| (rows.clone(), panels)))
+        .collect();
+    pool.run(grid, m * n * k, |(rows, panels)| {
+        // Safety: rows and columns lie in [m, n], and no other task has them.
+        unsafe {
+            let out = start.at(rows.start, panels.start * PANEL);
+            weight.times(&Task { x: &x[rows.start * k..], rows: rows.len(), panels, bias, out });
+        }
+    });
     let mut shape = rows.to_vec();
     shape.push(n);
     from_vec(OP, out, &shape)
 }
 
-/// `[m, k] × [k, n] → [m, n]`.
-fn rows_times(pool: &Pool, x: &[f32], m: usize, weight: &Panels, bias: Option<&[f32]>) -> Vec<f32> {
-    let [k, n] = weight.shape();
-    let mut out = room(m * n);
-    if out.is_empty() {
-        return out;
+/// Both halves of the product stay with the task that computes them: of all tokens they are the largest values of a network.
+pub(super) fn linear_swiglu(pool: &Pool, x: &Tensor, weight: &Matrix) -> Result<Tensor> {
+    const OP: &str = "linear_swiglu";
+    let (rows, [m, k, n]) = sizes(OP, x, weight)?;
+    if n % 2 != 0 {
+        return Err(shape_error(OP, "a weight [2·out, in]", &[n, k]));
     }
-    let start = Target { start: out.as_mut_ptr(), stride: n };
-    let grid: Vec<(Range<usize>, Range<usize>)> = blocks(m, ROWS)
-        .flat_map(|rows| blocks(n.div_ceil(PANEL), COLUMNS / PANEL).map(move |p| (rows.clone(), p)))
-        .collect();
-    pool.run(grid, m * n * k, |(rows, panels)| {
-        // Of no depth, the output is the bias.
-        for first in (0..k.max(1)).step_by(DEPTH) {
-            let run = first..k.min(first + DEPTH);
-            let run_of_x = (&x[rows.start * k + run.start..], run.len());
-            let left = Rows { count: rows.len(), stride: k, runs: &[run_of_x] };
-            let finish = Finish { add: run.start > 0, bias: bias.filter(|_| run.end == k) };
-            // Safety: rows and columns lie in [m, n], and no other task has them.
-            unsafe {
-                let out = start.at(rows.start, panels.start * PANEL);
-                product(left, weight.view().part(run.clone()), panels.clone(), out, finish);
+    let half = n / 2;
+    let x = &slice(OP, x)?[..];
+    let mut out = room(m * half);
+    let start = Target { start: out.as_mut_ptr(), stride: half };
+    let most_rows = if weight.form.on_tiles() { TOKEN_ROWS } else { GATED_ROWS };
+    pool.run(blocks(m, most_rows).collect(), m * n * k, |rows| {
+        let mut both = BOTH.take();
+        both.resize((rows.len() * n).max(both.len()), 0.0);
+        let out = Target { start: both.as_mut_ptr(), stride: n };
+        let (x, panels) = (&x[rows.start * k..], 0..n.div_ceil(PANEL));
+        // Safety: `both` has so many rows of n values.
+        unsafe { weight.times(&Task { x, rows: rows.len(), panels, bias: None, out }) };
+        wide(
+            #[inline(always)]
+            || {
+                for (row, both) in rows.clone().zip(both.chunks_exact(n.max(1))) {
+                    let (a, g) = both.split_at(half);
+                    // Safety: the row is this task's.
+                    let out = unsafe { std::slice::from_raw_parts_mut(start.at(row, 0).start, half) };
+                    for ((out, a), g) in out.iter_mut().zip(a).zip(g) {
+                        *out = silu(*a) * g;
+                    }
+                }
+            },
+        );
+        BOTH.set(both);
+    });
+    let mut shape = rows.to_vec();
+    shape.push(half);
+    from_vec(OP, out, &shape)
+}
+
+/// The dimensions of x but the last, and `[m, k, n]` of the product.
+fn sizes<'a>(op: &'static str, x: &'a Tensor, weight: &Matrix) -> Result<(&'a [usize], [usize; 3])> {
+    let [k, n] = weight.shape;
+    match x.dims().split_last() {
+        Some((&width, rows)) if width == k && rows.len() <= 1 => Ok((rows, [rows.iter().product(), k, n])),
+        _ => Err(shape_error(op, format!("x [rows, {k}] or [{k}] for this weight"), x.dims())),
+    }
+}
+
+thread_local! {
+    /// Memory of a thread's task, kept from task to task: fresh memory costs a fault a page. Here the tiles of its rows;
+    static LEFT: Cell<Vec<Vec<Tile>>> = const { Cell::new(Vec::new()) };
+    /// and here both halves of a gated layer.
+    static BOTH: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+}
+
+impl Form {
+    /// The most rows and panels of a task.
+    fn task(&self) -> [usize; 2] {
+        if self.on_tiles() { [TOKEN_ROWS, TOKEN_PANELS] } else { [ROWS, COLUMNS / PANEL] }
+    }
+
+    fn on_tiles(&self) -> bool {
+        matches!(self, Self::Panels { split: true, .. } | Self::Rounded(_))
+    }
+}
+
+/// Some rows and columns of a product.
+struct Task<'a> {
+    /// From the first row on, `k` values each.
+    x: &'a [f32],
+    rows: usize,
+    panels: Range<usize>,
+    /// Of all columns.
+    bias: Option<&'a [f32]>,
+    /// Of the first row and column.
+    out: Target,
+}
+
+impl Matrix {
+    /// On the calling thread.
+    ///
+    /// # Safety
+    /// As for [`product`].
+    unsafe fn times(&self, task: &Task<'_>) {
+        // Safety: the caller's promise.
+        unsafe {
+            match &self.form {
+                Form::Panels { panels, split: false } => task.in_runs(self.shape[0], |x, depth, finish| {
+                    product(x, panels.view().part(depth), task.panels.clone(), task.out, finish);
+                }),
+                Form::Halves(halves) => task.times_halves(self.shape, halves),
+                Form::Panels { panels, split: true } => task.times_tiles::<3>(self.shape, Right::Panels(panels)),
+                Form::Rounded(tiles) => task.times_tiles::<1>(self.shape, Right::Tiles(tiles)),
             }
         }
-    });
-    out
+    }
+}
+
+impl<'a> Task<'a> {
+    /// Runs of [`DEPTH`]: its values of x, which they are, and what becomes of their products.
+    fn in_runs(&self, k: usize, mut run: impl FnMut(Rows<'_>, Range<usize>, Finish<'a>)) {
+        // Of no depth, the output is the bias.
+        for first in (0..k.max(1)).step_by(DEPTH) {
+            let depth = first..k.min(first + DEPTH);
+            let run_of_x = (&self.x[first..], depth.len());
+            let x = Rows { count: self.rows, stride: k, runs: &[run_of_x] };
+            let finish = Finish { add: first > 0, bias: self.bias.filter(|_| depth.end == k) };
+            run(x, depth, finish);
+        }
+    }
+
+    /// # Safety
+    /// As for [`product`].
+    unsafe fn times_halves(&self, [k, n]: [usize; 2], halves: &[bf16]) {
+        let mut widened = [0f32; DEPTH * PANEL];
+        self.in_runs(k, |x, depth, finish| {
+            for panel in self.panels.clone() {
+                let from = &halves[(panel * k + depth.start) * PANEL..][..depth.len() * PANEL];
+                let values = &mut widened[..from.len()];
+                wide(
+                    #[inline(always)]
+                    || {
+                        values
+                            .iter_mut()
+                            .zip(from)
+                            .for_each(|(to, from)| *to = f32::from_bits(u32::from(from.to_bits()) << 16))
+                    },
+                );
+                let (column, columns) = (panel * PANEL, PANEL.min(n - panel * PANEL));
+                let right = PanelsView { values, whole: depth.len(), columns, depth: 0..depth.len() };
+                let finish = Finish { bias: finish.bias.map(|bias| &bias[column..][..columns]), ..finish };
+                // Safety: the caller's promise.
+                unsafe { product(x, right, 0..1, self.out.at(0, column - self.panels.start * PANEL), finish) };
+            }
+        });
+    }
+
+    /// On the matrix units, `P` pieces a value.
+    ///
+    /// # Safety
+    /// As for [`product`].
+    unsafe fn times_tiles<const P: usize>(&self, [k, n]: [usize; 2], right: Right<'_>) {
+        let runs: Vec<Range<usize>> =
+            (0..k.max(1)).step_by(amx::DEPTH).map(|first| first..k.min(first + amx::DEPTH)).collect();
+        let mut left = LEFT.take();
+        left.resize_with(runs.len().max(left.len()), Vec::new);
+        for (depth, left) in runs.iter().zip(&mut left[..]) {
+            amx::arrange_left::<P>(&self.x[depth.start..], k, [self.rows, depth.len()], left);
+        }
+        let tiles = amx::Configured::new();
+        let mut split = vec![Tile::default(); amx::right_tiles(amx::DEPTH.min(k), 1, P)];
+        for group in self.panels.clone().step_by(TOKEN_GROUP) {
+            for (depth, left) in runs.iter().zip(&left[..]) {
+                for panel in group..self.panels.end.min(group + TOKEN_GROUP) {
+                    let right = right.tiles::<P>(panel, k, depth.clone(), &mut split);
+                    let (column, width) = (panel * PANEL, PANEL.min(n - panel * PANEL));
+                    let bias = self.bias.filter(|_| depth.end == k).map(|bias| &bias[column..]);
+                    let finish = Finish { add: depth.start > 0, bias };
+                    // Safety: the caller's promise.
+                    unsafe {
+                        let out = self.out.at(0, column - self.panels.start * PANEL);
+                        amx::product::<P>(&tiles, left, right, [self.rows, width], out, finish);
+                    }
+                }
+            }
+        }
+        LEFT.set(left);
+    }
 }
 
 /// Weights for the matrix units.
@@ -199,59 +361,7 @@ impl<'a> Right<'a> {
     }
 }
 
-thread_local! {
-    /// Rows of a thread's task, kept from task to task: fresh memory costs a fault a page.
-    static LEFT: Cell<Vec<Vec<Tile>>> = const { Cell::new(Vec::new()) };
-}
-
-/// As [`rows_times`] on the matrix units, `P` pieces a value.
-fn tokens_times<const P: usize>(
-    pool: &Pool,
-    x: &[f32],
-    [m, k, n]: [usize; 3],
-    bias: Option<&[f32]>,
-    right: Right<'_>,
-) -> Vec<f32> {
-    let mut out = room(m * n);
-    if out.is_empty() {
-        return out;
-    }
-    let start = Target { start: out.as_mut_ptr(), stride: n };
-    let grid: Vec<(Range<usize>, Range<usize>)> = blocks(m, TOKEN_ROWS)
-        .flat_map(|rows| blocks(n.div_ceil(PANEL), TOKEN_PANELS).map(move |p| (rows.clone(), p)))
-        .collect();
-    pool.run(grid, m * n * k, |(rows, panels)| {
-        let runs: Vec<Range<usize>> =
-            (0..k.max(1)).step_by(amx::DEPTH).map(|first| first..k.min(first + amx::DEPTH)).collect();
-        let mut left = LEFT.take();
-        left.resize_with(runs.len().max(left.len()), Vec::new);
-        for (depth, left) in runs.iter().zip(&mut left[..]) {
-            let from = &x[rows.start * k + depth.start..];
-            amx::arrange_left::<P>(from, k, [rows.len(), depth.len()], left);
-        }
-        let tiles = amx::Configured::new();
-        let mut split = vec![Tile::default(); amx::right_tiles(amx::DEPTH.min(k), 1, P)];
-        for group in panels.clone().step_by(TOKEN_GROUP) {
-            for (depth, left) in runs.iter().zip(&left[..]) {
-                for panel in group..panels.end.min(group + TOKEN_GROUP) {
-                    let right = right.tiles::<P>(panel, k, depth.clone(), &mut split);
-                    let (column, width) = (panel * PANEL, PANEL.min(n - panel * PANEL));
-                    let bias = bias.filter(|_| depth.end == k).map(|bias| &bias[column..]);
-                    let finish = Finish { add: depth.start > 0, bias };
-                    // Safety: rows and columns lie in [m, n], and no other task has them.
-                    unsafe {
-                        let out = start.at(rows.start, column);
-                        amx::product::<P>(&tiles, left, right, [rows.len(), width], out, finish);
-                    }
-                }
-            }
-        }
-        LEFT.set(left);
-    });
-    out
-}
-
 /// `0..len` in even runs of at most `max`.
 fn blocks(len: usize, max: usize) -> impl Iterator<Item = Range<usize>> {
-    Split::new(len, len.div_ceil(max)).ranges()
+    Split::new(len, len.div_ceil(max).max(1)).ranges().filter(|block| !block.is_empty())
 }

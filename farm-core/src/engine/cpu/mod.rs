@@ -40,8 +40,8 @@ pub enum Precision {
     /// As exact as f32 numbers and f32 sums.
     #[default]
     F32,
-    /// On machines with matrix units, factors rounded to bf16 and sums in f32: weights take half the memory, and the products
-    /// less than half the time. On others as [`Precision::F32`].
+    /// Sums in f32. On machines with matrix units factors are rounded to bf16, and the products take less than half the time. On
+    /// others the weights of linear layers alone are. Either way these take half the memory.
     Bf16,
 }
 
@@ -70,6 +70,8 @@ impl FromStr for Precision {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Units {
     Vectors,
+    /// Vectors, with weights of linear layers rounded to bf16.
+    Halves,
     /// Matrix units, each f32 number as the sum of three of bf16.
     Split,
     /// Matrix units, numbers rounded to bf16.
@@ -101,9 +103,10 @@ impl CpuEngine {
             return Err(EngineError::Backend { op: "start threads", message });
         }
         let units = match precision {
-            _ if !amx::available() => Units::Vectors,
-            Precision::F32 => Units::Split,
-            Precision::Bf16 => Units::Rounded,
+            Precision::F32 if amx::available() => Units::Split,
+            Precision::F32 => Units::Vectors,
+            Precision::Bf16 if amx::available() => Units::Rounded,
+            Precision::Bf16 => Units::Halves,
         };
         Ok(CpuEngine { pool: Pool::new(threads)?, units })
     }
@@ -257,8 +260,8 @@ impl Engine for CpuEngine {
         rope::split_qkv(&self.pool, packed, [q_norm, k_norm], heads, rope)
     }
 
-    fn swiglu(&self, x: &Tensor) -> Result<Tensor> {
-        elementwise::swiglu(&self.pool, x)
+    fn linear_swiglu(&self, x: &Tensor, weight: &linear::Matrix) -> Result<Tensor> {
+        linear::linear_swiglu(&self.pool, x, weight)
     }
 
     fn modulated_layer_norm(&self, x: &Tensor, shift: &Tensor, scale: &Tensor) -> Result<Tensor> {

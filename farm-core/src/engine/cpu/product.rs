@@ -18,6 +18,9 @@ pub(super) const PANEL: usize = 32;
 /// multiples of it.
 pub(super) const CHAIN: usize = 64;
 
+/// Bytes of a cache line.
+const LINE: usize = 64;
+
 /// A right-hand matrix `[depth, columns]`: panels of [`PANEL`] columns, each `[depth, PANEL]`, the last filled with zeros.
 pub(super) struct Panels {
     depth: usize,
@@ -38,11 +41,6 @@ impl Panels {
 
     pub fn zeros(depth: usize, columns: usize) -> Self {
         Self { depth, columns, values: zeros(columns.div_ceil(PANEL) * depth * PANEL) }
-    }
-
-    /// Depth and columns of the matrix.
-    pub fn shape(&self) -> [usize; 2] {
-        [self.depth, self.columns]
     }
 
     /// The panels, `[depth, PANEL]` each.
@@ -182,7 +180,7 @@ pub(super) unsafe fn product(
         #[target_feature(enable = "avx2,fma")]
         unsafe fn avx2(rows: Rows<'_>, right: PanelsView<'_>, panels: Range<usize>, out: Target, finish: Finish<'_>) {
             // Safety: as of the whole.
-            unsafe { walk::<Avx2, 2, 6>(rows, right, panels, out, finish) }
+            unsafe { walk::<Avx2, 4, 3>(rows, right, panels, out, finish) }
         }
         if super::wide::has_avx512() {
             // Safety: the features were found on this CPU; the rest is the caller's promise.
@@ -209,6 +207,9 @@ unsafe fn walk<L: Lanes, const V: usize, const MOST: usize>(
     let tiles = rows.count.div_ceil(MOST);
     for (column, panel) in panels.enumerate() {
         let values = right.panel(panel);
+        // Fetched while this one is used: of a few rows, a product waits for little else than the weights.
+        let next = values.as_ptr().wrapping_add(right.whole * PANEL).cast::<u8>();
+        let bytes = size_of_val(values);
         let width = PANEL.min(right.columns - panel * PANEL);
         for part in (0..width).step_by(V * L::WIDTH) {
             let width = (V * L::WIDTH).min(width - part);
@@ -216,11 +217,16 @@ unsafe fn walk<L: Lanes, const V: usize, const MOST: usize>(
             for tile in 0..tiles {
                 // Tiles of equal size, but for one row: a last tile of a few rows would waste most of its time.
                 let (first, end) = (tile * rows.count / tiles, (tile + 1) * rows.count / tiles);
+                if part == 0 {
+                    for line in (tile * bytes / tiles..(tile + 1) * bytes / tiles).step_by(LINE) {
+                        L::fetch(next.wrapping_add(line));
+                    }
+                }
                 // Safety: the rows lie in `rows`, the columns in the panel, and both in `out`.
                 unsafe {
                     let out = out.at(first, column * PANEL + part);
                     let task = Tile { rows, first, right: values.as_ptr().add(part), out, width, finish };
-                    task.run::<L, V>(end - first);
+                    task.run::<L, V, MOST>(end - first);
                 }
             }
         }
@@ -240,13 +246,13 @@ struct Tile<'a> {
 
 impl Tile<'_> {
     #[inline(always)]
-    unsafe fn run<L: Lanes, const V: usize>(&self, rows: usize) {
+    unsafe fn run<L: Lanes, const V: usize, const MOST: usize>(&self, rows: usize) {
         macro_rules! rows {
             ($($n:literal)*) => {
                 match rows {
                     // Safety: the caller's promise.
-                    $($n => unsafe { self.sum::<L, V, $n>() },)*
-                    _ => unreachable!("a tile has at most 14 rows"),
+                    $($n if $n <= MOST => unsafe { self.sum::<L, V, $n>() },)*
+                    _ => unreachable!("a tile of {rows} rows"),
                 }
             };
         }
@@ -318,11 +324,22 @@ unsafe fn accumulate<L: Lanes, const V: usize, const R: usize>(
     for k in 0..len {
         // Safety: `len` values of R rows and `len` rows of a panel are the caller's promise.
         unsafe {
-            let right: [L; V] = std::array::from_fn(|v| L::load(right.add(k * PANEL + v * L::WIDTH)));
-            for (r, sums) in sums.iter_mut().enumerate() {
-                let left = L::splat(*left.add(r * stride + k));
-                for (sum, right) in sums.iter_mut().zip(right) {
-                    *sum = left.fma(right, *sum);
+            // The side with fewer vectors waits in registers: beside the sums there is no room for both.
+            if R < V {
+                let left: [L; R] = std::array::from_fn(|r| L::splat(*left.add(r * stride + k)));
+                for v in 0..V {
+                    let right = L::load(right.add(k * PANEL + v * L::WIDTH));
+                    for (sums, left) in sums.iter_mut().zip(left) {
+                        sums[v] = left.fma(right, sums[v]);
+                    }
+                }
+            } else {
+                let right: [L; V] = std::array::from_fn(|v| L::load(right.add(k * PANEL + v * L::WIDTH)));
+                for (r, sums) in sums.iter_mut().enumerate() {
+                    let left = L::splat(*left.add(r * stride + k));
+                    for (sum, right) in sums.iter_mut().zip(right) {
+                        *sum = left.fma(right, *sum);
+                    }
                 }
             }
         }
@@ -387,7 +404,7 @@ mod tests {
         assert!(plain == run(product));
         #[cfg(target_arch = "x86_64")]
         if super::super::wide::has_avx2() {
-            assert!(plain == run(walk::<super::super::lanes::x86::Avx2, 2, 6>));
+            assert!(plain == run(walk::<super::super::lanes::x86::Avx2, 4, 3>));
         }
     }
 }

@@ -332,12 +332,31 @@ fn patches_have_channels_slowest_coming_in_and_fastest_going_out() {
 }
 
 #[test]
-fn swiglu_gates_with_the_first_half() {
+fn silu_is_x_times_its_sigmoid() {
     let e = engine(1);
-    let x = e.upload(&[1.0, -2.0, 3.0, 5.0], &[1, 4]).unwrap();
     let silu = |x: f64| x / (1.0 + (-x).exp());
-    assert_close(&read(&e.swiglu(&x).unwrap()), &[silu(1.0) * 3.0, silu(-2.0) * 5.0], 1e-6);
-    assert_close(&read(&e.silu(&x).unwrap()), &[silu(1.0), silu(-2.0), silu(3.0), silu(5.0)], 1e-6);
+    let x = [1.0, -2.0, 3.0, 50.0];
+    let got = e.silu(&e.upload(&x, &[1, 4]).unwrap()).unwrap();
+    assert_close(&read(&got), &x.map(|x| silu(f64::from(x))), 1e-6);
+}
+
+#[test]
+fn a_gated_layer_is_the_gated_halves_of_its_product_on_all_units() {
+    // Rows of several tasks; halves that end within a panel.
+    for [m, k, half] in [[1, 7, 3], [130, 200, 45], [300, 600, 32]] {
+        let (x, w) = (tensor(&[m, k], 1), tensor(&[2 * half, k], 2));
+        for units in all_units() {
+            let e = engine_on(units, 2);
+            let w = e.matrix(&w, Over::Tokens).unwrap();
+            let got = e.linear_swiglu(&x, &w).unwrap();
+            assert_eq!(got.dims(), [m, half]);
+            let product = e.linear(&x, &w, None).unwrap();
+            let [a, g] = [0, half].map(|start| e.narrow(&product, 1, start, half).unwrap());
+            let expected: Vec<f32> =
+                read(&e.silu(&a).unwrap()).iter().zip(read(&g)).map(|(silu, g)| silu * g).collect();
+            assert!(read(&got) == expected, "{units:?} {m} {k} {half}");
+        }
+    }
 }
 
 #[test]
@@ -385,7 +404,7 @@ fn results_have_the_same_bits_for_any_number_of_threads() {
             &e.modulated_rms_norm(&x, &gate).unwrap(),
             &e.modulated_layer_norm(&x, &gate, &gate).unwrap(),
             &e.gated_residual(&x, &attended.out, &gate).unwrap(),
-            &e.swiglu(&packed).unwrap(),
+            &e.linear_swiglu(&x, &e.matrix(&tensor(&[250, heads * d], 8), Over::Tokens).unwrap()).unwrap(),
             &e.gelu_gated(&x, &attended.out).unwrap(),
             &e.euler_step(&x, &t5, Some(&attended.out), 4.5, 0.1).unwrap(),
             // One row.
@@ -458,7 +477,8 @@ fn wrong_shapes_are_errors_that_name_the_operation() {
         ("split_qkv", e.split_qkv(&x, &t(&[2]), &t(&[2]), 1, Some(&table)).map(|t| t.q)),
         ("attention", e.attention(&q, &[&q], &[]).map(|t| t.out)),
         ("attention", e.attention(&q, &[&t(&[4, 3, 2])], &[&q]).map(|t| t.out)),
-        ("swiglu", e.swiglu(&t(&[2, 3]))),
+        ("linear_swiglu", e.linear_swiglu(&x, &m(&[3, 6]))),
+        ("linear_swiglu", e.linear_swiglu(&x, &m(&[4, 5]))),
         ("modulated_layer_norm", e.modulated_layer_norm(&x, &v, &t(&[4]))),
         ("euler_step", e.euler_step(&x, &v, None, 1.0, 0.1)),
     ];
@@ -473,17 +493,15 @@ fn wrong_shapes_are_errors_that_name_the_operation() {
 /// Every way that this machine has to compute over the visual tokens.
 fn all_units() -> Vec<Units> {
     let on_tiles = [Units::Split, Units::Rounded].into_iter().filter(|_| amx::available());
-    [Units::Vectors].into_iter().chain(on_tiles).collect()
+    [Units::Vectors, Units::Halves].into_iter().chain(on_tiles).collect()
 }
 
 fn engine_on(units: Units, threads: usize) -> CpuEngine {
     CpuEngine { units, ..engine(threads) }
 }
 
-/// Values of the same magnitude, rounded as the units round them.
-fn rounded(units: Units, values: &[f32]) -> Vec<f32> {
-    let round = |x: &f32| if units == Units::Rounded { half::bf16::from_f32(*x).to_f32() } else { *x };
-    values.iter().map(round).collect()
+fn rounded(values: &[f32]) -> Vec<f32> {
+    values.iter().map(|x| half::bf16::from_f32(*x).to_f32()).collect()
 }
 
 #[test]
@@ -494,7 +512,13 @@ fn a_layer_over_tokens_is_the_product_on_all_units() {
         for units in all_units() {
             let e = engine_on(units, 2);
             let got = read(&e.linear(&x, &e.matrix(&w, Over::Tokens).unwrap(), Some(&b)).unwrap());
-            let (x, w, b) = (rounded(units, &read(&x)), rounded(units, &read(&w)), read(&b));
+            let (mut x, mut w, b) = (read(&x), read(&w), read(&b));
+            if units == Units::Rounded {
+                x = rounded(&x);
+            }
+            if matches!(units, Units::Rounded | Units::Halves) {
+                w = rounded(&w);
+            }
             let mut size = 0f64;
             let expected: Vec<f64> = (0..m * n)
                 .map(|at| {

@@ -238,7 +238,7 @@ impl Run<'_> {
         let split = 6.0 * (rows * d).max(segment) * bytes;
         // Queries, the keys and values in use and those on their way; two partial results.
         let ring = if self.topology.ring() > 1 { segment * (5.0 * bytes + 2.0 * F32) } else { 0.0 };
-        let mlp = rows * (d + 3.0 * model.ffn_x as f64) * bytes;
+        let mlp = rows * (2.0 * d + model.ffn_x as f64) * bytes;
         let rotation = tokens as f64 * d * F32;
         weights * bytes + streams + rotation + split.max(ring).max(mlp)
     }

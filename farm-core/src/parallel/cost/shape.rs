@@ -73,9 +73,9 @@ impl ModelShape {
     /// Values read and written between the products of one block: norms, rotation, gates and residuals, each of which
     /// reads its input from memory and writes its output back.
     pub fn elementwise_values(&self, tokens: usize, text: usize) -> f64 {
-        // Per row: two norms 2d each, split and rotation 6d, two residuals 3d each, SwiGLU 3f.
-        let row = |d: usize, f: usize| (4 * d + 6 * self.hidden_x + 6 * d + 3 * f) as f64;
-        tokens as f64 * row(self.hidden_x, self.ffn_x) + text as f64 * row(self.hidden_y, self.ffn_y)
+        // Per row: two norms 2d each, split and rotation 6d, two residuals 3d each. SwiGLU is part of its product.
+        let row = |d: usize| (4 * d + 6 * self.hidden_x + 6 * d) as f64;
+        tokens as f64 * row(self.hidden_x) + text as f64 * row(self.hidden_y)
     }
 
     /// Parameters of block `layer`.

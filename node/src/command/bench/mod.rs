@@ -1,9 +1,10 @@
 //! `farm-node bench`: where the time of one clip goes, and how much memory it takes. `bench usp`: what ranks gain.
-//! `bench tiles`: what decodes in tiles lose. `bench forward`: one network alone, of any checkpoint. `bench peak`: what a core
-//! can do at most.
+//! `bench tiles`: what decodes in tiles lose. `bench forward`: one network alone, of any checkpoint. `bench kernels`: the
+//! operations of networks. `bench peak`: what a core can do at most.
 
 mod decode;
 mod forward;
+mod kernels;
 mod peak;
 mod stitch;
 mod tiles;
@@ -64,6 +65,8 @@ enum Other {
     Stitch(stitch::Args),
     /// Time one network over stored inputs, and compare with a stored result
     Forward(forward::Args),
+    /// Time the operations that networks spend their time in, each alone
+    Kernels(kernels::Args),
     /// Measure what one core computes and its memory moves at most
     Peak(peak::Args),
 }
@@ -98,6 +101,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         Some(Other::Decode(args)) => return decode::run(args),
         Some(Other::Stitch(args)) => return stitch::run(args),
         Some(Other::Forward(args)) => return forward::run(args),
+        Some(Other::Kernels(args)) => return kernels::run(args),
         Some(Other::Peak(args)) => return peak::run(args),
         None => {}
     }

@@ -85,7 +85,7 @@ fn best_rate(per_round: f64, mut work: impl FnMut(u64)) -> f64 {
 }
 
 /// f32 multiply-adds of the widest vectors here, and what these are called.
-fn multiply_adds() -> (&'static str, f64) {
+pub(super) fn multiply_adds() -> (&'static str, f64) {
     #[cfg(target_arch = "x86_64")]
     {
         if is_x86_feature_detected!("avx512f") {
