@@ -187,8 +187,6 @@ pub trait Engine: SequenceOps {
 
     // ---- T5 encoder (spec: T5 v1.1) ----
 
-    /// Rows of an embedding table: `[V, D]`, ids → `[ids, D]`. An id outside the table is a shape error.
-    fn embed_rows(&self, table: &Self::Tensor, ids: &[u32]) -> Result<Self::Tensor>;
     /// `x / sqrt(mean(x²) + eps) · weight` over the last dimension.
     fn rms_norm(&self, x: &Self::Tensor, weight: &Self::Tensor, eps: f32) -> Result<Self::Tensor>;
     /// T5 self-attention without 1/√d: `softmax(q·kᵀ + bias)·v`; q, k, v `[L, heads·d]`, bias `[heads, L, L]` → `[L, heads·d]`.

@@ -470,7 +470,7 @@ impl<E: Engine> Pipeline<E> {
             let tokenizer = self.checkpoint.tokenizer_dir().ok_or_else(|| missing("tokenizer"))?;
             Ok(TextStage {
                 tokenizer: Tokenizer::open(tokenizer).map_err(|error| ModelError::Input(error.to_string()))?,
-                t5: T5Encoder::load(&Loader { engine, source: t5 }, t5.config())?,
+                t5: T5Encoder::load(engine, t5)?,
             })
         })
     }

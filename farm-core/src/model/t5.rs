@@ -3,10 +3,13 @@
 //! Runs on the ids without padding: padded positions would be masked as keys and never read, so leaving them out gives
 //! the same rows.
 
+use std::sync::Arc;
+
 use crate::engine::{Engine, Over};
 use crate::model::ModelError;
 use crate::model::config::T5Config;
 use crate::model::layers::{Linear, Observer};
+use crate::model::weights::checkpoint::Part;
 use crate::model::weights::{Loader, Tensors};
 
 /// Buckets that [`bucket`] knows: half for keys after the query, in each half 8 exact distances and 8 growing ranges.
@@ -14,12 +17,12 @@ const BUCKETS: usize = 32;
 
 /// Weights of the encoder.
 pub struct T5Encoder<E: Engine> {
-    embedding: E::Tensor,
+    /// Where the embedding table stays: a prompt needs as many of its rows as it has ids, and they are read when it comes.
+    part: Arc<Part<T5Config>>,
     /// `[BUCKETS, heads]`, kept on the host: every prompt length has a bias of its own.
     relative_bias: Vec<f32>,
     blocks: Vec<T5Block<E>>,
     final_norm: E::Tensor,
-    vocab_size: usize,
     heads: usize,
     eps: f32,
 }
@@ -37,7 +40,9 @@ struct T5Block<E: Engine> {
 }
 
 impl<E: Engine> T5Encoder<E> {
-    pub fn load(loader: &Loader<'_, E>, config: &T5Config) -> Result<Self, ModelError> {
+    /// Loads all but the embedding table; the encoder keeps `part` for that.
+    pub fn load(engine: &E, part: &Arc<Part<T5Config>>) -> Result<Self, ModelError> {
+        let (loader, config) = (&Loader { engine, source: &**part }, part.config());
         if config.relative_attention_num_buckets != BUCKETS {
             return Err(ModelError::Input(format!(
                 "text encoder has {} relative position buckets, only {BUCKETS} are known",
@@ -47,11 +52,10 @@ impl<E: Engine> T5Encoder<E> {
         let table = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight";
         let relative_bias = loader.tensor(table, &[BUCKETS, config.num_heads])?;
         Ok(T5Encoder {
-            embedding: loader.tensor("shared.weight", &[config.vocab_size, config.d_model])?,
-            relative_bias: loader.engine.download(&relative_bias)?,
+            part: part.clone(),
+            relative_bias: engine.download(&relative_bias)?,
             blocks: (0..config.num_layers).map(|i| T5Block::load(loader, config, i)).collect::<Result<_, _>>()?,
             final_norm: loader.tensor("encoder.final_layer_norm.weight", &[config.d_model])?,
-            vocab_size: config.vocab_size,
             heads: config.num_heads,
             eps: config.layer_norm_epsilon as f32,
         })
@@ -72,14 +76,16 @@ impl<E: Engine> T5Encoder<E> {
         if ids.is_empty() {
             return Err(ModelError::Input("a prompt without any token cannot be encoded".into()));
         }
-        if let Some(id) = ids.iter().find(|id| **id as usize >= self.vocab_size) {
+        let &T5Config { vocab_size, d_model, .. } = self.part.config();
+        if let Some(id) = ids.iter().find(|id| **id as usize >= vocab_size) {
             return Err(ModelError::Input(format!(
-                "token id {id} is outside the text encoder's vocabulary of {}: the tokenizer belongs to another checkpoint",
-                self.vocab_size
+                "token id {id} is outside the text encoder's vocabulary of {vocab_size}: the tokenizer belongs to \
+                 another checkpoint"
             )));
         }
         let bias = engine.upload(&self.position_bias(ids.len()), &[self.heads, ids.len(), ids.len()])?;
-        let mut x = engine.embed_rows(&self.embedding, ids)?;
+        let loader = Loader { engine, source: &*self.part };
+        let mut x = loader.rows("shared.weight", [vocab_size, d_model], ids)?;
         for (i, block) in self.blocks.iter().enumerate() {
             x = block.forward(engine, &x, &bias, self.heads, self.eps)?;
             observe(&format!("block{i}"), &x);

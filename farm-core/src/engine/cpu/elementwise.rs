@@ -115,21 +115,6 @@ pub(super) fn euler_step(
     )
 }
 
-pub(super) fn embed_rows(table: &Tensor, ids: &[u32]) -> Result<Tensor> {
-    const OP: &str = "embed_rows";
-    let [rows, d] = dims(OP, "table [rows, channels]", table)?;
-    let values = slice(OP, table)?;
-    let mut out = Vec::with_capacity(ids.len() * d);
-    for &id in ids {
-        let row = id as usize;
-        if row >= rows {
-            return Err(shape_error(OP, format!("a table with a row {row}"), table.dims()));
-        }
-        out.extend_from_slice(&values[row * d..][..d]);
-    }
-    from_vec(OP, out, &[ids.len(), d])
-}
-
 pub(super) fn concat(parts: &[&Tensor], dim: usize) -> Result<Tensor> {
     const OP: &str = "concat";
     let Some((first, rest)) = parts.split_first() else {

@@ -211,10 +211,6 @@ impl Engine for CpuEngine {
 
     // ---- T5 encoder ----
 
-    fn embed_rows(&self, table: &Tensor, ids: &[u32]) -> Result<Tensor> {
-        elementwise::embed_rows(table, ids)
-    }
-
     fn rms_norm(&self, x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
         norm::rms_norm(&self.pool, x, weight, eps)
     }

@@ -461,7 +461,6 @@ fn wrong_shapes_are_errors_that_name_the_operation() {
         ("linear", e.linear(&v, &m(&[3, 5]), None)),
         ("linear", e.linear(&t(&[1, 2, 6]), &m(&[4, 6]), None)),
         ("add", e.add(&x, &v)),
-        ("embed_rows", e.embed_rows(&x, &[0, 4])),
         ("rms_norm", e.rms_norm(&x, &t(&[4]), 1e-6)),
         ("t5_attention", e.t5_attention(&x, &x, &x, &t(&[2, 4, 5]), 2)),
         ("t5_attention", e.t5_attention(&x, &x, &x, &t(&[4, 4, 4]), 4)),

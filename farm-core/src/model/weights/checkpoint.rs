@@ -13,7 +13,7 @@ use std::fmt;
 use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use sha2::{Digest, Sha256};
 
@@ -118,7 +118,7 @@ pub struct Checkpoint {
     inspection: Inspection,
     dit: Option<Part<DitConfig>>,
     vae: Option<Part<VaeConfig>>,
-    t5: Option<Part<T5Config>>,
+    t5: Option<Arc<Part<T5Config>>>,
     tokenizer: Option<PathBuf>,
     generation: GenerationDefaults,
     /// Configurations as read, by name relative to the folder; part of the content hash.
@@ -172,8 +172,8 @@ impl Checkpoint {
         self.vae.as_ref()
     }
 
-    /// The text encoder, if the folder has one.
-    pub fn t5(&self) -> Option<&Part<T5Config>> {
+    /// The text encoder, if the folder has one; shared, because who encodes goes on reading from it.
+    pub fn t5(&self) -> Option<&Arc<Part<T5Config>>> {
         self.t5.as_ref()
     }
 
@@ -340,7 +340,7 @@ impl Checkpoint {
             inspection: Inspection { layout, notes, parts, problems },
             dit,
             vae,
-            t5,
+            t5: t5.map(Arc::new),
             tokenizer,
             generation,
             configs,

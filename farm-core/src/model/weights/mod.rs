@@ -23,12 +23,28 @@ pub struct StoredTensor<'a> {
     pub pieces: Vec<RawTensor<'a>>,
 }
 
+impl StoredTensor<'_> {
+    /// Row `row` of a matrix, as a piece of `shape`, which is `[1, width]`. None if there is no such row.
+    fn row<'a>(&'a self, row: u32, shape: &'a [usize; 2]) -> Option<RawTensor<'a>> {
+        let mut row = row as usize;
+        for &RawTensor { dtype, shape: piece, bytes } in &self.pieces {
+            let rows = *piece.first()?;
+            if row < rows {
+                let len = shape[1] * dtype.bytes();
+                return Some(RawTensor { dtype, shape, bytes: bytes.get(row * len..)?.get(..len)? });
+            }
+            row -= rows;
+        }
+        None
+    }
+}
+
 /// Finds a tensor by its original-layout name, for example `blocks.0.attn.qkv_x.weight`.
 pub trait WeightSource: Send + Sync {
     fn get(&self, name: &str) -> Result<StoredTensor<'_>, WeightError>;
 
-    /// Says that an engine has its own copy of the tensor, so that a source may give the memory of its bytes back.
-    /// [`get`](Self::get) still finds it, with the same values.
+    /// Says that an engine has its own copy of what it needs of the tensor, so that a source may give the memory of its
+    /// bytes back. [`get`](Self::get) still finds it, with the same values.
     fn release(&self, _name: &str) {}
 }
 
@@ -38,6 +54,8 @@ pub enum WeightError {
     Missing { name: String },
     #[error("tensor {name} has shape {got:?}, expected {expected:?}")]
     Shape { name: String, expected: Vec<usize>, got: Vec<usize> },
+    #[error("tensor {name} has no row {row}, only {rows}")]
+    Row { name: String, row: u32, rows: usize },
 }
 
 /// Where a network gets its tensors from, by name and with their shapes checked.
@@ -82,6 +100,18 @@ impl<E: Engine> Loader<'_, E> {
                 // No layout splits a convolution.
                 Ok(self.engine.conv_weight(weight.pieces[0], bias.pieces[0])?)
             })
+        })
+    }
+
+    /// These rows of the matrix `name` `[rows, width]`, at least one, as a tensor. Nothing else of it is read.
+    pub fn rows(&self, name: &str, shape: [usize; 2], rows: &[u32]) -> Result<E::Tensor, ModelError> {
+        self.take(name, &shape, |stored| {
+            let row_shape = [1, shape[1]];
+            let stored_row = |&row: &u32| {
+                let missing = || WeightError::Row { name: name.into(), row, rows: shape[0] };
+                stored.row(row, &row_shape).ok_or_else(missing)
+            };
+            Ok(self.engine.weight(&rows.iter().map(stored_row).collect::<Result<Vec<_>, _>>()?)?)
         })
     }
 

@@ -4,13 +4,14 @@ use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use half::bf16;
+use half::{bf16, f16};
 
 use super::checkpoint::Checkpoint;
 use super::names::{self, Entry, Naming};
 use super::report::{Layout, PartReport, TensorStatus};
-use super::{StoredTensor, WeightSource};
-use crate::engine::{RawDtype, RawTensor};
+use super::{Loader, StoredTensor, Tensors, WeightError, WeightSource};
+use crate::engine::cpu::CpuEngine;
+use crate::engine::{Engine, RawDtype, RawTensor};
 use crate::model::config::{DitConfig, T5Config, VaeConfig};
 
 fn golden(folder: &str) -> PathBuf {
@@ -171,6 +172,40 @@ fn released_tensors_are_read_again_with_the_same_values() {
     let hash = checkpoint.content_hash().unwrap();
     assert_eq!(hash, Checkpoint::open(&dir).unwrap().content_hash().unwrap());
     assert!(names().zip(before).all(|(name, before)| read(&name) == before));
+}
+
+#[test]
+fn rows_are_those_of_the_whole_matrix_for_every_stored_type_and_piece() {
+    /// A matrix `[6, 3]` of three pieces.
+    struct Mixed([Vec<u8>; 3]);
+    impl WeightSource for Mixed {
+        fn get(&self, name: &str) -> Result<StoredTensor<'_>, WeightError> {
+            let pieces = [(RawDtype::F32, &[2, 3]), (RawDtype::F16, &[1, 3]), (RawDtype::Bf16, &[3, 3])];
+            let pieces = pieces.into_iter().zip(&self.0);
+            let pieces = pieces.map(|((dtype, shape), bytes)| RawTensor { dtype, shape, bytes }).collect();
+            match name {
+                "mixed" => Ok(StoredTensor { shape: vec![6, 3], pieces }),
+                _ => Err(WeightError::Missing { name: name.into() }),
+            }
+        }
+    }
+    let source = Mixed([
+        (0..6).flat_map(|i| (i as f32 + 0.1).to_le_bytes()).collect(),
+        (6..9).flat_map(|i| f16::from_f32(i as f32).to_le_bytes()).collect(),
+        (9..18).flat_map(|i| bf16::from_f32(i as f32).to_le_bytes()).collect(),
+    ]);
+    let engine = CpuEngine::new(1).unwrap();
+    let loader = Loader { engine: &engine, source: &source };
+    let whole = engine.download(&loader.tensor("mixed", &[6, 3]).unwrap()).unwrap();
+    let rows = [5, 0, 2, 2, 3, 1, 4];
+    let expected: Vec<f32> = rows.iter().flat_map(|&row| &whole[3 * row as usize..][..3]).copied().collect();
+    let got = loader.rows("mixed", [6, 3], &rows).unwrap();
+    assert_eq!((got.dims(), engine.download(&got).unwrap()), (&[7, 3][..], expected));
+
+    let refusal = |name, shape, rows: &[u32]| loader.rows(name, shape, rows).err().unwrap().to_string();
+    assert_eq!(refusal("mixed", [6, 3], &[0, 6]), "tensor mixed has no row 6, only 6");
+    assert_eq!(refusal("mixed", [7, 3], &[0]), "tensor mixed has shape [6, 3], expected [7, 3]");
+    assert_eq!(refusal("other", [6, 3], &[0]), "tensor other is missing from the checkpoint");
 }
 
 #[test]

@@ -12,6 +12,7 @@ use std::num::NonZeroUsize;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use anyhow::{Context, bail, ensure};
 use farm_core::engine::cpu::CpuEngine;
@@ -106,14 +107,14 @@ impl<E: Engine> Stages<'_, E> {
         all
     }
 
-    fn text_encoder(&mut self, part: &Part<T5Config>) -> anyhow::Result<()> {
+    fn text_encoder(&mut self, part: &Arc<Part<T5Config>>) -> anyhow::Result<()> {
         if !self.takes(&["t5.ids", "t5.mask"]) {
             return Ok(());
         }
         let Some(&[samples, length]) = self.goldens.shape("t5.ids") else { bail!("t5.ids is not [rows, tokens]") };
         ensure!(self.goldens.shape("t5.mask") == Some(&[samples, length]), "t5.mask has another shape than t5.ids");
         let (ids, valid) = (self.goldens.numbers("t5.ids")?, self.goldens.valid_tokens("t5.mask")?);
-        let encoder = T5Encoder::load(&Loader { engine: self.engine, source: part }, part.config())?;
+        let encoder = T5Encoder::load(self.engine, part)?;
         for (sample, &tokens) in valid.iter().enumerate().filter(|(_, tokens)| **tokens > 0) {
             let mut taps = Taps::new("t5.", |_| true);
             let ids = &ids[sample * length..][..tokens];
