@@ -7,9 +7,10 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use anyhow::Context;
-use farm_core::engine::cpu::{CpuEngine, Precision};
+use farm_core::engine::cpu::CpuEngine;
 use farm_core::parallel::cost::Site;
 use farm_core::parallel::cost::devices::Devices as Rates;
+use farm_core::precision::Precision;
 
 use crate::cores;
 
