@@ -46,6 +46,7 @@ use crate::id::{AttemptNo, DeviceIndex, Epoch, JobId, NodeId, SubmissionId, Tena
 use crate::job::spec::{RenderRequest, RenderSpec};
 use crate::job::state::{JobState, Progress};
 use crate::parallel::topology::Topology;
+use crate::precision::Precision;
 use crate::tiles::plan::{Mode, Tile, Tiling};
 
 /// Bytes of one page of a submission; the last may be shorter.
@@ -280,6 +281,9 @@ pub struct JobResult {
     /// How the clip was spread over them.
     #[serde(default = "solo")]
     pub topology: Topology,
+    /// How the latent was computed. Results of versions that knew one precision leave it out.
+    #[serde(default)]
+    pub precision: Precision,
     /// How its latent was decoded. Results of versions that knew no tiles leave it out.
     #[serde(default)]
     pub decode: Option<DecodeRecord>,

@@ -7,6 +7,7 @@
 //! | plain | [`wire`] | what the scheduler and the nodes say to each other; `wire::cluster` (`cluster`) carries it over ractor |
 //! | plain | [`parallel`] | how a clip is spread over a group of devices |
 //! | plain | [`tiles`] | how its decode is cut into tiles |
+//! | plain | [`precision`] | how exactly it is denoised |
 //! | `store` | [`store`] | artifacts in object storage and the create-once result |
 //! | `model` | [`engine`], [`comm`], [`model`] | the operations of one device; messages between ranks; Mochi over both |
 //!
@@ -23,6 +24,7 @@ pub mod job;
 #[cfg(feature = "model")]
 pub mod model;
 pub mod parallel;
+pub mod precision;
 #[cfg(feature = "store")]
 pub mod store;
 pub mod tiles;

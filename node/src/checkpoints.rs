@@ -1,13 +1,15 @@
 //! Latent checkpoints: where another run, on this node or another, takes a clip up if this one does not end well.
 //!
-//! Each is an object of its own that is created once, so runs that overlap do not disturb each other. None of this ever
-//! fails a clip: what cannot be written is not there later, and what cannot be read is passed over.
+//! Each is an object of its own that is created once, and replaced only by a run that cannot go on from it, so runs that
+//! overlap do not disturb each other. None of this ever fails a clip: what cannot be written is not there later, and what
+//! cannot be read is passed over.
 
 use std::sync::Arc;
 
 use bytes::Bytes;
 use farm_core::job::spec::{MAX_STEPS, RenderSpec};
 use farm_core::model::latent::LatentCheckpoint;
+use farm_core::precision::Precision;
 use farm_core::store::artifact::{ArtifactStore, Create, StoreError};
 use farm_core::store::key;
 use futures::{StreamExt, stream};
@@ -35,10 +37,13 @@ pub struct Checkpoints {
     pub spec: Arc<RenderSpec>,
     /// Content hash of the model: a latent of another is another clip's.
     pub model_hash: Arc<str>,
+    /// What the clip is denoised in here.
+    pub precision: Precision,
 }
 
 impl Checkpoints {
-    /// The latest one that can be read and is of this clip. `note` is told what had to be passed over.
+    /// The latest one that this run can go on from: it can be read, is of this clip and, unless it is finished, of this
+    /// precision. `note` is told what had to be passed over.
     pub async fn latest(&self, note: &(dyn Fn(String) + Sync)) -> Option<LatentCheckpoint> {
         let mut steps = match self.steps().await {
             Ok(steps) => steps,
@@ -57,11 +62,22 @@ impl Checkpoints {
         None
     }
 
-    /// Stores one. If there is one of its step already, that one stays.
-    pub async fn save(&self, checkpoint: Arc<LatentCheckpoint>) -> Result<Create, String> {
-        let key = key::latent(&self.folder, checkpoint.step);
-        let bytes = self.bytes(checkpoint).await?;
-        self.store.create(&key, bytes).await.map_err(|error| error.to_string())
+    /// Stores one. If there is one of its step already that a run like this can go on from, that one stays and is returned.
+    pub async fn save(&self, checkpoint: Arc<LatentCheckpoint>) -> Result<Option<LatentCheckpoint>, String> {
+        let step = checkpoint.step;
+        let (key, bytes) = (key::latent(&self.folder, step), self.bytes(checkpoint).await?);
+        let created = self.store.create(&key, bytes.clone()).await.map_err(|error| error.to_string())?;
+        if created == Create::Created {
+            return Ok(None);
+        }
+        match self.read(step).await {
+            Ok(first) => Ok(Some(first)),
+            Err(reason) => {
+                tracing::warn!(folder = self.folder, step, %reason, "a latent that is of no use is replaced");
+                self.store.put(&key, bytes).await.map_err(|error| error.to_string())?;
+                Ok(None)
+            }
+        }
     }
 
     /// The file of a checkpoint.
@@ -75,17 +91,8 @@ impl Checkpoints {
     /// attempt has finished it as well, the first counts.
     pub async fn finish(&self, finished: LatentCheckpoint) -> Result<LatentCheckpoint, String> {
         let finished = Arc::new(finished);
-        if self.save(finished.clone()).await? == Create::AlreadyExists {
-            match self.read(finished.step).await {
-                Ok(first) => return Ok(first),
-                Err(reason) => {
-                    tracing::warn!(folder = self.folder, %reason, "a damaged latent is replaced");
-                    let (key, bytes) = (key::latent(&self.folder, finished.step), self.bytes(finished.clone()).await?);
-                    self.store.put(&key, bytes).await.map_err(|error| error.to_string())?;
-                }
-            }
-        }
-        Ok(Arc::unwrap_or_clone(finished))
+        let first = self.save(finished.clone()).await?;
+        Ok(first.unwrap_or_else(|| Arc::unwrap_or_clone(finished)))
     }
 
     /// Saves what is put into the slot, one at a time, until nobody can put anything into it any more. `saved` is told each
@@ -96,8 +103,8 @@ impl Checkpoints {
             let Some(checkpoint) = latest else { continue };
             let (step, folder) = (checkpoint.step, &self.folder);
             match self.save(checkpoint).await {
-                Ok(created) => {
-                    tracing::debug!(folder, step, ?created, "latent checkpoint");
+                Ok(first) => {
+                    tracing::debug!(folder, step, created = first.is_none(), "latent checkpoint");
                     saved(step);
                 }
                 Err(reason) => tracing::warn!(folder, step, %reason, "cannot write a latent checkpoint"),
@@ -136,6 +143,10 @@ impl Checkpoints {
         // Copied under another name, it would be deleted under the wrong one, and `step` is what people are told.
         if checkpoint.step != step {
             return Err(format!("it is of step {}", checkpoint.step));
+        }
+        // A finished latent takes no more steps, and the decode is the same for all.
+        if checkpoint.precision != self.precision && step < self.spec.num_inference_steps {
+            return Err(format!("it is of {}, and this run computes in {}", checkpoint.precision, self.precision));
         }
         Ok(checkpoint)
     }
@@ -186,11 +197,16 @@ mod tests {
 
     fn checkpoints(store: &ArtifactStore, job: u128) -> Checkpoints {
         let folder = key::latents(JobId(Uuid::from_u128(job)));
-        Checkpoints { store: store.clone(), folder, spec: spec(1), model_hash: "abc".into() }
+        let (spec, precision) = (spec(1), Precision::F32);
+        Checkpoints { store: store.clone(), folder, spec, model_hash: "abc".into(), precision }
     }
 
     fn checkpoint(step: u32) -> LatentCheckpoint {
-        LatentCheckpoint { step, values: vec![step as f32; spec(1).latent_shape().iter().product()] }
+        LatentCheckpoint {
+            step,
+            precision: Precision::F32,
+            values: vec![step as f32; spec(1).latent_shape().iter().product()],
+        }
     }
 
     /// The step of the latest, and what is said on the way to it.
@@ -205,7 +221,7 @@ mod tests {
 
     async fn save(checkpoints: &Checkpoints, steps: &[u32]) {
         for step in steps {
-            assert_eq!(checkpoints.save(Arc::new(checkpoint(*step))).await, Ok(Create::Created));
+            assert_eq!(checkpoints.save(Arc::new(checkpoint(*step))).await, Ok(None));
         }
     }
 
@@ -244,7 +260,24 @@ mod tests {
         let store = ArtifactStore::open("memory:").unwrap();
         let clip = checkpoints(&store, 3);
         save(&clip, &[8]).await;
-        assert_eq!(clip.save(Arc::new(checkpoint(8))).await, Ok(Create::AlreadyExists));
+        assert_eq!(clip.save(Arc::new(checkpoint(8))).await, Ok(Some(checkpoint(8))));
+    }
+
+    #[tokio::test]
+    async fn runs_of_different_precisions_never_go_on_from_each_other_and_keep_each_other_from_nothing() {
+        let store = ArtifactStore::open("memory:").unwrap();
+        let exact = checkpoints(&store, 3);
+        let rounded = Checkpoints { precision: Precision::Bf16, ..checkpoints(&store, 3) };
+        save(&exact, &[4, 8, 20]).await;
+        assert_eq!(latest(&rounded).await, (Some(20), vec![]), "a finished one takes no more steps");
+        store.delete(&key::latent(&exact.folder, 20)).await.unwrap();
+        let (step, notes) = latest(&rounded).await;
+        assert_eq!((step, notes.len()), (None, 2));
+        assert!(notes[0].contains("step 8 is passed over: it is of fp32, and this run computes in bf16"), "{notes:?}");
+        let of_rounded = LatentCheckpoint { precision: Precision::Bf16, ..checkpoint(8) };
+        assert_eq!(rounded.save(Arc::new(of_rounded.clone())).await, Ok(None));
+        assert_eq!(rounded.latest(&|_| ()).await, Some(of_rounded));
+        assert_eq!(latest(&exact).await.0, Some(4));
     }
 
     #[tokio::test]

@@ -10,6 +10,7 @@ use farm_core::job::state::{FailureKind, Progress};
 use farm_core::model::ModelError;
 use farm_core::model::latent::{DitLatent, LatentCheckpoint};
 use farm_core::model::pipeline::{self, Pipeline, RenderObserver};
+use farm_core::precision::Precision;
 use farm_core::tiles::message::FromHand;
 
 use crate::decode::hand::{self, HandError};
@@ -31,8 +32,20 @@ impl CpuDevice {
         Ok(Self { engine: compute.engine(index)?, place: (compute.clone(), index), shelf })
     }
 
+    /// Devices of one name are taken to be equally fast: what one has taken is expected of all.
     pub fn name(&self) -> String {
-        self.engine.name()
+        named(self.engine.name(), self.engine.precision())
+    }
+
+    pub fn precision(&self) -> Precision {
+        self.engine.precision()
+    }
+}
+
+fn named(engine: String, precision: Precision) -> String {
+    match precision {
+        Precision::F32 => engine,
+        other => format!("{engine} in {other}"),
     }
 }
 
@@ -139,5 +152,17 @@ impl RenderObserver for Watcher<'_> {
 
     fn frames(&mut self, _rgb24: &[u8], _count: usize) -> io::Result<()> {
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_that_compute_differently_have_different_names() {
+        let name = |precision| named("cpu (2 threads)".to_owned(), precision);
+        assert_eq!(name(Precision::F32), "cpu (2 threads)", "what was learned of older versions' nodes is kept");
+        assert_eq!(name(Precision::Bf16), "cpu (2 threads) in bf16");
     }
 }

@@ -7,9 +7,10 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use anyhow::Context;
-use farm_core::engine::cpu::{CpuEngine, Precision};
+use farm_core::engine::cpu::CpuEngine;
 use farm_core::parallel::cost::Site;
 use farm_core::parallel::cost::devices::Devices as Rates;
+use farm_core::precision::Precision;
 
 use crate::cores;
 
@@ -45,8 +46,8 @@ pub struct ThreadArgs {
     /// Keep each thread on a core of its own, and the threads of a device on one NUMA node if one has room
     #[arg(long)]
     pin: bool,
-    /// fp32; or bf16, which on processors with matrix units (AMX) rounds what is multiplied in layers and attention over the
-    /// visual tokens: faster, and not quite the same clip
+    /// fp32; or bf16, which rounds the weights of layers over the visual tokens and so halves them, and on processors with
+    /// matrix units (AMX) all that is multiplied there: much faster, and not quite the same clip
     #[arg(long, value_name = "fp32|bf16", default_value_t)]
     precision: Precision,
 }

@@ -2,6 +2,7 @@
 
 use farm_core::api::{BatchView, JobDetail};
 use farm_core::job::spec::GuidanceScale;
+use farm_core::precision::Precision;
 
 use crate::args::One;
 use crate::client::{Client, Named};
@@ -119,6 +120,8 @@ fn facts(detail: &JobDetail) -> Vec<(&'static str, String)> {
             "spread",
             Some(format!("{} on {}", result.topology, output::plural(result.topology.world() as u64, "device"))),
         );
+        // Worth a line only where it is not the usual one.
+        add("precision", Some(result.precision.to_string()).filter(|_| result.precision != Precision::F32));
         add("sha-256", Some(result.clip_sha256.clone()));
         add("checkpoint", Some(result.model_hash.clone()));
         add(

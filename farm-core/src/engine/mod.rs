@@ -19,6 +19,7 @@ pub mod cpu;
 use std::fmt;
 use std::ops::Range;
 
+use crate::precision::Precision;
 use crate::tiles::statistics::{Sums, Totals};
 
 /// What an engine cannot do. Carries the operation and the shapes, so that the caller can name the tensor.
@@ -156,6 +157,9 @@ pub trait Engine: SequenceOps {
 
     /// What the device is called in logs and results, for example `cpu:0 (1 thread)`.
     fn name(&self) -> String;
+    /// How the engine computes, which is fp32 where the machine has nothing for what was asked for. Latents of different
+    /// precisions must not be mixed.
+    fn precision(&self) -> Precision;
 
     // ---- moving data ----
 

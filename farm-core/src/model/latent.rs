@@ -9,6 +9,7 @@ use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 
 use crate::job::spec::RenderSpec;
 use crate::model::ModelError;
+use crate::precision::Precision;
 
 /// A latent as the transformer knows it: `[C, T, h, w]`, normalised.
 #[derive(Clone)]
@@ -98,21 +99,26 @@ pub fn read_latent(bytes: &[u8], channels: usize) -> Result<StoredLatent, ModelE
 #[derive(Clone, Debug, PartialEq)]
 pub struct LatentCheckpoint {
     pub step: u32,
+    /// How all steps so far were computed.
+    pub precision: Precision,
     pub values: Vec<f32>,
 }
 
 /// Says in a file's metadata what it is.
 const CHECKPOINT_FORMAT: (&str, &str) = ("format", "farm latent checkpoint 1");
+/// Files of versions that knew fp32 only do not have it, and are of that.
+const PRECISION_KEY: &str = "precision";
 
 impl LatentCheckpoint {
-    /// A safetensors file like that of a finished latent, with the step and all that the latent depends on (the request
-    /// and the model's content hash) in its metadata.
+    /// A safetensors file like that of a finished latent, with the step and all that the latent depends on (the precision,
+    /// the request and the model's content hash) in its metadata.
     pub fn to_bytes(&self, spec: &RenderSpec, model_hash: &str) -> Result<Vec<u8>, ModelError> {
         let request = serde_json::to_string(spec).map_err(|error| ModelError::Input(error.to_string()))?;
         let (format, version) = CHECKPOINT_FORMAT;
         let metadata = [
             (format, version.to_owned()),
             ("step", self.step.to_string()),
+            (PRECISION_KEY, self.precision.to_string()),
             ("request", request),
             ("model", model_hash.to_owned()),
         ];
@@ -120,7 +126,7 @@ impl LatentCheckpoint {
         file(LATENT_KEY, &self.values, spec.latent_shape(), Some(HashMap::from(metadata)))
     }
 
-    /// Errors if the file is damaged, or of another clip.
+    /// Errors if the file is damaged, or of another clip. Of any precision: who goes on with it has to look.
     pub fn from_bytes(bytes: &[u8], spec: &RenderSpec, model_hash: &str) -> Result<Self, ModelError> {
         let bad = |what: String| ModelError::Input(format!("latent checkpoint: {what}"));
         let (_, header) = SafeTensors::read_metadata(bytes).map_err(|error| bad(error.to_string()))?;
@@ -138,7 +144,11 @@ impl LatentCheckpoint {
         if step == 0 || step > spec.num_inference_steps {
             return Err(bad(format!("step {step} of {}", spec.num_inference_steps)));
         }
-        Ok(Self { step, values: from_safetensors(bytes, LATENT_KEY, spec.latent_shape())? })
+        let precision = match metadata.get(PRECISION_KEY) {
+            Some(precision) => precision.parse().map_err(bad)?,
+            None => Precision::F32,
+        };
+        Ok(Self { step, precision, values: from_safetensors(bytes, LATENT_KEY, spec.latent_shape())? })
     }
 }
 
@@ -177,7 +187,9 @@ mod tests {
         let bytes = to_safetensors(LATENT_KEY, &values(), SHAPE).unwrap();
         let latent = read_latent(&bytes, 12).unwrap();
         assert_eq!((latent.values, latent.size, latent.unfinished), (values(), SHAPE, None));
-        let checkpoint = LatentCheckpoint { step: 3, values: values() }.to_bytes(&spec(1), "hash").unwrap();
+        let checkpoint = LatentCheckpoint { step: 3, precision: Precision::Bf16, values: values() }
+            .to_bytes(&spec(1), "hash")
+            .unwrap();
         assert_eq!(read_latent(&checkpoint, 12).unwrap().unfinished, Some((3, 8)));
         let error = |bytes: &[u8], channels| read_latent(bytes, channels).unwrap_err().to_string();
         assert!(error(&bytes, 16).contains("12 channels, the decoder has 16"));
@@ -196,7 +208,7 @@ mod tests {
 
     #[test]
     fn a_checkpoint_is_read_back_for_its_own_clip_only() {
-        let checkpoint = LatentCheckpoint { step: 3, values: values() };
+        let checkpoint = LatentCheckpoint { step: 3, precision: Precision::Bf16, values: values() };
         let bytes = checkpoint.to_bytes(&spec(1), "hash").unwrap();
         assert_eq!(LatentCheckpoint::from_bytes(&bytes, &spec(1), "hash").unwrap(), checkpoint);
         let error =
@@ -206,9 +218,19 @@ mod tests {
         for cut in [0, 7, 20, bytes.len() - 1] {
             assert!(LatentCheckpoint::from_bytes(&bytes[..cut], &spec(1), "hash").is_err(), "{cut}");
         }
+        // Keys and values of equal lengths, which leave the rest of the file as it is.
+        let with = |from: &str, to: &str| {
+            let at = bytes.windows(from.len()).position(|window| window == from.as_bytes()).unwrap();
+            [&bytes[..at], to.as_bytes(), &bytes[at + from.len()..]].concat()
+        };
+        let old = LatentCheckpoint::from_bytes(&with("precision", "unheardof"), &spec(1), "hash").unwrap();
+        assert_eq!(old, LatentCheckpoint { precision: Precision::F32, ..checkpoint });
+        assert!(error(&with("bf16", "fp64"), spec(1), "hash").contains("no precision fp64"));
         let latent = to_safetensors(LATENT_KEY, &values(), SHAPE).unwrap();
         assert!(error(&latent, spec(1), "hash").contains("no \"format\""));
-        let beyond = LatentCheckpoint { step: 9, values: values() }.to_bytes(&spec(1), "hash").unwrap();
+        let beyond = LatentCheckpoint { step: 9, precision: Precision::F32, values: values() }
+            .to_bytes(&spec(1), "hash")
+            .unwrap();
         assert!(error(&beyond, spec(1), "hash").contains("step 9 of 8"));
     }
 }

@@ -288,7 +288,9 @@ impl<E: Engine> Pipeline<E> {
                 let hands_over = observer.hands_over();
                 if done > first && (hands_over || observer.wants_checkpoint(step, steps)) {
                     match engine.download(z) {
-                        Ok(values) => observer.checkpoint(LatentCheckpoint { step, values }),
+                        Ok(values) => {
+                            observer.checkpoint(LatentCheckpoint { step, precision: engine.precision(), values })
+                        }
                         Err(error) => {
                             end = Some(error.into());
                             return ControlFlow::Break(());

@@ -23,6 +23,7 @@ use farm_core::model::config::VaeConfig;
 use farm_core::model::latent::LatentCheckpoint;
 use farm_core::model::pipeline::Start;
 use farm_core::parallel::cost::{ModelShape, Site};
+use farm_core::precision::Precision;
 use farm_core::store::artifact::{ArtifactStore, StoreError};
 use farm_core::store::key;
 use farm_core::wire::to_node::StartAttempt;
@@ -52,6 +53,8 @@ pub struct Workshop {
     pub checkpoint_steps: u32,
     /// What the devices are, if their memory is limited.
     pub memory: Option<Site>,
+    /// Of all devices.
+    pub precision: Precision,
     /// A scheduler that has not said by then who decodes is away; one of the lease's own devices begins.
     pub alone_after: Duration,
     /// Lets other nodes' devices join decodes, and this node's join others'.
@@ -200,6 +203,7 @@ async fn attempt_clip(
         folder: key::latents(attempt.job),
         spec: Arc::new(spec.clone()),
         model_hash: start.model_hash.as_str().into(),
+        precision: workshop.precision,
     };
 
     // An earlier attempt may have finished without the scheduler hearing of it: then there is nothing to do.
@@ -234,6 +238,7 @@ async fn attempt_clip(
         folder,
         monitor: &monitor,
     };
+    let precision = latent.finished.precision;
     let stitched = decode.run(latent.finished, latent.stored, lease, hands).await?;
     for warning in &latent.warnings {
         monitor.log(format!("warning: {warning}"));
@@ -260,6 +265,8 @@ async fn attempt_clip(
         node: workshop.node.clone(),
         devices: start.devices.clone(),
         topology: start.topology,
+        // An earlier attempt may have made the latent elsewhere.
+        precision,
         decode: Some(DecodeRecord {
             tiling: start.tiling,
             mode: shape.plan.mode,
@@ -312,10 +319,10 @@ async fn latent(
     let spec = &checkpoints.spec;
     // A first attempt has nothing to go on with.
     let from = if start.key.attempt.0 > 1 { checkpoints.latest(&|note| monitor.log(note)).await } else { None };
-    let denoised = match from {
+    let (denoised, precision) = match from {
         Some(finished) if finished.step == spec.num_inference_steps => {
             monitor.log("the latent is finished already".to_owned());
-            Denoised { latent: finished.values, ..Denoised::default() }
+            (Denoised { latent: finished.values, ..Denoised::default() }, finished.precision)
         }
         from => {
             if let Some(checkpoint) = &from {
@@ -338,13 +345,13 @@ async fn latent(
                     }
                     return Ok(Reached::HandedOver);
                 }
-                denoised => denoised?,
+                denoised => (denoised?, checkpoints.precision),
             }
         }
     };
     let Denoised { latent, text_seconds, denoise_seconds, warnings } = denoised;
     let store_failure = |reason| Failure::new(FailureKind::Store, reason);
-    let finished = LatentCheckpoint { step: spec.num_inference_steps, values: latent };
+    let finished = LatentCheckpoint { step: spec.num_inference_steps, precision, values: latent };
     let finished = Arc::new(checkpoints.finish(finished).await.map_err(store_failure)?);
     let stored = checkpoints.bytes(finished.clone()).await.map_err(store_failure)?;
     monitor.progress.save(spec.num_inference_steps);

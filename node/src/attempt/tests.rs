@@ -9,6 +9,7 @@ use farm_core::job::spec::GenerationDefaults;
 use farm_core::parallel::cost::devices::Devices;
 use farm_core::parallel::group::RankGroup;
 use farm_core::parallel::topology::Topology;
+use farm_core::precision::Precision;
 use farm_core::tiles::hand::{Hand, Todo};
 use farm_core::tiles::message::{FromHand, Pixels};
 use farm_core::tiles::plan::{Mode, Tiling};
@@ -114,6 +115,7 @@ async fn workshop(
         models,
         checkpoint_steps,
         memory: None,
+        precision: Precision::F32,
         alone_after: Duration::from_millis(50),
         data: DataPlane::start(options).await.unwrap(),
         holding: Box::new(|_| ()),
@@ -370,6 +372,28 @@ async fn a_decode_that_fails_leaves_the_latent_and_the_next_attempt_does_not_den
     failure(bench.run(start(2)).await);
     assert!(log().contains("the latent is finished already"), "{}", log());
     assert_eq!(bench.denoised.load(Ordering::Relaxed), 1);
+}
+
+#[tokio::test]
+async fn a_latent_of_another_precision_is_decoded_if_it_is_finished_and_else_made_anew() {
+    for (precision, step, denoised, said) in [
+        (Precision::F32, 6, 0, Precision::F32),
+        (Precision::F32, 3, 1, Precision::Bf16),
+        (Precision::Bf16, 3, 1, Precision::Bf16),
+    ] {
+        let mut bench = Bench::new(Behaviour::Render).await;
+        Arc::get_mut(&mut bench.workshop).unwrap().precision = Precision::Bf16;
+        let spec: RenderSpec = serde_json::from_str(&start(2).spec_json).unwrap();
+        let latent = LatentCheckpoint { step, precision, values: vec![0.25; spec.latent_shape().iter().product()] };
+        let key = key::latent(&key::latents(job()), step);
+        bench.workshop.store.put(&key, latent.to_bytes(&spec, "abc").unwrap().into()).await.unwrap();
+        assert_eq!(accepted(&bench.run(start(2)).await), 2);
+        assert_eq!(bench.denoised.load(Ordering::Relaxed), denoised, "{precision} {step}");
+        assert_eq!(bench.stored_result().await.precision, said, "{precision} {step}");
+        let passed_over = "step 3 is passed over: it is of fp32, and this run computes in bf16";
+        let log = bench.log.lock().unwrap().join("; ");
+        assert_eq!(log.contains(passed_over), step == 3 && precision == Precision::F32, "{log}");
+    }
 }
 
 #[tokio::test]

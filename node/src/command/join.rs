@@ -12,6 +12,7 @@ use anyhow::{Context, bail, ensure};
 use farm_core::id::{BootId, DeviceIndex, NodeId};
 use farm_core::job::spec::{MAX_LABEL_BYTES, MAX_LABELS};
 use farm_core::parallel::cost::Site;
+use farm_core::precision::Precision;
 use farm_core::store::artifact::ArtifactStore;
 use farm_core::wire::PROTOCOL;
 use farm_core::wire::cluster::{Cluster, Role};
@@ -206,8 +207,19 @@ async fn join(args: Args) -> anyhow::Result<ExitCode> {
         prepared = prepare(args) => prepared?,
         () = signals.next() => return Ok(ExitCode::SUCCESS),
     };
-    let Prepared { name, schedulers, store, folder, shelf, devices, checkpoint_steps, memory, data_plane, offer } =
-        prepared;
+    let Prepared {
+        name,
+        schedulers,
+        store,
+        folder,
+        shelf,
+        devices,
+        checkpoint_steps,
+        memory,
+        precision,
+        data_plane,
+        offer,
+    } = prepared;
     let Folder { scratch, outbox, evidence } = folder;
     let _guard = evidence.panic_guard();
     evidence.watch().context("cannot handle signals")?;
@@ -227,6 +239,7 @@ async fn join(args: Args) -> anyhow::Result<ExitCode> {
             models,
             checkpoint_steps,
             memory,
+            precision,
             alone_after: ALONE_AFTER,
             data: data_plane,
             // These fail only when the process ends.
@@ -331,6 +344,7 @@ struct Prepared {
     devices: Vec<DeviceHandle>,
     checkpoint_steps: u32,
     memory: Option<Site>,
+    precision: Precision,
     data_plane: DataPlane,
     offer: Offer,
 }
@@ -376,13 +390,12 @@ async fn prepare(args: Args) -> anyhow::Result<Prepared> {
     let shelf = tokio::task::spawn_blocking(move || ModelShelf::open(models, threads)).await??;
     let shelf = Arc::new(shelf);
 
-    let mut devices = Vec::new();
-    let mut infos = Vec::new();
-    for index in (0..args.devices.cpus as u32).map(DeviceIndex) {
-        let device = CpuDevice::new(&compute, index.0 as usize, shelf.clone())?;
-        infos.push(DeviceInfo { name: device.name() });
-        devices.push(DeviceHandle::spawn(index, device).context("cannot start a device thread")?);
-    }
+    let cpu = |index| CpuDevice::new(&compute, index, shelf.clone());
+    let cpus = (0..args.devices.cpus).map(cpu).collect::<anyhow::Result<Vec<_>>>()?;
+    let precision = cpus[0].precision();
+    let infos = cpus.iter().map(|cpu| DeviceInfo { name: cpu.name() }).collect();
+    let thread = |(index, cpu)| DeviceHandle::spawn(DeviceIndex(index), cpu).context("cannot start a device thread");
+    let devices = (0..).zip(cpus).map(thread).collect::<anyhow::Result<Vec<_>>>()?;
     let site_json = Some(serde_json::to_string(&site)?);
     let roles =
         Roles { denoise: args.roles.contains(&DeviceRole::Denoise), decode: args.roles.contains(&DeviceRole::Decode) };
@@ -394,7 +407,19 @@ async fn prepare(args: Args) -> anyhow::Result<Prepared> {
     let schedulers = Schedulers { addresses: args.schedulers, secret };
     let checkpoint_steps = args.checkpoint_steps;
     let name = NodeId(name);
-    Ok(Prepared { name, schedulers, store, folder, shelf, devices, checkpoint_steps, memory, data_plane, offer })
+    Ok(Prepared {
+        name,
+        schedulers,
+        store,
+        folder,
+        shelf,
+        devices,
+        checkpoint_steps,
+        memory,
+        precision,
+        data_plane,
+        offer,
+    })
 }
 
 fn read_secret(path: &Path) -> anyhow::Result<String> {

@@ -12,6 +12,7 @@ use farm_core::job::spec::{GenerationDefaults, RenderRequest, RenderSpec};
 use farm_core::job::state::{Progress, Stage};
 use farm_core::parallel::cost::{ModelShape, Site};
 use farm_core::parallel::topology::Topology;
+use farm_core::precision::Precision;
 use farm_core::store::key;
 use farm_core::tiles::plan::Tiling;
 use farm_core::wire::to_node::{StartAttempt, ToNode};
@@ -511,6 +512,7 @@ impl ResultText {
             devices: vec![DeviceIndex(0)],
             decode: None,
             topology: Topology::SOLO,
+            precision: Precision::default(),
             clip: String::new(),
             clip_bytes: 1_000_000,
             clip_sha256: "0".repeat(64),

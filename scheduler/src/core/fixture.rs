@@ -10,6 +10,7 @@ use farm_core::job::spec::{GenerationDefaults, RenderRequest, RenderSpec};
 use farm_core::job::state::{FailureKind, JobState, Progress, Stage};
 use farm_core::parallel::cost::{DeviceRates, LinkRates, ModelShape, Site};
 use farm_core::parallel::topology::Topology;
+use farm_core::precision::Precision;
 use farm_core::store::key;
 use farm_core::tiles::plan::Tiling;
 use farm_core::wire::to_node::{HelpDecode, StartAttempt, ToNode};
@@ -151,6 +152,7 @@ pub fn completed(key: AttemptKey) -> AttemptOutcome {
         devices: vec![DeviceIndex(0)],
         decode: None,
         topology: Topology::SOLO,
+        precision: Precision::default(),
         clip: key::clip(key.job, key.attempt),
         clip_bytes: 3,
         clip_sha256: "0".repeat(64),

@@ -79,6 +79,8 @@ fn time(seconds: &[Option<f64>], size: usize) -> Option<f64> {
 
 #[cfg(test)]
 mod tests {
+    use farm_core::parallel::cost::devices::Devices;
+    use farm_core::parallel::cost::{ClipShape, ModelShape, Site, predict};
     use proptest::prelude::*;
 
     use super::*;
@@ -155,6 +157,40 @@ mod tests {
     fn what_equal_groups_leave_over_goes_to_the_last_clips() {
         assert_eq!(run(vec![4], 3, &imperfect(4)).unwrap(), [1, 1, 2]);
         assert_eq!(run(vec![5], 2, &imperfect(5)).unwrap(), [2, 3]);
+    }
+
+    /// What is predicted of the bundled checkpoint's clip, with 8 steps, on typical processors of one thread each: nearly
+    /// perfect scaling.
+    fn bundled() -> Vec<Option<f64>> {
+        let shape = ModelShape {
+            layers: 3,
+            heads: 12,
+            head_dim: 16,
+            hidden_x: 192,
+            hidden_y: 48,
+            ffn_x: 512,
+            ffn_y: 128,
+            text_dim: 64,
+            time_dim: 256,
+            channels: 12,
+        };
+        let clip = ClipShape::new(64, 64, 25, 8, [64, 0]).unwrap();
+        let known = Devices::embedded().unwrap();
+        let site = Site::one_host(known.device("cpu").unwrap(), known.link("local").unwrap());
+        (1..=4).map(|devices| Some(predict(&shape, &clip, &site, devices)?.seconds)).collect()
+    }
+
+    #[test]
+    fn near_its_end_a_queue_that_leaves_devices_over_gets_groups_and_far_from_it_none() {
+        let sizes = |free, waiting| run(vec![free], waiting, &bundled()).unwrap();
+        assert_eq!(sizes(4, 12), [1, 1, 1, 1]);
+        // Of four rounds of single devices the last would be half empty.
+        assert_eq!((sizes(2, 7), sizes(2, 8)), (vec![2], vec![1, 1]));
+        assert_eq!((sizes(3, 8), sizes(4, 7)), (vec![3], vec![4]));
+        // The more rounds there are, the less the last one counts, and the loss of every group is the same.
+        for (free, waiting) in (1..=4).flat_map(|free| (120..=160).map(move |waiting| (free, waiting))) {
+            assert_eq!(sizes(free, waiting), vec![1; free], "{waiting} clips wait for {free} devices");
+        }
     }
 
     fn node_sizes() -> impl Strategy<Value = Vec<usize>> {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use farm_core::api::{JobResult, StageSeconds};
 use farm_core::id::{AttemptKey, AttemptNo, DeviceIndex};
 use farm_core::job::state::{FailureKind, Progress, Stage};
+use farm_core::precision::Precision;
 use farm_core::store::key;
 use farm_core::tiles::plan::Tiling;
 use farm_core::wire::to_node::StartAttempt;
@@ -449,6 +450,7 @@ impl World {
             node,
             devices,
             topology,
+            precision: Precision::default(),
             decode: None,
             clip: key::clip(key.job, key.attempt),
             clip_bytes: 1,

@@ -13,6 +13,7 @@ use farm_core::api::{
 use farm_core::id::{AttemptKey, BootId, Epoch, NodeId, SubmissionId};
 use farm_core::job::spec::{GenerationDefaults, RenderSpec};
 use farm_core::parallel::cost::ModelShape;
+use farm_core::precision::Precision;
 use farm_core::store::artifact::ArtifactStore;
 use farm_core::store::key;
 use farm_core::tiles::plan::Tiling;
@@ -256,6 +257,7 @@ pub fn completed(start: &StartAttempt, bytes: u64) -> AttemptOutcome {
         devices: start.devices.clone(),
         decode: None,
         topology: start.topology,
+        precision: Precision::default(),
         clip: key::clip(start.key.job, start.key.attempt),
         clip_bytes: bytes,
         clip_sha256: "ab".repeat(32),

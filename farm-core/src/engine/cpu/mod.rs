@@ -21,9 +21,7 @@ mod tests;
 mod volume;
 mod wide;
 
-use std::fmt;
 use std::ops::Range;
-use std::str::FromStr;
 
 use candle_core::Tensor;
 
@@ -32,41 +30,10 @@ use self::pool::Pool;
 use crate::engine::{
     AttentionOut, ConvCache, Engine, EngineError, Over, Qkv, RawTensor, Result, RopeTable, SequenceOps,
 };
+use crate::precision::Precision;
 use crate::tiles::statistics::{Sums, Totals};
 
-/// How exactly the visual tokens' products are computed: linear layers over them and attention. All else is f32.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Precision {
-    /// As exact as f32 numbers and f32 sums.
-    #[default]
-    F32,
-    /// Sums in f32. On machines with matrix units factors are rounded to bf16, and the products take less than half the time. On
-    /// others the weights of linear layers alone are. Either way these take half the memory.
-    Bf16,
-}
-
-impl fmt::Display for Precision {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::F32 => "fp32",
-            Self::Bf16 => "bf16",
-        })
-    }
-}
-
-impl FromStr for Precision {
-    type Err = String;
-
-    fn from_str(text: &str) -> std::result::Result<Self, String> {
-        match text {
-            "fp32" => Ok(Self::F32),
-            "bf16" => Ok(Self::Bf16),
-            other => Err(format!("no precision {other}; there are fp32 and bf16")),
-        }
-    }
-}
-
-/// What computes those products.
+/// What computes linear layers over the visual tokens, and attention.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Units {
     Vectors,
@@ -165,6 +132,13 @@ impl Engine for CpuEngine {
         match self.pool.threads() {
             1 => "cpu (1 thread)".into(),
             n => format!("cpu ({n} threads)"),
+        }
+    }
+
+    fn precision(&self) -> Precision {
+        match self.units {
+            Units::Vectors | Units::Split => Precision::F32,
+            Units::Halves | Units::Rounded => Precision::Bf16,
         }
     }
 

@@ -1,6 +1,6 @@
 //! The kernels against scalar references in f64, and the promises of the module docs.
 
-use super::{CpuEngine, Precision, Units, amx};
+use super::{CpuEngine, Units, amx};
 use crate::engine::{Engine, EngineError, Over, RawDtype, RawTensor, RopeTable, SequenceOps};
 use candle_core::Tensor;
 
@@ -573,14 +573,6 @@ fn attention_equals_the_definition_on_all_units() {
         assert_close(&read(&got.out), &out, tolerance);
         assert_close(&read(&got.lse), &lse, tolerance);
     }
-}
-
-#[test]
-fn precisions_are_read_as_they_are_written() {
-    for precision in [Precision::F32, Precision::Bf16] {
-        assert_eq!(precision.to_string().parse(), Ok(precision));
-    }
-    assert!("fp16".parse::<Precision>().unwrap_err().contains("bf16"));
 }
 
 #[test]

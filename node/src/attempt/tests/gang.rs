@@ -206,6 +206,7 @@ async fn a_clip_goes_on_at_its_latest_latent_at_another_world_size_and_leaves_no
         folder: key::latents(start.key.job),
         spec: spec.clone(),
         model_hash: gang.hash.as_str().into(),
+        precision: Precision::F32,
     };
     let (slot, inbox) = Slot::new(4);
     denoise_into(&gang, &start, slot);

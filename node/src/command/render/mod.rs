@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, bail};
+use farm_core::engine::Engine;
 use farm_core::engine::cpu::CpuEngine;
 use farm_core::job::spec::{GuidanceScale, RenderRequest, RenderSpec};
 use farm_core::job::state::Progress;
@@ -99,9 +100,10 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let compute = args.threads.compute(args.group.devices.cpus)?;
     let dit = checkpoint.dit().with_context(|| format!("{} has no transformer", args.model.display()))?;
     let (topology, sharded) = args.group.plan(dit.config(), &spec, compute.threads())?;
+    let engine = compute.engine(0)?;
     // Only of use, and only worth reading every byte, if it is shared or stored.
     let identity = if args.group.rank.is_some() || args.resume.wanted() {
-        Identity::of(&checkpoint, &spec)?
+        Identity::of(&checkpoint, &spec, engine.precision())?
     } else {
         Identity::default()
     };
@@ -110,7 +112,8 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         None => None,
     };
     let residency = if sharded { Residency::Sharded } else { Residency::WhileUsed };
-    let pipeline = Pipeline::open(&compute.engine(0)?, checkpoint, residency)?;
+    let pipeline = Pipeline::open(&engine, checkpoint, residency)?;
+    drop(engine);
     pipeline.check_group(topology, &spec)?;
 
     // Before anything is computed.

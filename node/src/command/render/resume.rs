@@ -8,6 +8,7 @@ use anyhow::Context;
 use farm_core::job::spec::RenderSpec;
 use farm_core::model::latent::LatentCheckpoint;
 use farm_core::model::weights::checkpoint::Checkpoint;
+use farm_core::precision::Precision;
 use farm_core::store::artifact::ArtifactStore;
 use sha2::{Digest, Sha256};
 use tokio::runtime::Runtime;
@@ -33,24 +34,26 @@ impl ResumeArgs {
     }
 }
 
-/// What a latent depends on, as hashes.
+/// What a latent depends on; the model and the request as hashes.
 #[derive(Default)]
 pub struct Identity {
     model: String,
     request: String,
+    precision: Precision,
 }
 
 impl Identity {
     /// Reads every byte of the checkpoint.
-    pub fn of(checkpoint: &Checkpoint, spec: &RenderSpec) -> anyhow::Result<Self> {
+    pub fn of(checkpoint: &Checkpoint, spec: &RenderSpec, precision: Precision) -> anyhow::Result<Self> {
         let request = format!("{:x}", Sha256::digest(serde_json::to_vec(spec)?));
-        Ok(Self { model: checkpoint.content_hash()?.to_owned(), request })
+        Ok(Self { model: checkpoint.content_hash()?.to_owned(), request, precision })
     }
 }
 
 impl fmt::Display for Identity {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "model {}, request {}", self.model, self.request)
+        let Self { model, request, precision } = self;
+        write!(f, "{precision}, model {model}, request {request}")
     }
 }
 
@@ -75,6 +78,7 @@ impl Saved {
             folder: format!("clips/{}-{}", identity.request, identity.model),
             spec: Arc::new(spec.clone()),
             model_hash: identity.model.as_str().into(),
+            precision: identity.precision,
         });
         let (slot, inbox) = Slot::new(args.checkpoint_steps);
         let saver = checkpoints.clone();
@@ -106,5 +110,16 @@ impl Saved {
                 checkpoints.clear().await;
             }
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranks_that_compute_differently_say_so_when_they_form_a_group() {
+        let identity = |precision| Identity { precision, ..Identity::default() }.to_string();
+        assert_ne!(identity(Precision::F32), identity(Precision::Bf16));
     }
 }
