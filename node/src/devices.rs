@@ -166,15 +166,26 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_engine_that_is_pinned_has_its_threads_on_their_cores() {
-        let args = ThreadArgs { threads: NonZeroUsize::new(1), pin: true, precision: Precision::F32 };
-        let compute = args.compute(1).unwrap();
-        let core = compute.cores_of(0).unwrap()[0];
-        let seen = compute.engine(0).unwrap().on_every_thread(|_| cores::allowed().unwrap());
-        assert_eq!(seen, [BTreeSet::from([core])]);
-        let settled = std::thread::spawn(move || compute.settle(0).map(|()| cores::allowed().unwrap()));
-        assert_eq!(settled.join().unwrap().unwrap(), BTreeSet::from([core]));
-        assert!(args.compute(MAX_DEVICES * 64).is_err());
+    fn each_thread_of_each_device_that_is_pinned_has_a_core_of_its_own() {
+        // As many as there are here to tell one from the other.
+        let some = cores::allowed().unwrap().len().min(2);
+        for (devices, threads) in [(some, 1), (1, some)] {
+            let args = ThreadArgs { threads: NonZeroUsize::new(threads), pin: true, precision: Precision::F32 };
+            let compute = args.compute(devices).unwrap();
+            let mut all = BTreeSet::new();
+            for device in 0..devices {
+                let own = |_| cores::allowed().unwrap();
+                let seen = compute.engine(device).unwrap().on_every_thread(own);
+                assert!(seen.iter().all(|cores| cores.len() == 1), "{seen:?}");
+                let seen: BTreeSet<usize> = seen.into_iter().flatten().collect();
+                let compute = compute.clone();
+                let settled = std::thread::spawn(move || compute.settle(device).map(|()| cores::allowed().unwrap()));
+                assert_eq!(settled.join().unwrap().unwrap(), seen, "the thread that uses the engine");
+                all.extend(seen);
+            }
+            assert_eq!(all.len(), devices * threads);
+            assert!(args.compute(MAX_DEVICES * 64).is_err());
+        }
     }
 
     #[test]

@@ -308,7 +308,7 @@ fn nothing_is_reported_for_an_aborted_attempt() {
 }
 
 #[test]
-fn a_heartbeat_says_which_command_to_stop_was_heard_last() {
+fn heartbeats_and_registrations_say_which_command_to_stop_was_heard_last() {
     let mut bench = Bench::joined();
     let heard = |bench: &mut Bench| {
         bench.pass(Duration::from_secs(1));
@@ -326,6 +326,12 @@ fn a_heartbeat_says_which_command_to_stop_was_heard_last() {
     assert_eq!(heard(&mut bench), 2);
     bench.receive(5, ToNode::Dismiss { key: key(1), device: DeviceIndex(0), stop: stop(3) });
     assert_eq!(heard(&mut bench), 3);
+    bench.on(Event::Closed(SCHEDULER));
+    bench.wait_for(|action| matches!(action, Action::Dial(_)));
+    bench.on(Event::Dialed(Ok(())));
+    bench.on(Event::Ready(SCHEDULER));
+    let Some(ToScheduler::Register(registration)) = bench.sent().pop() else { panic!("not registered") };
+    assert_eq!(registration.heard, stop(3));
 }
 
 #[test]

@@ -90,6 +90,26 @@ fn devices_of_a_stopped_attempt_are_free_once_their_node_has_heard_of_it_and_not
 }
 
 #[test]
+fn a_node_that_comes_back_frees_what_it_does_not_list_only_if_it_has_heard_that_it_is_to_stop() {
+    let mut world = world(1);
+    world.submit(1, 0, None);
+    let key = world.start().key;
+    world.wish(Wish::Cancel(key.job));
+    let heard_of = world.farm.stop;
+    world.submit(2, 0, None);
+    world.event(Event::SessionClosed(boot(1)));
+    // The command to start it may be on the way yet, and that to stop it is lost.
+    world.register("a", boot(1), registration(1, &["m"]));
+    assert_eq!(world.aborts(), [key], "told again");
+    world.event(Event::Tick);
+    assert_eq!(world.state(job_id(2)), JobState::Queued);
+    world.event(Event::SessionClosed(boot(1)));
+    world.register("a", boot(1), Registration { heard: heard_of, ..registration(1, &["m"]) });
+    world.event(Event::Tick);
+    assert_eq!(world.state(job_id(2)), JobState::Running);
+}
+
+#[test]
 fn a_drained_node_hands_back_what_it_runs_and_gets_nothing_until_it_is_undrained() {
     let mut world = world(1);
     let job = world.submit(1, 0, None);
