@@ -4,8 +4,8 @@ export PATH := $(PATH):$(or $(CARGO_HOME),$(HOME)/.cargo)/bin
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 BIN := $(TARGET)/release
 
-.PHONY: setup build demo test lint alone chaos sim bench peer bench-peer bench-compare bench-usp bench-tiles \
-  bench-decode bench-overhead bench-sched clean
+.PHONY: setup build demo test lint alone chaos sim bench peer bench-peer bench-onednn bench-compare bench-usp \
+  bench-tiles bench-decode bench-overhead bench-sched clean
 
 setup:
 	@tools/setup.sh
@@ -64,6 +64,12 @@ $(TARGET)/bench-peer/made: tools/bench-peer/make_cases.py tools/bench-peer/netwo
 
 peer:
 	@tools/bench-peer/setup.sh
+
+# The same operations as `farm-node bench kernels` in oneDNN, on one core. Takes a C++ compiler and libdnnl-dev.
+bench-onednn:
+	mkdir -p $(TARGET)
+	$(CXX) -O2 -std=c++17 -Wall -Wextra -o $(TARGET)/onednn tools/bench-peer/onednn.cpp -ldnnl
+	OMP_NUM_THREADS=1 $(TARGET)/onednn
 
 # What the working tree takes against another revision, which is built beside it: make bench-compare BASE=main. Options:
 # COMPARE="--case clip --threads 2 --rounds 9". The networks take part once bench-peer has made them.
