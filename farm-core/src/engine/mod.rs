@@ -157,8 +157,7 @@ pub trait Engine: SequenceOps {
 
     /// What the device is called in logs and results, for example `cpu:0 (1 thread)`.
     fn name(&self) -> String;
-    /// How the engine computes, which is fp32 where the machine has nothing for what was asked for. Latents of different
-    /// precisions must not be mixed.
+    /// How the engine computes. Latents of different precisions must not be mixed.
     fn precision(&self) -> Precision;
 
     // ---- moving data ----
