@@ -15,6 +15,8 @@
 
 #[cfg(feature = "model")]
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 
 use std::fmt;
 use std::ops::Range;

@@ -1,0 +1,95 @@
+//! The kernels: CUDA C++ sources that are part of the program, compiled where they are used (by NVRTC for a GPU, by a C++
+//! compiler for the emulation).
+//!
+//! A kernel that works on tensors of either type exists twice, as `NAME_f32` and `NAME_bf16`.
+
+use std::fmt;
+
+use super::device::Dtype;
+
+/// A file of kernels. Every file begins with `common.cuh`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Source {
+    Pointwise,
+}
+
+impl Source {
+    pub const ALL: [Self; 1] = [Self::Pointwise];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Pointwise => "pointwise",
+        }
+    }
+
+    /// The whole text, for a compiler that finds no other file.
+    pub fn text(self) -> String {
+        let own = match self {
+            Self::Pointwise => include_str!("kernels/pointwise.cu"),
+        };
+        format!("{}\n{own}", include_str!("kernels/common.cuh"))
+    }
+}
+
+/// A kernel of a file.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Kernel {
+    pub source: Source,
+    /// Without the type of its tensors.
+    stem: &'static str,
+    /// None if there is one kernel for all types.
+    dtype: Option<Dtype>,
+}
+
+impl Kernel {
+    /// As the source calls it.
+    pub fn name(self) -> String {
+        match self.dtype {
+            Some(dtype) => format!("{}_{dtype}", self.stem),
+            None => self.stem.to_owned(),
+        }
+    }
+}
+
+impl fmt::Debug for Kernel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}::{}", self.source.name(), self.name())
+    }
+}
+
+/// A kernel that exists for f32 and for bf16.
+#[derive(Clone, Copy, Debug)]
+pub struct Typed {
+    source: Source,
+    stem: &'static str,
+}
+
+impl Typed {
+    pub fn of(self, dtype: Dtype) -> Kernel {
+        Kernel { source: self.source, stem: self.stem, dtype: Some(dtype) }
+    }
+}
+
+/// Declares the kernels of every file: those that exist for both types, and those that exist once.
+macro_rules! kernels {
+    ($($source:ident: [$($typed:ident)*] [$($plain:ident)*];)*) => {
+        $(
+            $(#[allow(non_upper_case_globals)]
+            pub const $typed: Typed = Typed { source: Source::$source, stem: stringify!($typed) };)*
+            $(#[allow(non_upper_case_globals)]
+            pub const $plain: Kernel = Kernel { source: Source::$source, stem: stringify!($plain), dtype: None };)*
+        )*
+
+        /// All of them.
+        pub fn all() -> impl Iterator<Item = Kernel> {
+            let typed: &[Typed] = &[$($($typed,)*)*];
+            let plain: &[Kernel] = &[$($($plain,)*)*];
+            let typed = typed.iter().flat_map(|kernel| [Dtype::F32, Dtype::Bf16].map(|dtype| kernel.of(dtype)));
+            typed.chain(plain.iter().copied())
+        }
+    };
+}
+
+kernels! {
+    Pointwise: [add silu] [];
+}
