@@ -7,6 +7,8 @@ packages=(
   libavcodec-dev libavformat-dev libavutil-dev libswscale-dev libclang1-14 libclang-common-14-dev pkg-config
   # a C compiler for the crates that bring C sources
   gcc libc6-dev make
+  # a C++ compiler for the CUDA kernels, which tests run on the processor
+  g++
   # the ffmpeg and ffprobe programs check and show clips; the font labels the contact sheet
   ffmpeg fonts-dejavu-core
   # tests put processes on hosts of their own (network namespaces)

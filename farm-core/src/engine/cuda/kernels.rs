@@ -10,15 +10,27 @@ use super::device::Dtype;
 /// A file of kernels. Every file begins with `common.cuh`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Source {
+    /// Values one by one, and the moving of values.
     Pointwise,
+    /// Norms, gates and rotations of rows.
+    Rows,
+    Attention,
+    /// Matrix products and convolutions.
+    Product,
+    /// Frames: group norms, depth to space, pixels.
+    Volume,
 }
 
 impl Source {
-    pub const ALL: [Self; 1] = [Self::Pointwise];
+    pub const ALL: [Self; 5] = [Self::Pointwise, Self::Rows, Self::Attention, Self::Product, Self::Volume];
 
     pub fn name(self) -> &'static str {
         match self {
             Self::Pointwise => "pointwise",
+            Self::Rows => "rows",
+            Self::Attention => "attention",
+            Self::Product => "product",
+            Self::Volume => "volume",
         }
     }
 
@@ -26,6 +38,10 @@ impl Source {
     pub fn text(self) -> String {
         let own = match self {
             Self::Pointwise => include_str!("kernels/pointwise.cu"),
+            Self::Rows => include_str!("kernels/rows.cu"),
+            Self::Attention => include_str!("kernels/attention.cu"),
+            Self::Product => include_str!("kernels/product.cu"),
+            Self::Volume => include_str!("kernels/volume.cu"),
         };
         format!("{}\n{own}", include_str!("kernels/common.cuh"))
     }
@@ -91,5 +107,9 @@ macro_rules! kernels {
 }
 
 kernels! {
-    Pointwise: [add silu] [];
+    Pointwise: [add silu] [to_f32_of_bf16 to_bf16_of_f32];
+    Rows: [] [];
+    Attention: [] [];
+    Product: [] [];
+    Volume: [] [];
 }

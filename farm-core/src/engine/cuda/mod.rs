@@ -3,7 +3,9 @@
 mod cache;
 pub mod device;
 pub mod emulation;
+mod gpu;
 pub mod kernels;
+mod ops;
 pub mod tensor;
 
 #[cfg(test)]
@@ -12,23 +14,56 @@ mod tests {
 
     use super::device::*;
     use super::emulation::Emulation;
+    use super::gpu::Gpu;
     use super::kernels;
-    use super::tensor::Tensor;
+    use crate::engine::EngineError;
+    use crate::precision::Precision;
+
+    fn gpu() -> Gpu<Emulation> {
+        Gpu { device: Arc::new(Emulation::default()), precision: Precision::Bf16 }
+    }
 
     #[test]
-    fn a_kernel_runs() {
-        let device = Arc::new(Emulation::default());
-        let x = Tensor::new("test", &device, &[1000], Dtype::F32).unwrap();
-        let values: Vec<u8> = (0..1000).flat_map(|i| (i as f32).to_le_bytes()).collect();
-        device.copy_in(x.address(), &values).unwrap();
-        let out = Tensor::new("test", &device, &[1000], Dtype::F32).unwrap();
+    fn a_kernel_gets_its_arguments_and_gives_its_values() {
+        let gpu = gpu();
+        let values: Vec<f32> = (0..1000).map(|i| i as f32).collect();
+        let x = gpu.upload("test", &values, &[1000]).unwrap();
+        let out = gpu.empty("test", &[1000], Dtype::F32).unwrap();
         let args = [x.pointer(), x.pointer(), out.pointer(), Arg::Long(1000)];
-        let launch = Launch { kernel: kernels::add.of(Dtype::F32), grid: [3, 1, 1], block: 128, shared: 0, args: &args };
-        device.launch(&launch).unwrap();
-        let mut bytes = vec![0; 4000];
-        device.copy_out(out.address(), &mut bytes).unwrap();
-        for (i, x) in bytes.as_chunks().0.iter().enumerate() {
-            assert_eq!(f32::from_le_bytes(*x), 2.0 * i as f32);
+        gpu.over_values(kernels::add.of(Dtype::F32), 1000, &args).unwrap();
+        let doubled: Vec<f32> = values.iter().map(|x| x + x).collect();
+        assert_eq!(gpu.download(&out).unwrap(), doubled);
+    }
+
+    #[test]
+    fn arguments_of_other_types_than_the_kernel_takes_are_refused() {
+        let gpu = gpu();
+        let x = gpu.upload("test", &[1.0], &[1]).unwrap();
+        let args = [x.pointer(), x.pointer(), x.pointer(), Arg::Int(1)];
+        let refused = gpu.over_values(kernels::add.of(Dtype::F32), 1, &args);
+        assert!(matches!(refused, Err(EngineError::Backend { message, .. }) if message.contains("takes pppl")));
+    }
+
+    #[test]
+    fn conversions_round_to_the_nearest() {
+        let gpu = gpu();
+        // A tie to even on both sides, a rounding that carries, and what is no number.
+        let values = [1.0, 1.00390625, 1.01171875, 1.9999, -0.0, f32::INFINITY, f32::NAN, 1e-40, 3.5e38];
+        let x = gpu.upload("test", &values, &[3, 3]).unwrap();
+        let rounded = gpu.download(&gpu.cast(&x, Dtype::Bf16).unwrap()).unwrap();
+        for (got, value) in rounded.iter().zip(values) {
+            assert_eq!(got.to_bits(), half::bf16::from_f32(value).to_f32().to_bits(), "{value}");
         }
+    }
+
+    #[test]
+    fn memory_has_an_end_and_comes_back() {
+        let gpu = Gpu { device: Arc::new(Emulation::with_memory(8192)), precision: Precision::F32 };
+        let x = gpu.empty("test", &[1024], Dtype::F32).unwrap();
+        let wanted = gpu.empty("large", &[2048], Dtype::F32).map(drop);
+        assert!(matches!(wanted, Err(EngineError::OutOfMemory { op: "large", wanted: 8192 })));
+        drop(x);
+        assert_eq!(gpu.device.used(), 0);
+        gpu.empty("large", &[2048], Dtype::F32).unwrap();
     }
 }

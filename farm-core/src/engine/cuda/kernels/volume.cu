@@ -1,0 +1,1 @@
+// Operations on volumes [T, H, W, C].
