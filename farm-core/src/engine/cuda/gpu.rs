@@ -11,7 +11,7 @@ use crate::precision::Precision;
 /// Threads of a block where a kernel does not care.
 pub const BLOCK: u32 = 256;
 /// More blocks than this have nothing to gain: threads take several values each.
-const MOST_BLOCKS: i64 = 1 << 16;
+const MOST_BLOCKS: usize = 1 << 16;
 
 /// A device and how it computes.
 pub struct Gpu<D: Device> {
@@ -72,7 +72,7 @@ impl<D: Device> Gpu<D> {
 
     /// Starts a kernel whose threads loop over `count` values; none if there are none.
     pub fn over_values(&self, kernel: Kernel, count: usize, args: &[Arg]) -> Result<()> {
-        let blocks = (count as i64).div_ceil(i64::from(BLOCK)).min(MOST_BLOCKS) as u32;
+        let blocks = count.div_ceil(BLOCK as usize).min(MOST_BLOCKS) as u32;
         self.launch(kernel, [blocks, 1, 1], BLOCK, 0, args)
     }
 

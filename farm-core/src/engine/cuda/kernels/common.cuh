@@ -57,12 +57,14 @@ __device__ inline float block_sum(float x) {
 }
 
 // Defines kernel NAME_f32 and NAME_bf16 by the template NAME_kernel: FOR_BOTH(name, (parameters of T), (arguments)).
-#define FOR_BOTH(name, parameters, arguments)                                        \
-    namespace name##_of_f32 {                                                        \
-    typedef float T;                                                                 \
-    extern "C" __global__ void name##_f32 parameters { name##_kernel<T> arguments; } \
-    }                                                                                \
-    namespace name##_of_bf16 {                                                       \
-    typedef bf16 T;                                                                  \
+#define FOR_BOTH(name, parameters, arguments)                                         \
+    namespace name##_of_f32 {                                                         \
+    typedef float T;                                                                  \
+    extern "C" __global__ void name##_f32 parameters { name##_kernel<T> arguments; }  \
+    }                                                                                 \
+    namespace name##_of_bf16 {                                                        \
+    typedef bf16 T;                                                                   \
     extern "C" __global__ void name##_bf16 parameters { name##_kernel<T> arguments; } \
-    }
+    }                                                                                 \
+    using name##_of_f32::name##_f32;                                                  \
+    using name##_of_bf16::name##_bf16;
