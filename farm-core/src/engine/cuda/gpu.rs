@@ -95,6 +95,14 @@ pub fn dims<D: Device, const N: usize>(op: &'static str, form: &str, x: &Tensor<
     x.dims().try_into().map_err(|_| shape_error(op, form, x.dims()))
 }
 
+/// `x`, called `what`, has exactly this shape.
+pub fn expect<D: Device>(op: &'static str, what: &str, x: &Tensor<D>, shape: &[usize]) -> Result<()> {
+    if x.dims() != shape {
+        return Err(shape_error(op, format!("{what} {shape:?}"), x.dims()));
+    }
+    Ok(())
+}
+
 /// A size as a kernel takes it.
 pub fn int(op: &'static str, size: usize) -> Result<Arg> {
     let message = || format!("{size} is more than a kernel counts to");
