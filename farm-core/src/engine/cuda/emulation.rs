@@ -68,14 +68,18 @@ fn compiled(source: Source) -> std::io::Result<libloading::Library> {
         );
     }
     // Contraction would round once where the source rounds twice.
-    let flags = ["-std=c++20", "-O2", "-march=native", "-ffp-contract=off", "-fPIC", "-shared", "-pthread", "-x", "c++"];
+    let flags =
+        ["-std=c++20", "-O2", "-march=native", "-ffp-contract=off", "-fPIC", "-shared", "-pthread", "-x", "c++"];
     let path = cache::file("emulated.so", &[text.as_bytes(), flags.join(" ").as_bytes()], |out| {
         let input = out.with_extension("cpp");
         fs::write(&input, &text)?;
         let compiler = std::env::var_os("CXX").unwrap_or_else(|| "c++".into());
         let run = Command::new(&compiler).args(flags).arg(&input).arg("-o").arg(out).output();
         let run = run.map_err(|error| {
-            std::io::Error::new(error.kind(), format!("{}: {error}; install a C++ compiler", Path::new(&compiler).display()))
+            std::io::Error::new(
+                error.kind(),
+                format!("{}: {error}; install a C++ compiler", Path::new(&compiler).display()),
+            )
         })?;
         if !run.status.success() {
             return Err(std::io::Error::other(String::from_utf8_lossy(&run.stderr).into_owned()));

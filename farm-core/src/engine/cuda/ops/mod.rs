@@ -5,3 +5,6 @@ pub(super) mod pointwise;
 pub(super) mod product;
 pub(super) mod rows;
 pub(super) mod volume;
+
+#[cfg(test)]
+mod testing;
