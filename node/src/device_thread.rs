@@ -9,7 +9,6 @@ use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::thread;
 
 use farm_core::comm::CommError;
-use farm_core::engine::cpu::CpuEngine;
 use farm_core::id::DeviceIndex;
 use farm_core::job::spec::RenderSpec;
 use farm_core::job::state::{FailureKind, Progress};
@@ -20,6 +19,7 @@ use farm_core::tiles::message::{FromHand, ToHand};
 use tokio::sync::oneshot;
 
 use crate::checkpoints::Slot;
+use crate::engine::DeviceEngine;
 use crate::link::Link;
 use crate::progress::ProgressCell;
 
@@ -30,7 +30,7 @@ pub struct Denoise {
     pub spec: RenderSpec,
     /// This device's place among those that render the clip. The device's thread owns it: if it panics, its end of the
     /// group is dropped and the other ranks hear of it.
-    pub group: RankGroup<CpuEngine>,
+    pub group: RankGroup<DeviceEngine>,
     /// Where the leader starts.
     pub start: Arc<Start>,
     /// Where the leader's checkpoints go.

@@ -1,5 +1,6 @@
 //! Which devices of this machine a command uses.
 
+use std::fmt;
 use std::io;
 use std::num::NonZeroUsize;
 use std::path::Path;
@@ -8,29 +9,62 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use farm_core::engine::cpu::CpuEngine;
+#[cfg(feature = "cuda")]
+use farm_core::engine::cuda::{CudaEngine, driver::CudaDevice, emulation::Emulation};
 use farm_core::parallel::cost::Site;
 use farm_core::parallel::cost::devices::Devices as Rates;
 use farm_core::precision::Precision;
 
 use crate::cores;
+use crate::engine::DeviceEngine;
 
 /// More devices than this on one node is a typing error.
 const MAX_DEVICES: usize = 256;
 
-/// `cpu:K`
+/// What a device is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// A share of the processor's cores.
+    Cpu,
+    /// An NVIDIA GPU.
+    Cuda,
+    /// A GPU that is not there: its kernels run on the processor, to be checked.
+    Emulated,
+}
+
+impl Kind {
+    const ALL: [(Self, &str); 3] = [(Self::Cpu, "cpu"), (Self::Cuda, "cuda"), (Self::Emulated, "emulated")];
+}
+
+/// `cpu:K`, `cuda:K` or `emulated:K`
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Devices {
-    pub cpus: usize,
+    pub kind: Kind,
+    pub count: usize,
+}
+
+impl Devices {
+    /// One share of the processor.
+    pub const CPU: Self = Self { kind: Kind::Cpu, count: 1 };
 }
 
 impl FromStr for Devices {
     type Err = String;
     fn from_str(text: &str) -> Result<Self, String> {
-        let count = text.strip_prefix("cpu:").ok_or("write cpu:K, for example cpu:2")?;
+        let forms = "write cpu:K or cuda:K, for example cpu:2";
+        let (name, count) = text.split_once(':').ok_or(forms)?;
+        let (kind, _) = Kind::ALL.into_iter().find(|(_, known)| *known == name).ok_or(forms)?;
         match count.parse() {
-            Ok(cpus) if (1..=MAX_DEVICES).contains(&cpus) => Ok(Self { cpus }),
+            Ok(count) if (1..=MAX_DEVICES).contains(&count) => Ok(Self { kind, count }),
             _ => Err(format!("{count:?} is not a number in 1..={MAX_DEVICES}")),
         }
+    }
+}
+
+impl fmt::Display for Devices {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = Kind::ALL.into_iter().find(|(kind, _)| *kind == self.kind).map_or("", |(_, name)| name);
+        write!(f, "{name}:{}", self.count)
     }
 }
 
@@ -53,47 +87,90 @@ pub struct ThreadArgs {
 }
 
 impl ThreadArgs {
-    pub fn compute(self, devices: usize) -> anyhow::Result<Compute> {
+    pub fn compute(self, devices: Devices) -> anyhow::Result<Compute> {
+        let (precision, count) = (self.precision, devices.count);
         // Heeds the process's affinity and its control group's quota.
         let usable = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
-        let threads = self.threads.map_or_else(|| (usable / devices).max(1), NonZeroUsize::get);
+        let threads = self.threads.map_or_else(|| (usable / count).max(1), NonZeroUsize::get);
         let cores = match self.pin {
-            true => Some(cores::assign(&cores::numa_nodes()?, &cores::allowed()?, devices, threads)?),
+            true => Some(cores::assign(&cores::numa_nodes()?, &cores::allowed()?, count, threads)?),
             false => None,
         };
-        Ok(Compute { threads, precision: self.precision, cores: cores.map(Arc::new) })
+        let hardware = match devices.kind {
+            Kind::Cpu => Hardware::Cpu,
+            #[cfg(feature = "cuda")]
+            Kind::Cuda => {
+                let open = |index| CudaDevice::open(index).map(Arc::new).with_context(|| format!("cannot use {devices}"));
+                Hardware::Cuda((0..count).map(open).collect::<anyhow::Result<_>>()?)
+            }
+            #[cfg(feature = "cuda")]
+            Kind::Emulated => Hardware::Emulated((0..count).map(|_| Arc::default()).collect()),
+            #[cfg(not(feature = "cuda"))]
+            Kind::Cuda | Kind::Emulated => anyhow::bail!("this program was built without cuda, so there is no {devices}"),
+        };
+        Ok(Compute { threads, precision, cores: cores.map(Arc::new), hardware })
     }
 }
 
-/// The compute threads of each device, and where they run.
+/// What each device computes with. Cloning shares it.
 #[derive(Clone)]
 pub struct Compute {
     threads: usize,
     precision: Precision,
     /// Of each device, if its threads are pinned.
     cores: Option<Arc<Vec<Vec<usize>>>>,
+    hardware: Hardware,
+}
+
+#[derive(Clone)]
+enum Hardware {
+    Cpu,
+    #[cfg(feature = "cuda")]
+    Cuda(Vec<Arc<CudaDevice>>),
+    #[cfg(feature = "cuda")]
+    Emulated(Vec<Arc<Emulation>>),
 }
 
 impl Compute {
-    /// `threads` for any device.
+    /// Shares of the processor, with `threads` for each.
     #[cfg(test)]
     pub fn unpinned(threads: usize) -> Self {
-        Self { threads, precision: Precision::default(), cores: None }
+        Self { threads, precision: Precision::default(), cores: None, hardware: Hardware::Cpu }
     }
 
-    /// Threads of each device.
+    /// Threads of each share of the processor.
     pub fn threads(&self) -> usize {
         self.threads
     }
 
-    /// An engine with the threads of device `device`.
-    pub fn engine(&self, device: usize) -> anyhow::Result<CpuEngine> {
-        let engine = CpuEngine::with_precision(self.threads, self.precision)?;
-        if let Some(cores) = self.cores_of(device) {
-            let pinned = engine.on_every_thread(|thread| cores::pin_thread(&cores[thread..=thread]));
-            pinned.into_iter().collect::<io::Result<()>>().with_context(|| format!("cannot pin to cores {cores:?}"))?;
+    /// Device `device`.
+    pub fn engine(&self, device: usize) -> anyhow::Result<DeviceEngine> {
+        Ok(match &self.hardware {
+            Hardware::Cpu => {
+                let engine = CpuEngine::with_precision(self.threads, self.precision)?;
+                if let Some(cores) = self.cores_of(device) {
+                    let pinned = engine.on_every_thread(|thread| cores::pin_thread(&cores[thread..=thread]));
+                    let pinned = pinned.into_iter().collect::<io::Result<()>>();
+                    pinned.with_context(|| format!("cannot pin to cores {cores:?}"))?;
+                }
+                DeviceEngine::Cpu(engine)
+            }
+            #[cfg(feature = "cuda")]
+            Hardware::Cuda(all) => DeviceEngine::Cuda(CudaEngine::new(all[device].clone(), self.precision)),
+            #[cfg(feature = "cuda")]
+            Hardware::Emulated(all) => DeviceEngine::Emulated(CudaEngine::new(all[device].clone(), self.precision)),
+        })
+    }
+
+    /// Devices that have their weights in a memory of their own, in order; shares of the processor have one copy together.
+    pub fn memories(&self) -> usize {
+        match &self.hardware {
+            Hardware::Cpu => 1,
+            #[cfg(feature = "cuda")]
+            Hardware::Cuda(all) => all.len(),
+            #[cfg(feature = "cuda")]
+            Hardware::Emulated(all) => all.len(),
         }
-        Ok(engine)
     }
 
     /// Keeps the calling thread, which is about to use that engine, on the device's cores: it computes too what is not
@@ -124,31 +201,47 @@ pub enum Placing {
     Processes,
 }
 
-impl Devices {
-    /// Rates of these devices with `threads` compute threads each: those of a file that `farm-node calibrate` has
-    /// written here, or typical ones. The machine's memory is divided among them.
-    pub fn site(self, threads: usize, placing: Placing, calibrated: Option<&Path>) -> anyhow::Result<Site> {
-        let (mut device, inside, between) = match calibrated {
-            Some(file) => {
-                let known = Rates::with_file(file)?;
-                (known.device(CALIBRATED_CPU)?, known.link(CALIBRATED_LOCAL)?, known.link(CALIBRATED_TCP)?)
+impl Compute {
+    /// Rates of `devices` of these: those of a file that `farm-node calibrate` has written here, or typical ones.
+    pub fn site(&self, devices: usize, placing: Placing, calibrated: Option<&Path>) -> anyhow::Result<Site> {
+        let (device, inside, between) = match (&self.hardware, calibrated) {
+            #[cfg(feature = "cuda")]
+            (Hardware::Cuda(all), _) => {
+                let known = calibrated.map_or_else(Rates::embedded, Rates::with_file)?;
+                let mut device = known.device(gpu_like(&all[0].properties().name))?;
+                device.memory = all[0].memory()?.total as f64;
+                (device, known.link("pcie4")?, known.link("10gbe")?)
             }
-            None => {
+            (_, Some(file)) => {
+                let known = Rates::with_file(file)?;
+                let mut device = known.device(CALIBRATED_CPU)?;
+                device.memory = memory_bytes()? / devices as f64;
+                (device, known.link(CALIBRATED_LOCAL)?, known.link(CALIBRATED_TCP)?)
+            }
+            (_, None) => {
                 let known = Rates::embedded()?;
                 let mut device = known.device("cpu")?;
                 for rate in [&mut device.linear, &mut device.attention, &mut device.bandwidth] {
-                    *rate *= threads as f64;
+                    *rate *= self.threads as f64;
                 }
+                device.memory = memory_bytes()? / devices as f64;
                 (device, known.link("local")?, known.link("10gbe")?)
             }
         };
-        device.memory = memory_bytes()? / self.cpus as f64;
         let site = Site::one_host(device, inside);
         Ok(match placing {
             Placing::Threads => site,
             Placing::Processes => Site { between, devices_per_host: 1, ..site },
         })
     }
+}
+
+/// The known device that a GPU of this name is most like. Rates decide how clips are spread, not what they look like, so one
+/// that is not known counts as the slowest.
+#[cfg(feature = "cuda")]
+fn gpu_like(name: &str) -> &'static str {
+    let known = [("H200", "h200"), ("H100", "h100"), ("A100", "a100"), ("L40", "l40"), ("RTX 4090", "rtx4090")];
+    known.into_iter().find(|(part, _)| name.contains(part)).map_or("l4", |(_, like)| like)
 }
 
 /// Of this machine.
@@ -165,17 +258,29 @@ mod tests {
 
     use super::*;
 
+    fn cpus(count: usize) -> Devices {
+        Devices { kind: Kind::Cpu, count }
+    }
+
+    fn cpu(compute: &Compute, device: usize) -> CpuEngine {
+        match compute.engine(device).unwrap() {
+            DeviceEngine::Cpu(engine) => engine,
+            #[cfg(feature = "cuda")]
+            _ => panic!("a share of the processor is another device"),
+        }
+    }
+
     #[test]
     fn each_thread_of_each_device_that_is_pinned_has_a_core_of_its_own() {
         // As many as there are here to tell one from the other.
         let some = cores::allowed().unwrap().len().min(2);
         for (devices, threads) in [(some, 1), (1, some)] {
             let args = ThreadArgs { threads: NonZeroUsize::new(threads), pin: true, precision: Precision::F32 };
-            let compute = args.compute(devices).unwrap();
+            let compute = args.compute(cpus(devices)).unwrap();
             let mut all = BTreeSet::new();
             for device in 0..devices {
                 let own = |_| cores::allowed().unwrap();
-                let seen = compute.engine(device).unwrap().on_every_thread(own);
+                let seen = cpu(&compute, device).on_every_thread(own);
                 assert!(seen.iter().all(|cores| cores.len() == 1), "{seen:?}");
                 let seen: BTreeSet<usize> = seen.into_iter().flatten().collect();
                 let compute = compute.clone();
@@ -184,26 +289,38 @@ mod tests {
                 all.extend(seen);
             }
             assert_eq!(all.len(), devices * threads);
-            assert!(args.compute(MAX_DEVICES * 64).is_err());
+            assert!(args.compute(cpus(MAX_DEVICES * 64)).is_err());
         }
     }
 
     #[test]
     fn without_asking_nothing_is_pinned() {
-        let compute = ThreadArgs { threads: None, pin: false, precision: Precision::F32 }.compute(1).unwrap();
+        let compute = ThreadArgs { threads: None, pin: false, precision: Precision::F32 }.compute(cpus(1)).unwrap();
         let all = cores::allowed().unwrap();
         assert!(compute.threads() <= all.len());
         compute.settle(0).unwrap();
         assert!(
-            compute.engine(0).unwrap().on_every_thread(|_| cores::allowed().unwrap()).iter().all(|seen| *seen == all)
+            cpu(&compute, 0).on_every_thread(|_| cores::allowed().unwrap()).iter().all(|seen| *seen == all)
         );
     }
 
     #[test]
     fn devices_are_read_as_documented_and_nothing_else() {
-        assert_eq!("cpu:2".parse(), Ok(Devices { cpus: 2 }));
+        for (text, kind) in [("cpu:2", Kind::Cpu), ("cuda:2", Kind::Cuda), ("emulated:2", Kind::Emulated)] {
+            assert_eq!(text.parse(), Ok(Devices { kind, count: 2 }));
+            assert_eq!(Devices { kind, count: 2 }.to_string(), text);
+        }
         for bad in ["", "cpu", "cpu:", "cpu:0", "cpu:-1", "cpu:257", "gpu:1", "2"] {
             assert!(bad.parse::<Devices>().is_err(), "{bad}");
         }
+    }
+
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn a_gpu_has_the_rates_of_its_kind() {
+        let known = Rates::embedded().unwrap();
+        let names = ["NVIDIA H100 80GB HBM3", "NVIDIA L40S", "NVIDIA GeForce RTX 4090", "NVIDIA L4", "Tesla T4"];
+        assert_eq!(names.map(gpu_like), ["h100", "l40", "rtx4090", "l4", "l4"]);
+        assert!(names.iter().all(|name| known.device(gpu_like(name)).is_ok()));
     }
 }

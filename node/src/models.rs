@@ -1,10 +1,9 @@
-//! The checkpoints that a node offers, one copy of each in memory for all its devices.
+//! The checkpoints that a node offers, one copy of each in every memory that its devices have.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
-use farm_core::engine::cpu::CpuEngine;
 use farm_core::model::config::VaeConfig;
 use farm_core::model::pipeline::{Pipeline, Residency};
 use farm_core::model::weights::checkpoint::Checkpoint;
@@ -12,26 +11,30 @@ use farm_core::parallel::cost::ModelShape;
 use farm_core::wire::to_scheduler::ModelInfo;
 
 use crate::attempt::Offered;
+use crate::devices::Compute;
+use crate::engine::DeviceEngine;
 
 pub struct ModelShelf {
     models: BTreeMap<String, Shelved>,
 }
 
 struct Shelved {
-    pipeline: Pipeline<CpuEngine>,
+    /// Of each memory, in the order of the devices.
+    pipelines: Vec<Pipeline<DeviceEngine>>,
     info: ModelInfo,
     shape: ModelShape,
     vae: VaeConfig,
 }
 
 impl ModelShelf {
-    /// Opens, hashes and loads every checkpoint (name and folder), which reads all its bytes. `threads` load.
-    pub fn open(models: impl IntoIterator<Item = (String, PathBuf)>, threads: usize) -> anyhow::Result<Self> {
-        let engine = CpuEngine::new(threads)?;
+    /// Opens, hashes and loads every checkpoint (name and folder), which reads all its bytes.
+    pub fn open(models: impl IntoIterator<Item = (String, PathBuf)>, compute: &Compute) -> anyhow::Result<Self> {
+        let memories = (0..compute.memories()).map(|device| compute.engine(device));
+        let engines = memories.collect::<anyhow::Result<Vec<_>>>()?;
         let mut shelf = BTreeMap::new();
         for (name, dir) in models {
             ensure!(!shelf.contains_key(&name), "--model names {name} twice");
-            let shelved = shelve(&engine, &name, &dir).with_context(|| format!("cannot offer model {name}"))?;
+            let shelved = shelve(&engines, &name, &dir).with_context(|| format!("cannot offer model {name}"))?;
             shelf.insert(name, shelved);
         }
         Ok(Self { models: shelf })
@@ -52,12 +55,15 @@ impl ModelShelf {
         self.models.iter().map(|(name, shelved)| (name.clone(), offered(shelved))).collect()
     }
 
-    pub fn pipeline(&self, name: &str) -> Option<&Pipeline<CpuEngine>> {
-        self.models.get(name).map(|shelved| &shelved.pipeline)
+    /// Of device `device`.
+    pub fn pipeline(&self, name: &str, device: usize) -> Option<&Pipeline<DeviceEngine>> {
+        // Devices that share a memory share the only one.
+        let pipelines = &self.models.get(name)?.pipelines;
+        pipelines.get(device).or_else(|| pipelines.first())
     }
 }
 
-fn shelve(engine: &CpuEngine, name: &str, dir: &Path) -> anyhow::Result<Shelved> {
+fn shelve(engines: &[DeviceEngine], name: &str, dir: &Path) -> anyhow::Result<Shelved> {
     let checkpoint = Checkpoint::open(dir)?;
     for note in checkpoint.notes() {
         tracing::info!(model = name, "{note}");
@@ -66,8 +72,11 @@ fn shelve(engine: &CpuEngine, name: &str, dir: &Path) -> anyhow::Result<Shelved>
     let defaults_json = serde_json::to_string(checkpoint.generation_defaults())?;
     let shape = checkpoint.dit().map(|dit| dit.config().shape()).context("it has no transformer")?;
     let shape_json = serde_json::to_string(&shape)?;
-    let pipeline = Pipeline::open(engine, checkpoint, Residency::Kept)?;
-    let vae = pipeline.vae_config()?.clone();
+    let vae = checkpoint.vae().context("it has no vae decoder")?.config().clone();
+    let mut pipelines = vec![Pipeline::open(&engines[0], checkpoint, Residency::Kept)?];
+    for engine in &engines[1..] {
+        pipelines.push(Pipeline::open(engine, Checkpoint::open(dir)?, Residency::Kept)?);
+    }
     tracing::info!(model = name, %hash, dir = %dir.display(), "model loaded");
-    Ok(Shelved { info: ModelInfo { name: name.to_owned(), hash, defaults_json, shape_json }, pipeline, shape, vae })
+    Ok(Shelved { info: ModelInfo { name: name.to_owned(), hash, defaults_json, shape_json }, pipelines, shape, vae })
 }

@@ -9,17 +9,17 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, anyhow, bail};
+use anyhow::{Context, anyhow, bail, ensure};
 use farm_core::comm::tcp::{self, TcpOptions};
 use farm_core::comm::{Collective, Patience, local};
-use farm_core::engine::cpu::CpuEngine;
 use farm_core::engine::{Engine, Over, SequenceOps};
 use farm_core::job::spec::GenerationDefaults;
 use farm_core::model::weights::checkpoint::Checkpoint;
 use farm_core::parallel::cost::devices::{DeviceEntry, Devices as Rates, LinkEntry};
 use farm_core::parallel::cost::{ClipShape, ModelShape};
 
-use crate::devices::{CALIBRATED_CPU, CALIBRATED_LOCAL, CALIBRATED_TCP, Compute, Devices, ThreadArgs};
+use crate::devices::{CALIBRATED_CPU, CALIBRATED_LOCAL, CALIBRATED_TCP, Compute, Devices, Kind, ThreadArgs};
+use crate::engine::DeviceEngine;
 
 /// Rows of a product, and rows of keys, at most: as fast per value as more of them, and quick.
 const MAX_ROWS: usize = 256;
@@ -52,7 +52,8 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
-    let (devices, compute) = (args.devices.cpus, args.threads.compute(args.devices.cpus)?);
+    ensure!(args.devices.kind == Kind::Cpu, "this measures processors; rates of GPUs are known by their names");
+    let (devices, compute) = (args.devices.count, args.threads.compute(args.devices)?);
     let threads = compute.threads();
     let (model, tokens, sizes) = sizes(args.model.as_deref())?;
     let source = format!("farm-node calibrate: {devices} at once, {threads} threads each, sizes of {sizes}");
@@ -111,15 +112,15 @@ fn sizes(model: Option<&Path>) -> anyhow::Result<(ModelShape, usize, String)> {
     Ok((shape, ClipShape::new(width, height, num_frames, 1, [0, 0])?.tokens, name))
 }
 
-type Tensor = <CpuEngine as SequenceOps>::Tensor;
+type Tensor = <DeviceEngine as SequenceOps>::Tensor;
 
 /// Operations of one block on a part of its rows. The devices share the weights, as in a render.
 struct Work {
     x: Tensor,
     hidden: Tensor,
     vector: Tensor,
-    qkv: <CpuEngine as Engine>::Matrix,
-    down: <CpuEngine as Engine>::Matrix,
+    qkv: <DeviceEngine as Engine>::Matrix,
+    down: <DeviceEngine as Engine>::Matrix,
     queries: Tensor,
     keys: Tensor,
     linear_flops: f64,
@@ -128,7 +129,7 @@ struct Work {
 }
 
 impl Work {
-    fn new(engine: &CpuEngine, model: &ModelShape, tokens: usize) -> anyhow::Result<Self> {
+    fn new(engine: &DeviceEngine, model: &ModelShape, tokens: usize) -> anyhow::Result<Self> {
         let (rows, keys) = (tokens.min(MAX_ROWS), tokens.min(MAX_KEYS));
         let (d, f) = (model.hidden_x, model.ffn_x);
         let tensor = |shape: &[usize]| {
@@ -151,19 +152,19 @@ impl Work {
     }
 
     /// A wide product and a deep one.
-    fn linear(&self, engine: &CpuEngine) -> anyhow::Result<()> {
+    fn linear(&self, engine: &DeviceEngine) -> anyhow::Result<()> {
         engine.linear(&self.x, &self.qkv, None)?;
         engine.linear(&self.hidden, &self.down, None)?;
         Ok(())
     }
 
-    fn attention(&self, engine: &CpuEngine) -> anyhow::Result<()> {
+    fn attention(&self, engine: &DeviceEngine) -> anyhow::Result<()> {
         engine.attention(&self.queries, &[&self.keys], &[&self.keys])?;
         Ok(())
     }
 
     /// A norm and a gated residual: what stands between the products.
-    fn elementwise(&self, engine: &CpuEngine) -> anyhow::Result<()> {
+    fn elementwise(&self, engine: &DeviceEngine) -> anyhow::Result<()> {
         engine.modulated_rms_norm(&self.x, &self.vector)?;
         engine.gated_residual(&self.x, &self.x, &self.vector)?;
         Ok(())
@@ -172,9 +173,9 @@ impl Work {
 
 /// Median seconds of `work` on a device while all devices do the same.
 fn median_of_all(
-    engines: &[Arc<CpuEngine>],
+    engines: &[Arc<DeviceEngine>],
     compute: &Compute,
-    work: impl Fn(&CpuEngine) -> anyhow::Result<()> + Sync,
+    work: impl Fn(&DeviceEngine) -> anyhow::Result<()> + Sync,
 ) -> anyhow::Result<f64> {
     let runs = runs_in_budget(&engines[0], engines.len(), &work)?;
     let samples = thread::scope(|scope| {
@@ -204,9 +205,9 @@ fn median_of_all(
 
 /// As many runs as the budget has room for, from one on an idle machine.
 fn runs_in_budget(
-    engine: &CpuEngine,
+    engine: &DeviceEngine,
     devices: usize,
-    work: &impl Fn(&CpuEngine) -> anyhow::Result<()>,
+    work: &impl Fn(&DeviceEngine) -> anyhow::Result<()>,
 ) -> anyhow::Result<usize> {
     work(engine)?;
     let started = Instant::now();
@@ -239,7 +240,7 @@ fn memory_bytes() -> anyhow::Result<f64> {
 }
 
 /// Bytes/s and seconds of latency of exchanges between two ranks of a group.
-fn link_rates(ranks: [&dyn Collective<Tensor>; 2], engine: &CpuEngine) -> anyhow::Result<(f64, f64)> {
+fn link_rates(ranks: [&dyn Collective<Tensor>; 2], engine: &DeviceEngine) -> anyhow::Result<(f64, f64)> {
     let message = |values: usize| engine.upload(&vec![1.0; values], &[values]);
     let (small, large) = (message(1)?, message(LARGE_BYTES / 4)?);
     // Both ranks do the same in step, and both send and receive.
@@ -265,13 +266,13 @@ fn link_rates(ranks: [&dyn Collective<Tensor>; 2], engine: &CpuEngine) -> anyhow
     })
 }
 
-fn local_link(engine: &CpuEngine) -> anyhow::Result<(f64, f64)> {
+fn local_link(engine: &DeviceEngine) -> anyhow::Result<(f64, f64)> {
     let ranks = local::ranks(2, PATIENCE);
     let [mine, other] = &ranks[..] else { bail!("a group of two has {} ranks", ranks.len()) };
     link_rates([mine, other], engine)
 }
 
-fn tcp_link(engine: &Arc<CpuEngine>) -> anyhow::Result<(f64, f64)> {
+fn tcp_link(engine: &Arc<DeviceEngine>) -> anyhow::Result<(f64, f64)> {
     let listen = || TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("cannot listen on loopback");
     let listeners = [listen()?, listen()?];
     let peers = listeners.iter().map(|listener| Ok(listener.local_addr()?.to_string()));
@@ -303,6 +304,8 @@ fn tcp_link(engine: &Arc<CpuEngine>) -> anyhow::Result<(f64, f64)> {
 
 #[cfg(test)]
 mod tests {
+    use farm_core::engine::cpu::CpuEngine;
+
     use super::*;
 
     #[test]
@@ -319,7 +322,7 @@ mod tests {
 
     #[test]
     fn both_kinds_of_link_are_measured() {
-        let engine = Arc::new(CpuEngine::new(1).unwrap());
+        let engine = Arc::new(DeviceEngine::Cpu(CpuEngine::new(1).unwrap()));
         for (bandwidth, latency) in [local_link(&engine).unwrap(), tcp_link(&engine).unwrap()] {
             assert!(bandwidth > 0.0 && bandwidth.is_finite() && latency > 0.0 && latency < 1.0);
         }

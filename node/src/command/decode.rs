@@ -35,7 +35,7 @@ pub struct Args {
     /// or exact:; after it, @BYTES that a tile may take
     #[arg(long, value_name = "TILES", default_value = "auto")]
     pub tiles: Tiling,
-    /// Devices that decode together: cpu:K
+    /// Devices that decode together: cpu:K, or cuda:1
     #[arg(long, value_name = "cpu:K", default_value = "cpu:1")]
     pub devices: Devices,
     #[command(flatten)]
@@ -57,7 +57,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         eprintln!("warning: this latent is of step {step} of {steps}: the clip will be noisy");
     }
     let shape = shape(args.tiles, latent.size, part.config()).map_err(anyhow::Error::msg)?;
-    let compute = args.threads.compute(args.devices.cpus)?;
+    let compute = args.threads.compute(args.devices)?;
     let engine = compute.engine(0)?;
     let decoder = Arc::new(VaeDecoder::load(&Loader { engine: &engine, source: part }, part.config())?);
 
@@ -70,7 +70,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         latent: &latent.values,
         size: latent.size,
         shape,
-        devices: args.devices.cpus,
+        devices: args.devices.count,
         compute,
         stop,
     };

@@ -24,10 +24,10 @@ use tracing_subscriber::EnvFilter;
 use uuid::Uuid;
 
 use crate::attempt::{HandsWanted, Workshop};
-use crate::cpu_device::CpuDevice;
 use crate::data_plane::{DataPlane, DataPlaneArgs};
 use crate::device_thread::DeviceHandle;
 use crate::devices::{Devices, Placing, ThreadArgs};
+use crate::engine_device::EngineDevice;
 use crate::encode;
 use crate::evidence::Evidence;
 use crate::models::ModelShelf;
@@ -51,7 +51,7 @@ pub struct Args {
     /// Where the farm's scheduler listens, or each of them, whichever leads; may be repeated
     #[arg(long = "scheduler", value_name = "HOST:PORT,…", value_delimiter = ',', value_parser = parse_address, required = true)]
     pub schedulers: Vec<String>,
-    /// Devices to lend: cpu:K makes K of this machine's processor
+    /// Devices to lend: cpu:K makes K of this machine's processor, cuda:K are its first K GPUs
     #[arg(long, value_name = "cpu:K")]
     pub devices: Devices,
     /// A checkpoint folder and the name that jobs call it by; may be repeated
@@ -378,24 +378,25 @@ async fn prepare(args: Args) -> anyhow::Result<Prepared> {
 
     let data = args.data.unwrap_or_else(|| std::env::temp_dir().join(format!("farm-node-{name}")));
     let folder = Folder::open(&data)?;
-    let compute = args.threads.compute(args.devices.cpus)?;
-    let threads = compute.threads();
-    let mut site = args.devices.site(threads, Placing::Threads, args.devices_file.as_deref())?;
+    let (compute, count) = (args.threads.compute(args.devices)?, args.devices.count);
+    let mut site = compute.site(count, Placing::Threads, args.devices_file.as_deref())?;
     // Without a limit nobody knows of one: the weights are in memory when the node joins, and a clip that has no room
     // beside them has none on any number of these devices.
     site.device.memory = args.memory.unwrap_or(f64::MAX);
     let memory = args.memory.map(|_| site);
     let models: Vec<_> = args.models.into_iter().map(|model| (model.name, model.dir)).collect();
     // Beside the runtime: it reads every byte of every checkpoint.
-    let shelf = tokio::task::spawn_blocking(move || ModelShelf::open(models, threads)).await??;
+    let of = compute.clone();
+    let shelf = tokio::task::spawn_blocking(move || ModelShelf::open(models, &of)).await??;
     let shelf = Arc::new(shelf);
 
-    let cpu = |index| CpuDevice::new(&compute, index, shelf.clone());
-    let cpus = (0..args.devices.cpus).map(cpu).collect::<anyhow::Result<Vec<_>>>()?;
-    let precision = cpus[0].precision();
-    let infos = cpus.iter().map(|cpu| DeviceInfo { name: cpu.name() }).collect();
-    let thread = |(index, cpu)| DeviceHandle::spawn(DeviceIndex(index), cpu).context("cannot start a device thread");
-    let devices = (0..).zip(cpus).map(thread).collect::<anyhow::Result<Vec<_>>>()?;
+    let device = |index| EngineDevice::new(&compute, index, shelf.clone());
+    let devices = (0..count).map(device).collect::<anyhow::Result<Vec<_>>>()?;
+    let precision = devices[0].precision();
+    let infos = devices.iter().map(|device| DeviceInfo { name: device.name() }).collect();
+    let thread =
+        |(index, device)| DeviceHandle::spawn(DeviceIndex(index), device).context("cannot start a device thread");
+    let devices = (0..).zip(devices).map(thread).collect::<anyhow::Result<Vec<_>>>()?;
     let site_json = Some(serde_json::to_string(&site)?);
     let roles =
         Roles { denoise: args.roles.contains(&DeviceRole::Denoise), decode: args.roles.contains(&DeviceRole::Decode) };

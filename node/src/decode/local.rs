@@ -5,7 +5,6 @@ use std::sync::atomic::AtomicBool;
 
 use anyhow::Context;
 use farm_core::engine::Engine;
-use farm_core::engine::cpu::CpuEngine;
 use farm_core::model::latent::DitLatent;
 use farm_core::model::vae::VaeDecoder;
 use farm_core::tiles::shape::Shape;
@@ -14,6 +13,7 @@ use tokio::sync::mpsc;
 use super::hand;
 use super::stitcher::{Arrival, OpenSink, StitchError, Stitched, Surroundings, stitch};
 use crate::devices::Compute;
+use crate::engine::DeviceEngine;
 use crate::link;
 
 /// Messages that wait for a hand, or from it.
@@ -21,7 +21,7 @@ pub const DEPTH: usize = 16;
 
 /// A latent `[C, T, h, w]` and what decodes it.
 pub struct LocalDecode<'a> {
-    pub decoder: Arc<VaeDecoder<CpuEngine>>,
+    pub decoder: Arc<VaeDecoder<DeviceEngine>>,
     pub latent: &'a [f32],
     pub size: [usize; 4],
     pub shape: Arc<Shape>,

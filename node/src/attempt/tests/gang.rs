@@ -5,8 +5,8 @@ use std::path::Path;
 use farm_core::model::weights::checkpoint::Checkpoint;
 
 use super::*;
-use crate::cpu_device::CpuDevice;
 use crate::devices::Compute;
+use crate::engine_device::EngineDevice;
 use crate::models::ModelShelf;
 
 /// What rank 2 does instead of its work.
@@ -20,7 +20,7 @@ enum Fault {
 
 /// A device that has its fault once, and works from then on.
 struct Faulty {
-    device: CpuDevice,
+    device: EngineDevice,
     fault: Arc<Mutex<Option<Fault>>>,
     begun: Arc<tokio::sync::Notify>,
 }
@@ -65,11 +65,11 @@ impl Gang {
         let data = tempfile::tempdir().unwrap();
         let model = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().join("assets/mochi-tiny");
         let hash = Checkpoint::open(&model).unwrap().content_hash().unwrap().to_owned();
-        let shelf = Arc::new(ModelShelf::open([("tiny".to_owned(), model)], 1).unwrap());
         let compute = Compute::unpinned(1);
+        let shelf = Arc::new(ModelShelf::open([("tiny".to_owned(), model)], &compute).unwrap());
         let (fault, begun) = (Arc::new(Mutex::new(fault)), Arc::new(tokio::sync::Notify::new()));
         let device = |index| {
-            let device = CpuDevice::new(&compute, index as usize, shelf.clone()).unwrap();
+            let device = EngineDevice::new(&compute, index as usize, shelf.clone()).unwrap();
             let faulty = Faulty { device, fault: fault.clone(), begun: begun.clone() };
             DeviceHandle::spawn(DeviceIndex(index), faulty).unwrap()
         };

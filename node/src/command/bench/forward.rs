@@ -28,7 +28,7 @@ use serde::Serialize;
 
 use super::{median, peak_mib};
 use crate::command::layout::{channels_first, channels_last};
-use crate::devices::ThreadArgs;
+use crate::devices::{Devices, ThreadArgs};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -82,7 +82,7 @@ struct Figures {
 }
 
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
-    let compute = args.threads.compute(1)?;
+    let compute = args.threads.compute(Devices::CPU)?;
     let engine = compute.engine(0)?;
     compute.settle(0)?;
     let tensors = TensorFile::open(&args.tensors)?;

@@ -5,12 +5,12 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use comfy_table::{CellAlignment, Table, presets};
-use farm_core::engine::cpu::CpuEngine;
 use farm_core::engine::{Engine, Over, RawDtype, RawTensor, SequenceOps};
 use serde::Serialize;
 
 use super::peak;
-use crate::devices::ThreadArgs;
+use crate::devices::{Devices, ThreadArgs};
+use crate::engine::DeviceEngine;
 
 /// An operation is repeated for so long, at least so often, and its best time counts: what else runs on the cores only
 /// takes away.
@@ -46,7 +46,7 @@ struct Kernel {
 }
 
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
-    let compute = args.threads.compute(1)?;
+    let compute = args.threads.compute(Devices::CPU)?;
     let engine = compute.engine(0)?;
     compute.settle(0)?;
     let mut kernels = Vec::new();
@@ -90,7 +90,7 @@ impl Figures {
     }
 }
 
-fn linear(engine: &CpuEngine, [rows, width, out]: [usize; 3], over: Over) -> anyhow::Result<Kernel> {
+fn linear(engine: &DeviceEngine, [rows, width, out]: [usize; 3], over: Over) -> anyhow::Result<Kernel> {
     let count = if over == Over::Few { WEIGHTS } else { 1 };
     let weight = tensor(engine, &[out, width])?;
     let weights = (0..count).map(|_| engine.matrix(&weight, over)).collect::<Result<Vec<_>, _>>()?;
@@ -100,14 +100,14 @@ fn linear(engine: &CpuEngine, [rows, width, out]: [usize; 3], over: Over) -> any
     Ok(Kernel::new("linear", format!("{rows}×{width}×{out}"), seconds / count as f64, flops))
 }
 
-fn attention(engine: &CpuEngine, [queries, keys]: [usize; 2], [heads, d]: [usize; 2]) -> anyhow::Result<Kernel> {
+fn attention(engine: &DeviceEngine, [queries, keys]: [usize; 2], [heads, d]: [usize; 2]) -> anyhow::Result<Kernel> {
     let (q, kv) = (tensor(engine, &[queries, heads, d])?, tensor(engine, &[keys, heads, d])?);
     let seconds = best(|| engine.attention(&q, &[&kv], &[&kv]).map(drop))?;
     let flops = (4 * queries * keys * heads * d) as f64;
     Ok(Kernel::new("attention", format!("{queries}×{keys}, {heads} heads of {d}"), seconds, flops))
 }
 
-fn convolution(engine: &CpuEngine, channels: usize, [frames, height, width]: [usize; 3]) -> anyhow::Result<Kernel> {
+fn convolution(engine: &DeviceEngine, channels: usize, [frames, height, width]: [usize; 3]) -> anyhow::Result<Kernel> {
     const TAPS: usize = 27;
     let bytes = |len: usize| values(len).into_iter().flat_map(f32::to_le_bytes).collect::<Vec<_>>();
     let (weight, bias) = (bytes(channels * channels * TAPS), bytes(channels));
@@ -125,7 +125,7 @@ impl Kernel {
     }
 }
 
-fn tensor(engine: &CpuEngine, shape: &[usize]) -> farm_core::engine::Result<<CpuEngine as SequenceOps>::Tensor> {
+fn tensor(engine: &DeviceEngine, shape: &[usize]) -> farm_core::engine::Result<<DeviceEngine as SequenceOps>::Tensor> {
     engine.upload(&values(shape.iter().product()), shape)
 }
 

@@ -25,7 +25,7 @@ use farm_core::model::weights::checkpoint::Checkpoint;
 use farm_core::parallel::group::RankGroup;
 use serde::Serialize;
 
-use crate::devices::ThreadArgs;
+use crate::devices::{Devices, ThreadArgs};
 use crate::encode::{FrameSink, Mp4Sink};
 
 /// The goal for a clip of the bundled checkpoint with its own defaults, on two cores.
@@ -105,7 +105,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         Some(Other::Peak(args)) => return peak::run(args),
         None => {}
     }
-    let compute = args.threads.compute(1)?;
+    let compute = args.threads.compute(Devices::CPU)?;
     let started = Instant::now();
     let engine = compute.engine(0)?;
     compute.settle(0)?;

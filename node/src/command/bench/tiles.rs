@@ -7,7 +7,6 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::Context;
-use farm_core::engine::cpu::CpuEngine;
 use farm_core::engine::{Engine, SequenceOps};
 use farm_core::job::spec::{RenderRequest, RenderSpec};
 use farm_core::job::state::Progress;
@@ -23,7 +22,8 @@ use farm_core::tiles::plan::{Mode, Tiling};
 use farm_core::tiles::quality::Quality;
 use serde::Serialize;
 
-use crate::devices::ThreadArgs;
+use crate::devices::{Devices, ThreadArgs};
+use crate::engine::DeviceEngine;
 
 /// Width and height in pixels.
 const SIZES: [[u32; 2]; 3] = [[64, 64], [192, 128], [320, 192]];
@@ -38,7 +38,7 @@ const GOAL_SIZE: [u32; 2] = [192, 128];
 const GOALS: [(&str, f64); 2] = [("shared:8x8+2", 54.0), ("shared:12x12+4", 63.0)];
 const GOAL_EXACT: f32 = 1e-4;
 
-type Tensor = <CpuEngine as SequenceOps>::Tensor;
+type Tensor = <DeviceEngine as SequenceOps>::Tensor;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -76,7 +76,7 @@ struct Figures {
 }
 
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
-    let compute = args.threads.compute(1)?;
+    let compute = args.threads.compute(Devices::CPU)?;
     let engine = compute.engine(0)?;
     compute.settle(0)?;
     if !args.json {
@@ -114,9 +114,9 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
 }
 
 fn measure(
-    engine: &CpuEngine,
+    engine: &DeviceEngine,
     name: &'static str,
-    decoder: &Arc<VaeDecoder<CpuEngine>>,
+    decoder: &Arc<VaeDecoder<DeviceEngine>>,
     latent: &VaeLatent<Tensor>,
     json: bool,
     rows: &mut Vec<Row>,
@@ -177,8 +177,8 @@ fn print(row: &Row) {
 
 /// The latent of a clip that the model has made: of noise, figures are others.
 fn render(
-    engine: &CpuEngine,
-    pipeline: &Pipeline<CpuEngine>,
+    engine: &DeviceEngine,
+    pipeline: &Pipeline<DeviceEngine>,
     width: u32,
     height: u32,
 ) -> anyhow::Result<DitLatent<Tensor>> {
@@ -191,7 +191,7 @@ fn render(
     Ok(pipeline.denoise(engine, &solo, &spec, &Start::Seed, &mut Quiet)?.latent)
 }
 
-fn decoder_of(engine: &CpuEngine, model: &Path) -> anyhow::Result<Arc<VaeDecoder<CpuEngine>>> {
+fn decoder_of(engine: &DeviceEngine, model: &Path) -> anyhow::Result<Arc<VaeDecoder<DeviceEngine>>> {
     let checkpoint = Checkpoint::open(model)?;
     let part = checkpoint.vae().context("the checkpoint has no vae decoder")?;
     Ok(Arc::new(VaeDecoder::load(&Loader { engine, source: part }, part.config())?))

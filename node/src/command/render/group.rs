@@ -10,7 +10,6 @@ use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
 use farm_core::comm::{Patience, local, tcp};
-use farm_core::engine::cpu::CpuEngine;
 use farm_core::job::spec::RenderSpec;
 use farm_core::job::state::Progress;
 use farm_core::model::ModelError;
@@ -22,6 +21,7 @@ use farm_core::parallel::topology::Topology;
 
 use crate::command::plan::Degrees;
 use crate::devices::{Compute, Devices, Placing};
+use crate::engine::DeviceEngine;
 
 /// What a group waits for its last member to be started.
 const FORMING: Duration = Duration::from_secs(120);
@@ -31,7 +31,7 @@ const FORMING: Duration = Duration::from_secs(120);
 #[group(skip)]
 #[command(next_help_heading = "Several devices")]
 pub struct GroupArgs {
-    /// Devices that render the clip together: cpu:K makes K ranks of this process
+    /// Devices that render the clip together: cpu:K makes K ranks of this process, cuda:1 is a GPU
     #[arg(long, value_name = "cpu:K", default_value = "cpu:1")]
     pub devices: Devices,
     #[command(flatten)]
@@ -76,8 +76,13 @@ impl GroupArgs {
     }
 
     /// The degrees asked for, the rest by the cost model; and whether weights are dealt out. Reads no weight.
-    pub fn plan(&self, model: &DitConfig, spec: &RenderSpec, threads: usize) -> anyhow::Result<(Topology, bool)> {
-        let world = self.world.unwrap_or(self.devices.cpus);
+    pub fn plan(
+        &self,
+        model: &DitConfig,
+        spec: &RenderSpec,
+        compute: &Compute,
+    ) -> anyhow::Result<(Topology, bool)> {
+        let world = self.world.unwrap_or(self.devices.count);
         if let Some(rank) = self.rank {
             ensure!(rank < world, "--rank {rank} of --world {world}; ranks count from 0");
             let peers = self.peers.len();
@@ -91,7 +96,7 @@ impl GroupArgs {
             [&spec.prompt, &spec.negative_prompt].map(|text| if text.is_empty() { 0 } else { TYPICAL_TEXT }),
         )?;
         let placing = if self.rank.is_some() { Placing::Processes } else { Placing::Threads };
-        let site = self.devices.site(threads, placing, self.devices_file.as_deref())?;
+        let site = compute.site(self.devices.count, placing, self.devices_file.as_deref())?;
         let all = cost::candidates(&model.shape(), &clip, &site, world, self.degrees.into())?;
         let best = cost::choose(&all).context("no way to spread the clip")?;
         Ok((best.topology, best.shard))
@@ -107,7 +112,7 @@ const TYPICAL_TEXT: usize = 48;
 
 /// What a group renders.
 pub struct Clip<'a> {
-    pub pipeline: &'a Pipeline<CpuEngine>,
+    pub pipeline: &'a Pipeline<DeviceEngine>,
     pub topology: Topology,
     pub spec: &'a RenderSpec,
     /// Says what has to be the same on every rank of a group of processes.
@@ -122,7 +127,7 @@ impl Clip<'_> {
     pub fn run(
         &self,
         args: &GroupArgs,
-        lead: impl FnOnce(&CpuEngine, &RankGroup<CpuEngine>) -> Result<(), ModelError>,
+        lead: impl FnOnce(&DeviceEngine, &RankGroup<DeviceEngine>) -> Result<(), ModelError>,
         follower: &mut dyn RenderObserver,
     ) -> anyhow::Result<Result<(), ModelError>> {
         let Some(rank) = args.rank else { return self.run_threads(args, lead) };
@@ -159,7 +164,7 @@ impl Clip<'_> {
     fn run_threads(
         &self,
         args: &GroupArgs,
-        lead: impl FnOnce(&CpuEngine, &RankGroup<CpuEngine>) -> Result<(), ModelError>,
+        lead: impl FnOnce(&DeviceEngine, &RankGroup<DeviceEngine>) -> Result<(), ModelError>,
     ) -> anyhow::Result<Result<(), ModelError>> {
         let engines =
             (0..self.topology.world()).map(|rank| self.compute.engine(rank)).collect::<Result<Vec<_>, _>>()?;

@@ -13,7 +13,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, bail};
 use farm_core::engine::Engine;
-use farm_core::engine::cpu::CpuEngine;
 use farm_core::job::spec::{GuidanceScale, RenderRequest, RenderSpec};
 use farm_core::job::state::Progress;
 use farm_core::model::ModelError;
@@ -33,6 +32,7 @@ use crate::command::watch::{Show, progress_bar, stop_on_signals};
 use crate::decode::local::LocalDecode;
 use crate::decode::shape;
 use crate::devices::ThreadArgs;
+use crate::engine::DeviceEngine;
 use crate::encode::FrameSink;
 
 #[derive(clap::Args)]
@@ -97,9 +97,9 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let seed = args.seed.unwrap_or_else(rand::random);
     let spec = RenderSpec::resolve(&request(&args), checkpoint.generation_defaults(), seed)?;
     let noise = args.noise.as_deref().map(|path| read_noise(path, &spec)).transpose()?;
-    let compute = args.threads.compute(args.group.devices.cpus)?;
+    let compute = args.threads.compute(args.group.devices)?;
     let dit = checkpoint.dit().with_context(|| format!("{} has no transformer", args.model.display()))?;
-    let (topology, sharded) = args.group.plan(dit.config(), &spec, compute.threads())?;
+    let (topology, sharded) = args.group.plan(dit.config(), &spec, &compute)?;
     let engine = compute.engine(0)?;
     // Only of use, and only worth reading every byte, if it is shared or stored.
     let identity = if args.group.rank.is_some() || args.resume.wanted() {
@@ -146,7 +146,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
             let sink = if tiles.is_none() { target.sink(spec.width, spec.height)? } else { None };
             let saved = saved.as_ref();
             let mut watcher = Watcher { show: Show::new(bar.clone()), stop: stop.clone(), sink, saved };
-            let lead = |engine: &CpuEngine, group: &RankGroup<CpuEngine>| match (target.kind, &tiles) {
+            let lead = |engine: &DeviceEngine, group: &RankGroup<DeviceEngine>| match (target.kind, &tiles) {
                 (Kind::Latent, _) => {
                     let denoised = pipeline.denoise(engine, group, &spec, &start, &mut watcher)?;
                     let bytes = to_safetensors(LATENT_KEY, &denoised.values, spec.latent_shape())?;
@@ -167,7 +167,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let outcome = match (outcome, in_tiles, tiles, &target) {
         (Ok(()), Some(values), Some(shape), Some(target)) => {
             let decoder = pipeline.decoder(&compute.engine(0)?)?;
-            let (size, devices) = (spec.latent_shape(), args.group.devices.cpus);
+            let (size, devices) = (spec.latent_shape(), args.group.devices.count);
             let work = LocalDecode { decoder, latent: &values, size, shape, devices, compute, stop: stop.clone() };
             decode::in_tiles(work, target, &mut Show::new(bar.clone()))?
         }

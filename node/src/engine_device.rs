@@ -1,10 +1,9 @@
-//! A share of this machine's processor: denoises with the CPU engine, alone or as a rank of a group, and decodes tiles.
+//! A device of this node by its engine: denoises, alone or as a rank of a group, and decodes tiles.
 
 use std::io;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
-use farm_core::engine::cpu::CpuEngine;
 use farm_core::engine::{Engine, EngineError};
 use farm_core::job::state::{FailureKind, Progress};
 use farm_core::model::ModelError;
@@ -16,18 +15,18 @@ use farm_core::tiles::message::FromHand;
 use crate::decode::hand::{self, HandError};
 use crate::device_thread::{Decode, Denoise, Denoised, Device, RenderError};
 use crate::devices::Compute;
+use crate::engine::DeviceEngine;
 use crate::models::ModelShelf;
 
-pub struct CpuDevice {
-    engine: CpuEngine,
-    /// What the engine has its threads from, and which of its devices this is.
+pub struct EngineDevice {
+    engine: DeviceEngine,
+    /// What the engine is of, and which of its devices this is.
     place: (Compute, usize),
-    /// Weights are shared; the threads are the device's own.
     shelf: Arc<ModelShelf>,
 }
 
-impl CpuDevice {
-    /// Device `index` of those that `compute` has threads for.
+impl EngineDevice {
+    /// Device `index` of `compute`.
     pub fn new(compute: &Compute, index: usize, shelf: Arc<ModelShelf>) -> anyhow::Result<Self> {
         Ok(Self { engine: compute.engine(index)?, place: (compute.clone(), index), shelf })
     }
@@ -49,7 +48,7 @@ fn named(engine: String, precision: Precision) -> String {
     }
 }
 
-impl Device for CpuDevice {
+impl Device for EngineDevice {
     fn start(&mut self) {
         let (compute, index) = &self.place;
         if let Err(error) = compute.settle(*index) {
@@ -88,9 +87,9 @@ impl Device for CpuDevice {
     }
 }
 
-impl CpuDevice {
-    fn pipeline(&self, model: &str) -> Result<&Pipeline<CpuEngine>, RenderError> {
-        let pipeline = self.shelf.pipeline(model);
+impl EngineDevice {
+    fn pipeline(&self, model: &str) -> Result<&Pipeline<DeviceEngine>, RenderError> {
+        let pipeline = self.shelf.pipeline(model, self.place.1);
         pipeline.ok_or_else(|| RenderError::device(format!("model {model} is not loaded")))
     }
 
