@@ -14,6 +14,7 @@ use std::arch::x86_64::*;
 use std::marker::PhantomData;
 use std::sync::OnceLock;
 
+use super::data::Bits;
 use super::product::{Finish, PANEL, Target};
 
 /// Rows and columns of a tile of sums, and pairs of depth of a tile of factors.
@@ -58,6 +59,9 @@ fn is_permitted() -> bool {
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
 pub(super) struct Tile([u16; TILE_VALUES]);
+
+// Safety: numbers.
+unsafe impl Bits for Tile {}
 
 impl Default for Tile {
     fn default() -> Self {

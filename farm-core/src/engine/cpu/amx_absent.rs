@@ -1,5 +1,6 @@
 //! In the place of the matrix units where there are none: [`available`] says so, and nothing else is ever called.
 
+use super::data::Bits;
 use super::product::{Finish, Target};
 
 const ABSENT: &str = "this processor has no matrix units";
@@ -12,6 +13,9 @@ pub(super) fn available() -> bool {
 
 #[derive(Clone, Copy, Default)]
 pub(super) struct Tile;
+
+// Safety: it is nothing.
+unsafe impl Bits for Tile {}
 
 pub(super) struct Configured;
 

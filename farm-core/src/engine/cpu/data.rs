@@ -1,9 +1,13 @@
 //! Values in and out of candle tensors. Every tensor of this engine is f32 and contiguous (it may start inside a larger
 //! storage), so a kernel sees a plain slice.
 
-use std::ops::{Deref, Range};
+use std::alloc::{Layout, handle_alloc_error};
+use std::marker::PhantomData;
+use std::ops::{Deref, DerefMut, Range};
 
 use candle_core::{CpuStorage, DType, Device, Storage, StorageRef, Tensor};
+use half::bf16;
+use memmap2::MmapMut;
 
 use crate::engine::{EngineError, RawDtype, RawTensor, Result, Transfer};
 
@@ -56,6 +60,52 @@ pub(super) fn zeros<T: Copy + Default>(len: usize) -> Vec<T> {
     let values = vec![T::default(); len];
     advise(&values);
     values
+}
+
+/// Values of a weight, which stay for long, zeros at first. Their pages are the system's own: an allocator that is quick in
+/// giving out large pieces again rounds them up, a matrix of 4 MiB by half.
+pub(super) struct Kept<T> {
+    pages: MmapMut,
+    len: usize,
+    of: PhantomData<T>,
+}
+
+/// What zero bytes are a value of, and any bytes at all.
+///
+/// # Safety
+/// As said, and nothing is to be done when it is dropped.
+pub(super) unsafe trait Bits {}
+
+// Safety: numbers.
+unsafe impl Bits for f32 {}
+// Safety: a number.
+unsafe impl Bits for bf16 {}
+
+impl<T: Bits> Kept<T> {
+    pub fn zeros(len: usize) -> Self {
+        let layout = Layout::array::<T>(len).unwrap_or_else(|_| panic!("{len} values do not fit any memory"));
+        // At least one byte, since there is no mapping of none. As with any other memory, there is no going on without.
+        let pages = MmapMut::map_anon(layout.size().max(1)).unwrap_or_else(|_| handle_alloc_error(layout));
+        let kept = Self { pages, len, of: PhantomData };
+        advise(&kept[..]);
+        kept
+    }
+}
+
+impl<T: Bits> Deref for Kept<T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        // Safety: the mapping is as long, begins with a page, and any bytes are values.
+        unsafe { std::slice::from_raw_parts(self.pages.as_ptr().cast(), self.len) }
+    }
+}
+
+impl<T: Bits> DerefMut for Kept<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        // Safety: as above.
+        unsafe { std::slice::from_raw_parts_mut(self.pages.as_mut_ptr().cast(), self.len) }
+    }
 }
 
 /// Large memory is asked for in huge pages: a fault for each small one takes longer than what is computed.

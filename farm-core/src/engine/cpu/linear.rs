@@ -8,7 +8,7 @@ use half::bf16;
 
 use super::Units;
 use super::amx::{self, Tile};
-use super::data::{dims, expect, from_vec, room, shape_error, slice, widen, zeros};
+use super::data::{Kept, dims, expect, from_vec, room, shape_error, slice, widen};
 use super::pool::Pool;
 use super::product::{CHAIN, Finish, PANEL, Panels, PanelsView, Rows, Target, product, transpose_panel};
 use super::wide::{silu, wide};
@@ -41,9 +41,9 @@ enum Form {
     /// For the vector units, and if `split` for the matrix units, where each value is split into three pieces as it is used.
     Panels { panels: Panels, split: bool },
     /// Panels as in [`Panels`], rounded to bf16. A task widens what it is about to use.
-    Halves(Vec<bf16>),
+    Halves(Kept<bf16>),
     /// Rounded to bf16, for the matrix units: of each panel all steps.
-    Rounded(Vec<Tile>),
+    Rounded(Kept<Tile>),
 }
 
 /// Arranges a weight `[out, in]`.
@@ -101,7 +101,7 @@ fn arrange(
     let form = match units {
         Units::Rounded => {
             let each = amx::right_tiles(k, 1, 1);
-            let mut tiles: Vec<Tile> = zeros(each * n.div_ceil(PANEL));
+            let mut tiles: Kept<Tile> = Kept::zeros(each * n.div_ceil(PANEL));
             for (i, to) in tiles.chunks_exact_mut(each.max(1)).enumerate() {
                 let mut values = vec![0f32; k * PANEL];
                 panel(i, &mut values)?;
@@ -110,7 +110,7 @@ fn arrange(
             Form::Rounded(tiles)
         }
         Units::Halves => {
-            let mut halves = zeros(n.div_ceil(PANEL) * k * PANEL);
+            let mut halves = Kept::<bf16>::zeros(n.div_ceil(PANEL) * k * PANEL);
             let mut values = vec![0f32; k * PANEL];
             for (i, to) in halves.chunks_exact_mut((k * PANEL).max(1)).enumerate() {
                 values.fill(0.0);

@@ -9,7 +9,7 @@
 
 use std::ops::Range;
 
-use super::data::zeros;
+use super::data::Kept;
 use super::lanes::{Lanes, Plain};
 
 /// Columns of a panel.
@@ -25,7 +25,7 @@ const LINE: usize = 64;
 pub(super) struct Panels {
     depth: usize,
     columns: usize,
-    values: Vec<f32>,
+    values: Kept<f32>,
 }
 
 impl Panels {
@@ -40,7 +40,7 @@ impl Panels {
     }
 
     pub fn zeros(depth: usize, columns: usize) -> Self {
-        Self { depth, columns, values: zeros(columns.div_ceil(PANEL) * depth * PANEL) }
+        Self { depth, columns, values: Kept::zeros(columns.div_ceil(PANEL) * depth * PANEL) }
     }
 
     /// The panels, `[depth, PANEL]` each.

@@ -105,14 +105,18 @@ impl<E: Engine> Loader<'_, E> {
 
     /// These rows of the matrix `name` `[rows, width]`, at least one, as a tensor. Nothing else of it is read.
     pub fn rows(&self, name: &str, shape: [usize; 2], rows: &[u32]) -> Result<E::Tensor, ModelError> {
-        self.take(name, &shape, |stored| {
-            let row_shape = [1, shape[1]];
-            let stored_row = |&row: &u32| {
+        let row_shape = [1, shape[1]];
+        // One by one, each released before the next: the system maps far more around a row than the row.
+        let copied = rows.iter().map(|&row| {
+            self.take(name, &shape, |stored| {
                 let missing = || WeightError::Row { name: name.into(), row, rows: shape[0] };
-                stored.row(row, &row_shape).ok_or_else(missing)
-            };
-            Ok(self.engine.weight(&rows.iter().map(stored_row).collect::<Result<Vec<_>, _>>()?)?)
-        })
+                let stored = stored.row(row, &row_shape).ok_or_else(missing)?;
+                Ok((stored.dtype, stored.bytes.to_vec()))
+            })
+        });
+        let copied = copied.collect::<Result<Vec<_>, _>>()?;
+        let pieces = copied.iter().map(|(dtype, bytes)| RawTensor { dtype: *dtype, shape: &row_shape, bytes });
+        Ok(self.engine.weight(&pieces.collect::<Vec<_>>())?)
     }
 
     /// Hands the tensor `name` of this `shape` to `take`, which makes an engine's own of it, and releases it.
