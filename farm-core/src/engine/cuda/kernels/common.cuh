@@ -43,8 +43,8 @@ __device__ inline u32 pack_bf16(float low, float high) {
 #endif
 }
 
-// What one load moves: 4 values of f32, or 8 of bf16, as they are in memory. Unpacked only where they are used, a row of
-// bf16 takes half the registers.
+// What one load moves: 4 values of f32, or 8 of bf16, as they are in memory. Unpacked only where they are used, a row
+// of bf16 takes half the registers.
 struct __align__(16) Vector {
     u32 words[4];
 };
@@ -52,17 +52,27 @@ template <class T> constexpr int PER_VECTOR = 16 / sizeof(T);
 
 __device__ inline bool aligned(const void* at) { return ((u64)at & 15) == 0; }
 
+// A GPU ends the program at a vector anywhere else, and a processor says nothing.
+template <class V> __device__ inline V* vector_at(V* at) {
+#ifdef EMULATED
+    if ((u64)at & 15) emulated::die("a vector that is not aligned");
+#endif
+    return at;
+}
+
 __device__ inline void set_bits(Vector& to, int i, float x) { to.words[i] = __float_as_uint(x); }
 __device__ inline void set_bits(Vector& to, int i, bf16 x) { to.words[i / 2] |= (u32)x.bits << 16 * (i % 2); }
 __device__ inline void get_bits(const Vector& from, int i, float& x) { x = __uint_as_float(from.words[i]); }
-__device__ inline void get_bits(const Vector& from, int i, bf16& x) { x.bits = (u16)(from.words[i / 2] >> 16 * (i % 2)); }
+__device__ inline void get_bits(const Vector& from, int i, bf16& x) {
+    x.bits = (u16)(from.words[i / 2] >> 16 * (i % 2));
+}
 
-// The first `count` values at `from`, and zeros for the others. WHOLE: `from` is aligned, and `count` is not between 0 and a
-// vector's values. The values are the same without, one by one.
+// The first `count` values at `from`, and zeros for the others. WHOLE: `from` is aligned, and `count` is not between 0
+// and a vector's values. Without, the values are the same, moved one by one.
 template <bool WHOLE, class T> __device__ inline Vector load_vector(const T* from, i64 count) {
     Vector out = {{0, 0, 0, 0}};
     if (WHOLE) {
-        if (count > 0) out = *(const Vector*)from;
+        if (count > 0) out = *vector_at((const Vector*)from);
     } else {
 #pragma unroll
         for (int i = 0; i < PER_VECTOR<T>; i++) {
@@ -75,7 +85,7 @@ template <bool WHOLE, class T> __device__ inline Vector load_vector(const T* fro
 // The inverse: stores the first `count` values.
 template <bool WHOLE, class T> __device__ inline void store_vector(T* to, i64 count, const Vector& values) {
     if (WHOLE) {
-        if (count > 0) *(Vector*)to = values;
+        if (count > 0) *vector_at((Vector*)to) = values;
     } else {
 #pragma unroll
         for (int i = 0; i < PER_VECTOR<T>; i++) {

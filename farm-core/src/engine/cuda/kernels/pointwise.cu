@@ -1,7 +1,7 @@
 // Operations on values one by one, and the moving of values.
 //
-// Every value is computed in f32 and rounded once to the type of the result. All of these are bound by memory: what is read
-// is read once, and what is written once, 16 bytes at a time where addresses allow.
+// Every value is computed in f32 and rounded once to the type of the result, to the same bits wherever it lies. All of
+// these are bound by memory: they read and write each value once, 16 bytes at a time where addresses allow.
 
 struct Sum {
     static __device__ float of(float a, float b) { return a + b; }
@@ -10,7 +10,7 @@ struct Sum {
 // gelu_tanh(a)·b. With a/2·(1 + tanh u) = a·sigmoid(2u), nothing cancels where a is far below 0.
 struct GeluGated {
     static __device__ float of(float a, float b) {
-        return a * sigmoid(1.5957691216f * (a + 0.044715f * (a * a * a))) * b;
+        return a * sigmoid(1.5957691216f * fmaf(0.044715f, a * a * a, a)) * b;
     }
 };
 
@@ -119,7 +119,8 @@ extern "C" __global__ void to_bf16_of_f32(const float* x, bf16* out, i64 count) 
 // out = z + dsigma·v with v = uncond + guidance·(cond − uncond), or cond if there is no uncond. Each product and sum is
 // rounded for itself: the intrinsics are what a compiler does not contract.
 template <bool WHOLE>
-__device__ void euler(const float* z, const float* cond, const float* uncond, float* out, float guidance, float dsigma, i64 count) {
+__device__ void euler(const float* z, const float* cond, const float* uncond, float* out, float guidance, float dsigma,
+                      i64 count) {
     float x[4], v[4], u[4];
     load_floats<WHOLE>(z, count, x);
     load_floats<WHOLE>(cond, count, v);
@@ -133,8 +134,8 @@ __device__ void euler(const float* z, const float* cond, const float* uncond, fl
     store_vector<WHOLE>(out, count, pack(x));
 }
 
-extern "C" __global__ void euler_step(const float* z, const float* cond, const float* uncond, float* out, float guidance,
-                                      float dsigma, i64 count) {
+extern "C" __global__ void euler_step(const float* z, const float* cond, const float* uncond, float* out,
+                                      float guidance, float dsigma, i64 count) {
     bool vectors = aligned(z) && aligned(cond) && aligned(uncond) && aligned(out);
     for (i64 i = first_value() * 4; i < count; i += next_value() * 4) {
         const float* other = uncond ? uncond + i : uncond;
@@ -143,10 +144,11 @@ extern "C" __global__ void euler_step(const float* z, const float* cond, const f
     }
 }
 
-// Copies `runs` runs of `length` values, which begin `from_stride` and `to_stride` values apart. A thread takes a vector of
-// a run; `steps` has a run.
+// Copies `runs` runs of `length` values, which begin `from_stride` and `to_stride` values apart. A thread takes a
+// vector of a run; `steps` has a run.
 template <class T>
-__device__ void copy_runs_kernel(const T* from, i64 from_stride, T* to, i64 to_stride, i64 runs, i64 length, i64 steps) {
+__device__ void copy_runs_kernel(const T* from, i64 from_stride, T* to, i64 to_stride, i64 runs, i64 length,
+                                 i64 steps) {
     const int N = PER_VECTOR<T>;
     bool vectors = aligned(from) && aligned(to) && from_stride % N == 0 && to_stride % N == 0 && length % N == 0;
     for (i64 i = first_value(); i < runs * steps; i += next_value()) {
@@ -172,8 +174,8 @@ extern "C" __global__ void patchify(const float* latent, float* out, int channel
     }
 }
 
-// Patches [frames·rows·columns, 4·channels], inner order (p1, p2, c) → latent [channels, frames, 2·rows, 2·columns] in f32.
-// A thread for a value of the patches. Exact.
+// Patches [frames·rows·columns, 4·channels], inner order (p1, p2, c) → latent [channels, frames, 2·rows, 2·columns] in
+// f32. A thread for a value of the patches. Exact.
 template <class T>
 __device__ void unpatchify_kernel(const T* patches, float* out, int channels, int frames, int rows, int columns) {
     i64 count = (i64)channels * 4 * frames * rows * columns;

@@ -1,8 +1,11 @@
 // Norms, gates and rotations of rows.
 //
-// All are bound by memory, and read each value once: a row stays in registers between its statistics and its result, as it
-// was in memory. Statistics and all else are f32; a result is rounded once, to the type of its tensor. The order of a sum
-// depends on the width of a row and its type alone, not on where the row lies or how many there are.
+// All are bound by memory, and read each value once: a row stays in registers between its statistics and its result, as
+// it was in memory. Statistics and all else are f32; a result is rounded once, to the type of its tensor.
+//
+// The order of a sum depends on the width of a row and its type alone, not on where the row lies or how many there are.
+// Sums of products are written as fmaf: left to itself, a compiler may contract the two ways in which rows are loaded
+// differently.
 
 // Vectors of a row that a thread holds, at most. Of thread t: t, t + threads, and so on.
 #define HELD 4
@@ -22,7 +25,7 @@ template <class T> __device__ inline float inverse_rms(const Vector (&held)[HELD
         float x[PER_VECTOR<T>];
         unpack(held[i], x);
 #pragma unroll
-        for (int j = 0; j < PER_VECTOR<T>; j++) sum += x[j] * x[j];
+        for (int j = 0; j < PER_VECTOR<T>; j++) sum = fmaf(x[j], x[j], sum);
     }
     return 1.0f / sqrtf(block_sum(sum) / width + eps);
 }
@@ -76,13 +79,13 @@ __device__ void gated_residual_row(const T* x, const T* branch, const float* gat
         unpack(base[i], sum);
         load_floats<WHOLE>(gate + place<T>(i), width - place<T>(i), factor);
 #pragma unroll
-        for (int j = 0; j < N; j++) sum[j] += value[j] * inverse * factor[j];
+        for (int j = 0; j < N; j++) sum[j] = fmaf(value[j] * inverse, factor[j], sum[j]);
         store_vector<WHOLE>(out + place<T>(i), width - place<T>(i), pack(sum));
     }
 }
 
-// out = x + rms(branch, eps) · gate: x, branch, out [rows, width]; gate [width], tanh applied. One rounding: the branch is
-// not rounded before it is added.
+// out = x + rms(branch, eps) · gate: x, branch, out [rows, width]; gate [width], tanh applied. One rounding: the branch
+// is not rounded before it is added. A block for a row.
 template <class T>
 __device__ void gated_residual_kernel(const T* x, const T* branch, const float* gate, T* out, int width, float eps) {
     bool whole = aligned(x) && aligned(branch) && aligned(gate) && aligned(out) && width % PER_VECTOR<T> == 0;
@@ -116,7 +119,7 @@ __device__ void layer_norm_row(const T* x, const float* shift, const float* scal
 #pragma unroll
         for (int j = 0; j < N; j++) {
             float rest = place<T>(i) + j < width ? value[j] - mean : 0.0f;
-            squares += rest * rest;
+            squares = fmaf(rest, rest, squares);
         }
     }
     float inverse = 1.0f / sqrtf(block_sum(squares) / width + eps);
@@ -127,7 +130,7 @@ __device__ void layer_norm_row(const T* x, const float* shift, const float* scal
         load_floats<WHOLE>(scale + place<T>(i), width - place<T>(i), factor);
         load_floats<WHOLE>(shift + place<T>(i), width - place<T>(i), offset);
 #pragma unroll
-        for (int j = 0; j < N; j++) value[j] = (value[j] - mean) * inverse * (1.0f + factor[j]) + offset[j];
+        for (int j = 0; j < N; j++) value[j] = fmaf((value[j] - mean) * inverse, 1.0f + factor[j], offset[j]);
         store_vector<WHOLE>(out + place<T>(i), width - place<T>(i), pack(value));
     }
 }
@@ -143,10 +146,10 @@ __device__ void layer_norm_kernel(const T* x, const float* shift, const float* s
 FOR_BOTH(layer_norm, (const T* x, const float* shift, const float* scale, T* out, int width, float eps),
          (x, shift, scale, out, width, eps))
 
-// cos and sin of frequencies [3, width] at the tokens first..first+gridDim.x of a grid whose frames are rows × columns, each
-// [tokens, width]. Rows and columns are centred, and of a unit that gives every frame the area of 192 × 192; both are rounded
-// to f32, as positions are. The sum of products, exact in f64 each, is rounded once to f32, as angles are, and its cos and sin
-// once more. A block for a token; once for a clip, so what f64 takes does not count.
+// cos and sin of frequencies [3, width] at the tokens first..first+gridDim.x of a grid whose frames are rows × columns,
+// each [tokens, width]. Rows and columns are centred, and of a unit that gives every frame the area of 192 × 192; both
+// are rounded to f32, as positions are. The sum of products, exact in f64 each, is rounded once to f32, as angles are,
+// and its cos and sin once more. A block for a token; once for a clip, so what f64 takes does not count.
 extern "C" __global__ void rope_table(const float* frequencies, float* cos_out, float* sin_out, i64 first, int rows,
                                       int columns, int width) {
     i64 token = first + blockIdx.x, line = token / columns;
@@ -156,7 +159,8 @@ extern "C" __global__ void rope_table(const float* frequencies, float* cos_out, 
     double column = (float)(((double)(token % columns) - (columns - 1.0) / 2) * unit);
     i64 to = (i64)blockIdx.x * width;
     for (int i = threadIdx.x; i < width; i += blockDim.x) {
-        double angle = time * frequencies[i] + row * frequencies[(i64)width + i] + column * frequencies[2 * (i64)width + i];
+        const float* of = frequencies + i;
+        double angle = time * of[0] + row * of[width] + column * of[2 * (i64)width];
         double s, c;
         sincos((double)(float)angle, &s, &c);
         cos_out[to + i] = (float)c;
@@ -173,7 +177,7 @@ __device__ inline Vector norm_and_rotate(const Vector& held, const float (&weigh
     float x[N], sum = 0;
     unpack(held, x);
 #pragma unroll
-    for (int j = 0; j < N; j++) sum += x[j] * x[j];
+    for (int j = 0; j < N; j++) sum = fmaf(x[j], x[j], sum);
     for (int offset = lanes / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
     float inverse = 1.0f / sqrtf(sum / head_dim + eps);
 #pragma unroll
@@ -182,16 +186,17 @@ __device__ inline Vector norm_and_rotate(const Vector& held, const float (&weigh
 #pragma unroll
         for (int j = 0; j < N / 2; j++) {
             float a = x[2 * j], b = x[2 * j + 1];
-            x[2 * j] = a * cos[j] - b * sin[j];
-            x[2 * j + 1] = a * sin[j] + b * cos[j];
+            x[2 * j] = fmaf(a, cos[j], -(b * sin[j]));
+            x[2 * j + 1] = fmaf(a, sin[j], b * cos[j]);
         }
     }
     return pack(x);
 }
 
 template <bool WHOLE, class T>
-__device__ void split_heads(const T* packed, const float* q_norm, const float* k_norm, const float* cos, const float* sin,
-                            T* q, T* k, T* v, i64 count, int heads, int head_dim, int lanes, float eps) {
+__device__ void split_heads(const T* packed, const float* q_norm, const float* k_norm, const float* cos,
+                            const float* sin, T* q, T* k, T* v, i64 count, int heads, int head_dim, int lanes,
+                            float eps) {
     const int N = PER_VECTOR<T>;
     int lane = threadIdx.x % 32, at = lane % lanes * N;
     float q_weight[N], k_weight[N];
@@ -221,10 +226,12 @@ __device__ void split_heads(const T* packed, const float* q_norm, const float* k
     }
 }
 
-// packed [rows, 3, heads, head_dim] → q, k, v [rows, heads, head_dim]: q and k are rms(·, eps) · norm[head_dim], and with
-// cos and sin [rows, heads, head_dim/2] rotated; count = rows·heads. `lanes`, a power of 2 of at most 32, hold a head's vectors,
-// one each; they take q, k and v of it together, so that what the tables hold, half as much as q, k and v do in bf16, is read
-// once. One rounding: a q that is to be rotated is not rounded before.
+// packed [rows, 3, heads, head_dim] → q, k, v [rows, heads, head_dim]: q and k are rms(·, eps) · norm[head_dim], and
+// with cos and sin [rows, heads, head_dim/2] rotated; count = rows·heads. One rounding: a q that is to be rotated is
+// not rounded before.
+//
+// `lanes`, a power of 2 of at most 32, hold a head's vectors, one each. They take q, k and v of it together, so that
+// the tables are read once: they have 4 bytes for a value of q, and q, k and v in bf16 have 6 to read and 6 to write.
 template <class T>
 __device__ void split_qkv_kernel(const T* packed, const float* q_norm, const float* k_norm, const float* cos,
                                  const float* sin, T* q, T* k, T* v, i64 count, int heads, int head_dim, int lanes,
@@ -235,8 +242,8 @@ __device__ void split_qkv_kernel(const T* packed, const float* q_norm, const flo
     else split_heads<false>(packed, q_norm, k_norm, cos, sin, q, k, v, count, heads, head_dim, lanes, eps);
 }
 FOR_BOTH(split_qkv,
-         (const T* packed, const float* q_norm, const float* k_norm, const float* cos, const float* sin, T* q, T* k, T* v,
-          i64 count, int heads, int head_dim, int lanes, float eps),
+         (const T* packed, const float* q_norm, const float* k_norm, const float* cos, const float* sin, T* q, T* k,
+          T* v, i64 count, int heads, int head_dim, int lanes, float eps),
          (packed, q_norm, k_norm, cos, sin, q, k, v, count, heads, head_dim, lanes, eps))
 
 template <bool WHOLE, class T>
@@ -245,15 +252,15 @@ __device__ void merge(const T* a, const T* b, float a_share, float b_share, T* o
     unpack(load_vector<WHOLE>(a, count), x);
     unpack(load_vector<WHOLE>(b, count), y);
 #pragma unroll
-    for (int i = 0; i < PER_VECTOR<T>; i++) x[i] = a_share * x[i] + b_share * y[i];
+    for (int i = 0; i < PER_VECTOR<T>; i++) x[i] = fmaf(a_share, x[i], b_share * y[i]);
     store_vector<WHOLE>(out, count, pack(x));
 }
 
-// out = (wₐ·a + w_b·b) / (wₐ + w_b) with w = e^(lse − m), and lse = m + ln(wₐ + w_b): a, b, out [heads, head_dim] and the
-// log-sum-exps [heads], with `heads` those of all rows. A thread takes a vector of a head; `steps` has a head.
+// out = (wₐ·a + w_b·b) / (wₐ + w_b) with w = e^(lse − m), and lse = m + ln(wₐ + w_b): a, b, out [heads, head_dim] and
+// the log-sum-exps [heads], with `heads` those of all rows. A thread takes a vector of a head; `steps` has a head.
 template <class T>
-__device__ void merge_attention_kernel(const T* a, const float* a_lse, const T* b, const float* b_lse, T* out, float* lse,
-                                       i64 heads, int head_dim, int steps) {
+__device__ void merge_attention_kernel(const T* a, const float* a_lse, const T* b, const float* b_lse, T* out,
+                                       float* lse, i64 heads, int head_dim, int steps) {
     bool whole = aligned(a) && aligned(b) && aligned(out) && head_dim % PER_VECTOR<T> == 0;
     for (i64 i = first_value(); i < heads * steps; i += next_value()) {
         i64 head = quotient(i, steps);

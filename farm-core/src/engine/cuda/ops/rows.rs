@@ -170,7 +170,7 @@ pub fn split_qkv<D: Device>(
     expect(OP, "q_norm", q_norm, &[d])?;
     expect(OP, "k_norm", k_norm, &[d])?;
     if let Some(rope) = rope {
-        if d % 2 != 0 {
+        if !d.is_multiple_of(2) {
             return Err(shape_error(OP, "an even head_dim to rotate", packed.dims()));
         }
         expect(OP, "rope table", &rope.cos, &[rows, heads, d / 2])?;
