@@ -7,7 +7,7 @@ use std::fmt;
 
 use super::device::Dtype;
 
-/// A file of kernels. Every file begins with `common.cuh`.
+/// A file of kernels. Every file begins with `common.cuh`, those with matrix products with `tensor_core.cuh` behind it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Source {
     /// Values one by one, and the moving of values.
@@ -43,7 +43,11 @@ impl Source {
             Self::Product => include_str!("kernels/product.cu"),
             Self::Volume => include_str!("kernels/volume.cu"),
         };
-        format!("{}\n{own}", include_str!("kernels/common.cuh"))
+        let tensor_core = match self {
+            Self::Attention | Self::Product => include_str!("kernels/tensor_core.cuh"),
+            Self::Pointwise | Self::Rows | Self::Volume => "",
+        };
+        format!("{}\n{tensor_core}\n{own}", include_str!("kernels/common.cuh"))
     }
 }
 
