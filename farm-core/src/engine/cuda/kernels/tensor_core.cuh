@@ -38,17 +38,6 @@ inline std::vector<std::vector<Copy>>& copies() {
 }  // namespace emulated
 #endif
 
-// Two values rounded to the nearest bf16: `low` in the lower half.
-__device__ inline u32 pack_bf16(float low, float high) {
-#ifdef EMULATED
-    return to_bf16(low).bits | (u32)to_bf16(high).bits << 16;
-#else
-    u32 out;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
-    return out;
-#endif
-}
-
 // Two to the power x, within 2 ulp; subnormal results are 0.
 __device__ inline float exp2_approx(float x) {
 #ifdef EMULATED
