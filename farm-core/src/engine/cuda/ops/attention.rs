@@ -138,8 +138,8 @@ impl<D: Device> Softmax<'_, D> {
     fn on_tensor_cores(&self, gpu: &Gpu<D>, kernel: Kernel, results: [Arg; 4]) -> Result<()> {
         let [queries, heads, d] = self.sizes;
         let [block, threads] = MMA;
-        let aligned = |parts: &[Tensor<D>]| parts.iter().map(|x| aligned(gpu, self.op, x)).collect::<Result<Vec<_>>>();
-        let (q, keys, values) = (aligned(gpu, self.op, self.q)?, aligned(self.keys)?, aligned(self.values)?);
+        let all = |parts: &[Tensor<D>]| parts.iter().map(|x| aligned(gpu, self.op, x)).collect::<Result<Vec<_>>>();
+        let (q, keys, values) = (aligned(gpu, self.op, self.q)?, all(self.keys)?, all(self.values)?);
         let mut args = self.operands(&q, &keys, &values)?;
         args.extend(results);
         args.push(Arg::Float(self.scale));

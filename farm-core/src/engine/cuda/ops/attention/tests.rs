@@ -45,7 +45,8 @@ impl Problem {
     }
 
     fn on_cpu(&self) -> Pair {
-        let (e, Self { queries, heads, d, .. }) = (cpu(), *self);
+        let e = cpu();
+        let Self { queries, heads, d, .. } = *self;
         let tensors = |of: fn(&(usize, Vec<f32>, Vec<f32>)) -> &Vec<f32>| -> Vec<_> {
             self.segments.iter().map(|s| e.upload(of(s), &[s.0, heads, d]).unwrap()).collect()
         };
@@ -187,8 +188,10 @@ fn attention_without_keys_is_neutral_and_without_queries_empty() {
             let [out, lse] = Problem::new([3, 2, d], keys).on_gpu(&gpu, dtypes, 0);
             assert_eq!((out, lse), (vec![0.0; 3 * 2 * d], vec![f32::NEG_INFINITY; 6]), "{keys:?}");
         }
-        assert_eq!(Problem::new([0, 2, d], &[5]).on_gpu(&gpu, dtypes, 0), [vec![], vec![]]);
-        assert_eq!(Problem::new([5, 0, d], &[5]).on_gpu(&gpu, dtypes, 0), [vec![], vec![]]);
+        for sizes in [[0, 2, d], [5, 0, d]] {
+            let [out, lse] = Problem::new(sizes, &[5]).on_gpu(&gpu, dtypes, 0);
+            assert!(out.is_empty() && lse.is_empty(), "{sizes:?}");
+        }
     }
     let without_channels = Problem::new([2, 1, 0], &[5]);
     assert_eq!(without_channels.on_gpu(&gpu, F32, 0), without_channels.on_cpu());
@@ -198,14 +201,14 @@ fn attention_without_keys_is_neutral_and_without_queries_empty() {
 fn attention_shows_what_is_no_number() {
     let gpu = gpu();
     for (d, dtypes) in [(40, F32), (64, BF16)] {
-        for (wrong, of_keys) in [(f32::NAN, true), (f32::INFINITY, true), (f32::NAN, false)] {
+        for of_keys in [true, false] {
             let mut problem = Problem::new([4, 1, d], &[70, 3]);
             let segment = &mut problem.segments[0];
-            (if of_keys { &mut segment.1 } else { &mut segment.2 })[66 * d + 2] = wrong;
+            (if of_keys { &mut segment.1 } else { &mut segment.2 })[66 * d + 2] = f32::NAN;
             let [out, lse] = problem.on_gpu(&gpu, dtypes, 0);
             let expected = problem.on_cpu();
             for (got, expected) in out.chunks_exact(d).zip(expected[0].chunks_exact(d)) {
-                assert!(expected[2].is_nan() && got[2].is_nan(), "{d}, {wrong} in keys: {of_keys}");
+                assert!(expected[2].is_nan() && got[2].is_nan(), "{d}, in keys: {of_keys}");
             }
             assert_eq!(lse.iter().all(|x| x.is_nan()), of_keys);
         }
