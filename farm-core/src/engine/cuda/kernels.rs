@@ -7,7 +7,7 @@ use std::fmt;
 
 use super::device::Dtype;
 
-/// A file of kernels. Every file begins with `common.cuh`.
+/// A file of kernels. Every file begins with `common.cuh`, those with matrix products with `tensor_core.cuh` behind it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Source {
     /// Values one by one, and the moving of values.
@@ -43,7 +43,11 @@ impl Source {
             Self::Product => include_str!("kernels/product.cu"),
             Self::Volume => include_str!("kernels/volume.cu"),
         };
-        format!("{}\n{own}", include_str!("kernels/common.cuh"))
+        let tensor_core = match self {
+            Self::Attention | Self::Product => include_str!("kernels/tensor_core.cuh"),
+            Self::Pointwise | Self::Rows | Self::Volume => "",
+        };
+        format!("{}\n{tensor_core}\n{own}", include_str!("kernels/common.cuh"))
     }
 }
 
@@ -109,7 +113,7 @@ macro_rules! kernels {
 kernels! {
     Pointwise: [add gelu_gated swiglu silu copy_runs unpatchify] [to_f32_of_bf16 to_bf16_of_f32 euler_step patchify];
     Rows: [rms_norm gated_residual layer_norm tanh split_qkv merge_attention] [rope_table];
-    Attention: [] [];
+    Attention: [attention] [attention_mma_32 attention_mma_64 attention_mma_128];
     Product: [] [];
     Volume: [] [];
 }
