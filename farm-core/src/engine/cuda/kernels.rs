@@ -114,6 +114,6 @@ kernels! {
     Pointwise: [add gelu_gated swiglu silu copy_runs unpatchify] [to_f32_of_bf16 to_bf16_of_f32 euler_step patchify];
     Rows: [rms_norm gated_residual layer_norm tanh split_qkv merge_attention] [rope_table];
     Attention: [attention] [attention_mma_32 attention_mma_64 attention_mma_128];
-    Product: [] [];
+    Product: [product product_scalar convolution convolution_scalar] [];
     Volume: [] [];
 }
