@@ -1,9 +1,10 @@
-// Matrix products and causal convolutions: out = x · weightᵀ + bias, with weight [columns, depth] and out [rows, columns]. What
-// differs is where the values of a row of x lie.
+// Matrix products and causal convolutions: out = x · weightᵀ + bias, with weight [columns, depth] and out [rows,
+// columns]. What differs is where the values of a row of x lie.
 //
-// A block computes TILE × TILE values of out. It walks along the depth in steps of 64 bytes of each row of both, STAGES of
-// which are in shared memory or on their way to it. Sums are in f32, along the depth from its start to its end, for every row in
-// the same order, however many rows there are; the bias is added to the whole sum, and this is rounded once.
+// A block computes TILE × TILE values of out. It walks along the depth in steps of 64 bytes of each row of both, STAGES
+// of which are in shared memory or on their way to it. Sums are in f32, along the depth from its start to its end, for
+// every row in the same order, however many rows there are; the bias is added to the whole sum, and this is rounded
+// once.
 
 constexpr int TILE = 128;
 constexpr int STAGES = 3;
@@ -12,8 +13,8 @@ constexpr int CHUNKS = 4;
 // Threads of a block. Warps of the tensor cores have larger parts of a tile: of what they read they make more products.
 template <class T> constexpr int THREADS = 256;
 template <> constexpr int THREADS<bf16> = 128;
-// Blocks that run at the same time share rows of x and of the weight in the second-level cache: so many tiles of rows are
-// multiplied with all columns before the next are.
+// Blocks that run at the same time share rows of x and of the weight in the second-level cache: so many tiles of rows
+// are multiplied with all columns before the next are.
 constexpr int GROUP = 8;
 
 struct alignas(128) Stage {
@@ -34,9 +35,9 @@ template <class T> struct MatrixRows {
     __device__ const T* tap(Row row, int) const { return row; }
 };
 
-// The pixels that each pixel of a volume [frames, height, width, channels] has around it and before it: 27 taps in the order
-// (t, h, w), `width` of the row being the channels of a tap. Beyond an edge of a frame the nearest pixel is taken. Before
-// the first frame are two more, `past` and what is `past_step` values behind it.
+// The pixels that each pixel of a volume [frames, height, width, channels] has around it and before it: 27 taps in the
+// order (t, h, w), `width` of the row being the channels of a tap. Beyond an edge of a frame the nearest pixel is
+// taken. Before the first frame are two more, `past` and what is `past_step` values behind it.
 template <class T> struct Neighbours {
     static constexpr int TAPS = 27;
     const T *x, *past;
@@ -54,7 +55,8 @@ template <class T> struct Neighbours {
         int frame = at.frame + tap / 9;
         int row = min(max(at.row + tap / 3 % 3 - 1, 0), frame_height - 1);
         int col = min(max(at.col + tap % 3 - 1, 0), frame_width - 1);
-        const T* start = frame < 2 ? past + frame * past_step : x + (i64)(frame - 2) * frame_height * frame_width * width;
+        i64 pixels = (i64)frame_height * frame_width;
+        const T* start = frame < 2 ? past + frame * past_step : x + (frame - 2) * pixels * width;
         return start + ((i64)row * frame_width + col) * width;
     }
 };
@@ -73,7 +75,8 @@ template <class T, class Rows, bool VECTORS> struct Reader {
     int tap, value;
 
     // Beyond the last row or column it is read again, and what becomes of it is not written.
-    __device__ Reader(const Rows& rows, int first_row, int left_rows, const T* weights, int first_column, int left_columns)
+    __device__ Reader(const Rows& rows, int first_row, int left_rows, const T* weights, int first_column,
+                      int left_columns)
         : rows(rows), chunk(threadIdx.x % CHUNKS), first(threadIdx.x / CHUNKS), tap(0), value(chunk * PER_VECTOR<T>) {
         for (int i = 0; i < READS; i++) {
             int row = first + i * APART;
@@ -118,8 +121,8 @@ template <class T, class Rows, bool VECTORS> struct Reader {
 // `write` the end.
 template <class T> struct Sums;
 
-// 8 × 8 values, 16 rows and columns apart: then 8 neighbouring threads read 8 neighbouring rows of the weight, which lie in
-// different banks, and write neighbouring values.
+// 8 × 8 values, 16 rows and columns apart: then 8 neighbouring threads read 8 neighbouring rows of the weight, which
+// lie in different banks, and write neighbouring values.
 template <> struct Sums<float> {
     static constexpr int EACH = 8, APART = 16;
     struct alignas(16) Four {
@@ -134,7 +137,9 @@ template <> struct Sums<float> {
         for (int chunk = 0; chunk < CHUNKS; chunk++) {
             Four x[EACH];
 #pragma unroll
-            for (int i = 0; i < EACH; i++) x[i] = *(const Four*)(stage.x + swizzled<CHUNKS>(first_row + i * APART, chunk));
+            for (int i = 0; i < EACH; i++) {
+                x[i] = *(const Four*)(stage.x + swizzled<CHUNKS>(first_row + i * APART, chunk));
+            }
 #pragma unroll
             for (int j = 0; j < EACH; j++) {
                 Four weight = *(const Four*)(stage.weight + swizzled<CHUNKS>(first_column + j * APART, chunk));
@@ -256,18 +261,18 @@ __device__ void multiply(const Rows& of, const T* weight, const float* bias, T* 
                columns - first_column, columns);
 }
 
-// Reads 16 bytes at a time: x and the weight begin at a multiple of 16 bytes, and so does every row (or tap) of them. The
-// other form takes any.
-#define PRODUCT(name, VECTORS, T)                                                                                    \
-    extern "C" __global__ void __launch_bounds__(THREADS<T>, 2)                                                         \
-    product##name(const T* x, const T* weight, const float* bias, T* out, int rows, int columns, int depth) {        \
-        multiply<VECTORS>(MatrixRows<T>{x, depth}, weight, bias, out, rows, columns);                                \
-    }                                                                                                                \
-    extern "C" __global__ void __launch_bounds__(THREADS<T>, 2)                                                         \
-    convolution##name(const T* x, const T* past, i64 past_step, const T* weight, const float* bias, T* out,          \
-                      int pixels, int columns, int channels, int height, int width) {                                \
-        multiply<VECTORS>(Neighbours<T>{x, past, past_step, channels, height, width}, weight, bias, out, pixels,     \
-                          columns);                                                                                  \
+// Reads 16 bytes at a time: x and the weight begin at a multiple of 16 bytes, and so does every row (or tap) of them.
+// The other form takes any.
+#define PRODUCT(name, VECTORS, T)                                                                                  \
+    extern "C" __global__ void __launch_bounds__(THREADS<T>, 2)                                                    \
+    product##name(const T* x, const T* weight, const float* bias, T* out, int rows, int columns, int depth) {      \
+        multiply<VECTORS>(MatrixRows<T>{x, depth}, weight, bias, out, rows, columns);                              \
+    }                                                                                                              \
+    extern "C" __global__ void __launch_bounds__(THREADS<T>, 2)                                                    \
+    convolution##name(const T* x, const T* past, i64 past_step, const T* weight, const float* bias, T* out,        \
+                      int pixels, int columns, int channels, int height, int width) {                              \
+        Neighbours<T> rows{x, past, past_step, channels, height, width};                                           \
+        multiply<VECTORS>(rows, weight, bias, out, pixels, columns);                                               \
     }
 PRODUCT(_f32, true, float)
 PRODUCT(_bf16, true, bf16)

@@ -6,8 +6,8 @@
 constexpr int THREADS = 256;
 
 // What a thread works on: the vector of channels that begins with `channel`, of which there are `count`, of the pixels
-// `first`, `first + lanes` … before `end` of a frame. The blocks of a frame take `run` of its pixels each. Vectors that a block
-// has no threads for are the next row of blocks'.
+// `first`, `first + lanes` … before `end` of a frame. The blocks of a frame take `run` of its pixels each. Vectors that
+// a block has no threads for are the next row of blocks'.
 struct Part {
     int frame, channel, count, lane, lanes, vectors, first, end;
 
@@ -26,8 +26,8 @@ struct Part {
     }
 };
 
-// Latent [channels, pixels] → volume [pixels, channels]: z · std + mean, rounded after the product, after the sum, and to
-// T. `scales` is [2, channels]: means, deviations.
+// Latent [channels, pixels] → volume [pixels, channels]: z · std + mean, rounded after the product, after the sum, and
+// to T. `scales` is [2, channels]: means, deviations.
 template <class T>
 __device__ void denormalize_latent_kernel(const float* latent, const float* scales, T* out, i64 pixels, int channels) {
     for (i64 i = first_value(); i < pixels * channels; i += next_value()) {
@@ -41,9 +41,9 @@ FOR_BOTH(denormalize_latent, (const float* latent, const float* scales, T* out, 
 
 // ---- group norms ----
 
-// Sum and sum of squares of each channel over some pixels of a rectangle, in f64, which holds the square of an f32 value
-// exactly. x is its first pixel in the first frame; it has `cols` columns and `pixels` pixels in each frame of `width`
-// columns and `frame` values. out [frames, blocks of a frame, channels, 2].
+// Sum and sum of squares of each channel over some pixels of a rectangle, in f64, which holds the square of an f32
+// value exactly. x is its first pixel in the first frame; it has `cols` columns and `pixels` pixels in each frame of
+// `width` columns and `frame` values. out [frames, blocks of a frame, channels, 2].
 template <bool WHOLE, class T>
 __device__ void sum_channels(const Part& part, const T* x, int width, int channels, int cols,
                              double (&sums)[2 * PER_VECTOR<T>]) {
@@ -123,10 +123,10 @@ extern "C" __global__ void group_totals(const double* moments, float* totals, i6
     }
 }
 
-// [mean, a] of each frame and channel with a = weight / sqrt(variance + 1e-5), computed in f64 and rounded once. `totals` is
-// [frames, groups, 2]: mean and variance.
-extern "C" __global__ void group_scales(const float* totals, const float* weight, float* scales, i64 count, int channels,
-                                        int groups) {
+// [mean, a] of each frame and channel with a = weight / sqrt(variance + 1e-5), computed in f64 and rounded once.
+// `totals` is [frames, groups, 2]: mean and variance.
+extern "C" __global__ void group_scales(const float* totals, const float* weight, float* scales, i64 count,
+                                        int channels, int groups) {
     for (i64 i = first_value(); i < count; i += next_value()) {
         int channel = (int)(i % channels);
         const float* total = totals + (i / channels * groups + channel / (channels / groups)) * 2;
@@ -137,7 +137,8 @@ extern "C" __global__ void group_scales(const float* totals, const float* weight
 
 // silu((x − mean) · a + bias) in f32, rounded once to T. `scales` is [frames, channels, 2].
 template <bool WHOLE, class T>
-__device__ void norm_channels(const Part& part, const T* x, const float* scales, const float* bias, T* out, int channels) {
+__device__ void norm_channels(const Part& part, const T* x, const float* scales, const float* bias, T* out,
+                              int channels) {
     const int N = PER_VECTOR<T>;
     float mean[N], scale[N], shift[N];
 #pragma unroll
@@ -151,15 +152,15 @@ __device__ void norm_channels(const Part& part, const T* x, const float* scales,
         unpack(load_vector<WHOLE>(x + (i64)pixel * channels, part.count), values);
 #pragma unroll
         for (int i = 0; i < N; i++) {
-            float normed = (values[i] - mean[i]) * scale[i] + shift[i];
+            float normed = fmaf(values[i] - mean[i], scale[i], shift[i]);
             values[i] = normed * sigmoid(normed);
         }
         store_vector<WHOLE>(out + (i64)pixel * channels, part.count, pack(values));
     }
 }
 template <class T>
-__device__ void group_norm_silu_kernel(const T* x, const float* scales, const float* bias, T* out, int pixels, int channels,
-                                       int run) {
+__device__ void group_norm_silu_kernel(const T* x, const float* scales, const float* bias, T* out, int pixels,
+                                       int channels, int run) {
     const int N = PER_VECTOR<T>;
     Part part(pixels, run, channels, N);
     i64 first = (i64)part.frame * pixels * channels + part.channel;
@@ -168,7 +169,8 @@ __device__ void group_norm_silu_kernel(const T* x, const float* scales, const fl
     if (whole) norm_channels<true>(part, x + first, scales, bias + part.channel, out + first, channels);
     else norm_channels<false>(part, x + first, scales, bias + part.channel, out + first, channels);
 }
-FOR_BOTH(group_norm_silu, (const T* x, const float* scales, const float* bias, T* out, int pixels, int channels, int run),
+FOR_BOTH(group_norm_silu,
+         (const T* x, const float* scales, const float* bias, T* out, int pixels, int channels, int run),
          (x, scales, bias, out, pixels, channels, run))
 
 // ---- moving values ----
@@ -180,12 +182,13 @@ constexpr int TILE_PIXELS = 64;
 // Keeps a walk through them in steps of 4, 8 or 12 from meeting in few banks.
 __device__ inline int padded(int i) { return i + i / 32; }
 
-// [frames, height, width, channels · st · s · s], channel order (c, st, s, s) → [st · frames − drop, s · height, s · width,
-// channels]. A block takes `of` channels of a pixel or all of `pixels` pixels, at most TILE values: it reads them as they lie
-// there, and each of its warps writes runs of channels as they lie here. `count` is the number of pixels.
+// [frames, height, width, channels · st · s · s], channel order (c, st, s, s) → [st · frames − drop, s · height, s ·
+// width, channels]. A block takes `of` channels of a pixel or all of `pixels` pixels, at most TILE values: it reads
+// them as they lie there, and each of its warps writes runs of channels as they lie here. `count` is the number of
+// pixels.
 template <class T>
-__device__ void depth_to_space_time_kernel(const T* x, T* out, int count, int height, int width, int channels, int st, int s,
-                                           int drop, int of, int pixels) {
+__device__ void depth_to_space_time_kernel(const T* x, T* out, int count, int height, int width, int channels, int st,
+                                           int s, int drop, int of, int pixels) {
     __shared__ T tile[TILE + TILE / 32];
     // In the output, of the first of the pixels that one becomes; before its start are the frames that are dropped.
     __shared__ i64 targets[TILE_PIXELS];
@@ -210,7 +213,8 @@ __device__ void depth_to_space_time_kernel(const T* x, T* out, int count, int he
     }
 }
 FOR_BOTH(depth_to_space_time,
-         (const T* x, T* out, int count, int height, int width, int channels, int st, int s, int drop, int of, int pixels),
+         (const T* x, T* out, int count, int height, int width, int channels, int st, int s, int drop, int of,
+          int pixels),
          (x, out, count, height, width, channels, st, s, drop, of, pixels))
 
 // 255 · clamp((x + 1) / 2, 0, 1), and 0 for NaN.

@@ -39,7 +39,8 @@ pub fn linear<D: Device>(
     Ok(out)
 }
 
-/// As [`linear`], for some rows at a time. What becomes of the halves is rounded like them: once each, and once the result.
+/// As [`linear`], for some rows at a time. What becomes of the halves is rounded like them: once each, and once the
+/// result.
 pub fn linear_swiglu<D: Device>(gpu: &Gpu<D>, x: &Tensor<D>, weight: &Matrix<D>) -> Result<Tensor<D>> {
     gated(gpu, x, weight, GATED_BYTES)
 }
@@ -126,7 +127,8 @@ fn tiled<D: Device>(
     gpu.launch(form.of(dtype), [blocks, 1, 1], threads(dtype), 0, args)
 }
 
-/// In the weight's type, to which x and the cache are converted. The next chunk's cache is a copy: it does not keep x alive.
+/// In the weight's type, to which x and the cache are converted. The next chunk's cache is a copy: it does not keep x
+/// alive.
 pub fn causal_conv3d<D: Device>(
     gpu: &Gpu<D>,
     x: &Tensor<D>,

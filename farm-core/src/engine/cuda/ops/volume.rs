@@ -92,8 +92,8 @@ fn moments<D: Device>(
     Ok(moments)
 }
 
-/// Without totals, those of x stay on the device. The scale `weight / sqrt(variance + 1e-5)` is computed in f64 and rounded
-/// to f32, what is made of each value in f32, as on the CPU, and the result is rounded to the type of x.
+/// Without totals, those of x stay on the device. The scale `weight / sqrt(variance + 1e-5)` is computed in f64 and
+/// rounded to f32, what is made of each value in f32, as on the CPU, and the result is rounded to the type of x.
 pub fn group_norm_silu<D: Device>(
     gpu: &Gpu<D>,
     x: &Tensor<D>,
