@@ -76,6 +76,9 @@ pub enum Over {
     Tokens,
     /// Text or a single vector, or what leads into or out of the network.
     Few,
+    /// A prompt in the text encoder: f32 on every engine, whatever its precision. It is done once a clip, and all later work
+    /// hangs on it.
+    Encoder,
 }
 
 /// Rotary tables of one request, `[tokens, heads, head_dim / 2]` each, made by [`Engine::rope_table`].

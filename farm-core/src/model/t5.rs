@@ -111,7 +111,7 @@ impl<E: Engine> T5Block<E> {
     fn load(loader: &Loader<'_, E>, config: &T5Config, block: usize) -> Result<Self, ModelError> {
         let (d, inner) = (config.d_model, config.num_heads * config.d_kv);
         let (attention, ffn) = (format!("encoder.block.{block}.layer.0"), format!("encoder.block.{block}.layer.1"));
-        let linear = |name: String, out, input| Linear::load_without_bias(loader, &name, out, input, Over::Few);
+        let linear = |name: String, out, input| Linear::load_without_bias(loader, &name, out, input, Over::Encoder);
         Ok(T5Block {
             attention_norm: loader.tensor(&format!("{attention}.layer_norm.weight"), &[d])?,
             q: linear(format!("{attention}.SelfAttention.q"), inner, d)?,

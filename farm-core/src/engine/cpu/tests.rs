@@ -590,7 +590,7 @@ fn a_matrix_of_stored_pieces_is_that_of_their_tensor() {
     });
     for units in all_units() {
         let e = engine_on(units, 1);
-        for over in [Over::Tokens, Over::Few] {
+        for over in [Over::Tokens, Over::Few, Over::Encoder] {
             let [of_tensor, of_pieces] = [e.matrix(&w, over).unwrap(), e.stored_matrix(&pieces, over).unwrap()];
             let run = |matrix| read(&e.linear(&x, matrix, None).unwrap());
             assert!(run(&of_tensor) == run(&of_pieces), "{units:?} {over:?}");

@@ -114,6 +114,7 @@ kernels! {
     Pointwise: [add gelu_gated swiglu silu copy_runs unpatchify] [to_f32_of_bf16 to_bf16_of_f32 euler_step patchify];
     Rows: [rms_norm gated_residual layer_norm tanh split_qkv merge_attention] [rope_table];
     Attention: [attention] [attention_mma_32 attention_mma_64 attention_mma_128];
-    Product: [] [];
-    Volume: [] [];
+    Product: [product product_scalar convolution convolution_scalar] [];
+    Volume: [denormalize_latent group_sums group_norm_silu depth_to_space_time to_rgb8 to_rgb16]
+        [group_moments group_totals group_scales];
 }

@@ -5,6 +5,7 @@ pub(super) mod pointwise;
 pub(super) mod product;
 pub(super) mod rows;
 pub(super) mod volume;
+pub(super) mod weights;
 
 #[cfg(test)]
 mod testing;

@@ -50,19 +50,18 @@ pub fn silu<D: Device>(gpu: &Gpu<D>, x: &Tensor<D>) -> Result<Tensor<D>> {
     Ok(out)
 }
 
-/// `silu(a) ⊙ g` of `[a ‖ g]`: x `[M, 2F]` → `[M, F]`, the second half of `linear_swiglu`.
-pub fn swiglu<D: Device>(gpu: &Gpu<D>, x: &Tensor<D>) -> Result<Tensor<D>> {
+/// `silu(a) ⊙ g` of `[a ‖ g]`: x `[M, 2F]` → out `[M, F]` of its type, the second half of `linear_swiglu`.
+pub fn swiglu<D: Device>(gpu: &Gpu<D>, x: &Tensor<D>, out: &Tensor<D>) -> Result<()> {
     const OP: &str = "linear_swiglu";
     let [rows, both] = dims(OP, "gates and values [rows, 2·width]", x)?;
     if both % 2 != 0 {
         return Err(shape_error(OP, "gates and values [rows, 2·width]", x.dims()));
     }
     let width = both / 2;
-    let out = gpu.empty(OP, &[rows, width], x.dtype())?;
+    expect(OP, "gated values", out, &[rows, width])?;
     let steps = width.div_ceil(per_vector(x.dtype()));
     let args = [x.pointer(), out.pointer(), Arg::Long(rows as i64), int(OP, width)?, int(OP, steps)?];
-    gpu.over_values(kernels::swiglu.of(x.dtype()), rows * steps, &args)?;
-    Ok(out)
+    gpu.over_values(kernels::swiglu.of(x.dtype()), rows * steps, &args)
 }
 
 /// In f32 whatever the inputs are: those of bf16 are widened.
