@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::device::Device;
 use super::gpu::Gpu;
-use super::ops::{attention, pointwise, product, rows, volume};
+use super::ops::{attention, pointwise, product, rows, volume, weights};
 use super::tensor::Tensor;
 use crate::engine::{
     AttentionOut, ConvCache, Engine, Over, Qkv, RawTensor, Result, RopeTable, SequenceOps,
@@ -70,8 +70,8 @@ impl<D: Device> SequenceOps for CudaEngine<D> {
 }
 
 impl<D: Device> Engine for CudaEngine<D> {
-    type Matrix = product::Matrix<D>;
-    type ConvWeight = product::ConvWeight<D>;
+    type Matrix = weights::Matrix<D>;
+    type ConvWeight = weights::ConvWeight<D>;
 
     fn name(&self) -> String {
         self.gpu.device.name()
@@ -82,19 +82,19 @@ impl<D: Device> Engine for CudaEngine<D> {
     }
 
     fn weight(&self, pieces: &[RawTensor<'_>]) -> Result<Tensor<D>> {
-        product::weight(&self.gpu, pieces)
+        weights::weight(&self.gpu, pieces)
     }
 
-    fn matrix(&self, weight: &Tensor<D>, over: Over) -> Result<product::Matrix<D>> {
-        product::matrix(&self.gpu, weight, over)
+    fn matrix(&self, weight: &Tensor<D>, over: Over) -> Result<weights::Matrix<D>> {
+        weights::matrix(&self.gpu, weight, over)
     }
 
-    fn stored_matrix(&self, pieces: &[RawTensor<'_>], over: Over) -> Result<product::Matrix<D>> {
-        product::stored_matrix(&self.gpu, pieces, over)
+    fn stored_matrix(&self, pieces: &[RawTensor<'_>], over: Over) -> Result<weights::Matrix<D>> {
+        weights::stored_matrix(&self.gpu, pieces, over)
     }
 
-    fn conv_weight(&self, weight: RawTensor<'_>, bias: RawTensor<'_>) -> Result<product::ConvWeight<D>> {
-        product::conv_weight(&self.gpu, weight, bias)
+    fn conv_weight(&self, weight: RawTensor<'_>, bias: RawTensor<'_>) -> Result<weights::ConvWeight<D>> {
+        weights::conv_weight(&self.gpu, weight, bias)
     }
 
     fn upload(&self, values: &[f32], shape: &[usize]) -> Result<Tensor<D>> {
@@ -105,7 +105,7 @@ impl<D: Device> Engine for CudaEngine<D> {
         self.gpu.download(x)
     }
 
-    fn linear(&self, x: &Tensor<D>, weight: &product::Matrix<D>, bias: Option<&Tensor<D>>) -> Result<Tensor<D>> {
+    fn linear(&self, x: &Tensor<D>, weight: &weights::Matrix<D>, bias: Option<&Tensor<D>>) -> Result<Tensor<D>> {
         product::linear(&self.gpu, x, weight, bias)
     }
 
@@ -172,7 +172,7 @@ impl<D: Device> Engine for CudaEngine<D> {
         rows::split_qkv(&self.gpu, packed, q_norm, k_norm, heads, rope)
     }
 
-    fn linear_swiglu(&self, x: &Tensor<D>, weight: &product::Matrix<D>) -> Result<Tensor<D>> {
+    fn linear_swiglu(&self, x: &Tensor<D>, weight: &weights::Matrix<D>) -> Result<Tensor<D>> {
         product::linear_swiglu(&self.gpu, x, weight)
     }
 
@@ -198,7 +198,7 @@ impl<D: Device> Engine for CudaEngine<D> {
     fn causal_conv3d(
         &self,
         x: &Tensor<D>,
-        weight: &product::ConvWeight<D>,
+        weight: &weights::ConvWeight<D>,
         cache: Option<&ConvCache<Tensor<D>>>,
     ) -> Result<(Tensor<D>, ConvCache<Tensor<D>>)> {
         product::causal_conv3d(&self.gpu, x, weight, cache)

@@ -1,12 +1,22 @@
-//! The CUDA engine.
+//! The CUDA engine: operations on a [`Device`](device::Device), which is a GPU or its [emulation](emulation::Emulation).
+//!
+//! Layers, from the bottom: a device has memory and runs kernels; [`tensor`]s are in its memory; [`ops`] check shapes,
+//! choose kernels and start them; [`CudaEngine`] is the engine's traits over them. Kernels are the files in `kernels/`.
+//!
+//! In f32 every tensor is f32. In bf16 weights and what is computed from them are bf16, with f32 sums inside every kernel and
+//! one rounding at its end; f32 stay the latent and the sampler, the text encoder, rotary tables, the weights of
+//! norms and biases, and statistics.
 
 mod cache;
 pub mod device;
 pub mod emulation;
+mod engine;
 mod gpu;
 pub mod kernels;
 mod ops;
 pub mod tensor;
+
+pub use self::engine::CudaEngine;
 
 #[cfg(test)]
 mod tests {
@@ -48,7 +58,7 @@ mod tests {
     fn conversions_round_to_the_nearest() {
         let gpu = gpu();
         // A tie to even on both sides, a rounding that carries, and what is no number.
-        let values = [1.0, 1.00390625, 1.01171875, 1.9999, -0.0, f32::INFINITY, f32::NAN, 1e-40, f32::MAX];
+        let values = [1.0, 1.003_906_2, 1.011_718_8, 1.9999, -0.0, f32::INFINITY, f32::NAN, 1e-40, f32::MAX];
         let x = gpu.upload("test", &values, &[3, 3]).unwrap();
         let rounded = gpu.download(&gpu.cast(&x, Dtype::Bf16).unwrap()).unwrap();
         for (got, value) in rounded.iter().zip(values) {

@@ -8,14 +8,12 @@ mod report;
 
 use std::collections::BTreeSet;
 use std::io::{self, Write};
-use std::num::NonZeroUsize;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::{Context, bail, ensure};
-use farm_core::engine::cpu::CpuEngine;
 use farm_core::engine::{Engine, EngineError};
 use farm_core::job::spec::{GenerationDefaults, GuidanceScale};
 use farm_core::model::config::{DitConfig, T5Config, VaeConfig};
@@ -28,16 +26,20 @@ use farm_core::model::vae::VaeDecoder;
 use farm_core::model::weights::checkpoint::{Checkpoint, Part};
 use farm_core::model::weights::{Loader, Tensors};
 use farm_core::parallel::group::RankGroup;
+use farm_core::precision::Precision;
 use goldens::Goldens;
-use report::Report;
+use report::{Measure, Report};
 
 use crate::command::layout::{channels_first, channels_last};
+use crate::devices::{Devices, ThreadArgs};
 
 // Of max|a − b| / max(1, max|b|): about five times what independent f32 implementations differ by.
 const T5_TOLERANCE: f64 = 3e-5;
 const DIT_TOLERANCE: f64 = 1e-4;
 const SAMPLER_TOLERANCE: f64 = 1e-4;
 const VAE_TOLERANCE: f64 = 5e-5;
+// Of ‖a − b‖ / ‖b‖, where numbers are rounded to bf16: single values say nothing then.
+const BF16_TOLERANCE: f64 = 2e-2;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -47,6 +49,11 @@ pub struct Args {
     /// Reference tensors
     #[arg(value_name = "GOLDENS.safetensors")]
     goldens: PathBuf,
+    /// The device to compare: cpu:1, cuda:1, or emulated:1, the kernels of a GPU on the processor
+    #[arg(long, value_name = "cpu:1", default_value = "cpu:1")]
+    devices: Devices,
+    #[command(flatten)]
+    threads: ThreadArgs,
     /// Print one JSON object instead of text
     #[arg(long)]
     json: bool,
@@ -57,8 +64,8 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     for note in checkpoint.notes() {
         eprintln!("note: {note}");
     }
-    let threads = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
-    let engine = CpuEngine::new(threads)?;
+    ensure!(args.devices.count == 1, "--devices {}: parity is of one device", args.devices);
+    let engine = args.threads.compute(args.devices)?.engine(0)?;
     let report = compare(&engine, &checkpoint, &Goldens::open(&args.goldens)?)?;
     if args.json {
         #[derive(serde::Serialize)]
@@ -76,7 +83,11 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
 }
 
 fn compare<E: Engine>(engine: &E, checkpoint: &Checkpoint, goldens: &Goldens) -> anyhow::Result<Report> {
-    let mut stages = Stages { engine, goldens, report: Report::default(), inputs: BTreeSet::new() };
+    let report = Report::new(match engine.precision() {
+        Precision::F32 => Measure::Largest,
+        Precision::Bf16 => Measure::Relative(BF16_TOLERANCE),
+    });
+    let mut stages = Stages { engine, goldens, report, inputs: BTreeSet::new() };
     if let Some(part) = checkpoint.t5() {
         stages.text_encoder(part).context("text encoder")?;
     }
@@ -367,6 +378,8 @@ impl Taps {
 
 #[cfg(test)]
 mod tests {
+    use farm_core::engine::cpu::CpuEngine;
+
     use super::*;
 
     fn repository() -> PathBuf {

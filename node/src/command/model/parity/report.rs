@@ -4,7 +4,17 @@ use std::fmt::Write;
 
 use serde::Serialize;
 
-/// One tensor against its reference. Passes if `max_abs <= tolerance · max(1, max|reference|)`.
+/// What decides whether a tensor passes.
+#[derive(Clone, Copy, Debug, Default)]
+pub enum Measure {
+    /// `max_abs <= tolerance · max(1, max|reference|)`
+    #[default]
+    Largest,
+    /// `relative_l2` is at most this.
+    Relative(f64),
+}
+
+/// One tensor against its reference.
 #[derive(Clone, Debug, Serialize)]
 pub struct Comparison {
     pub tensor: String,
@@ -14,7 +24,7 @@ pub struct Comparison {
     /// ‖a − b‖ / ‖b‖
     pub relative_l2: f64,
     pub tolerance: f64,
-    /// The tolerance times max(1, max|reference|).
+    /// Of `max_abs`: the tolerance times max(1, max|reference|); or of `relative_l2`, where that decides.
     pub limit: f64,
     pub passed: bool,
     /// Why it cannot pass, if it is not for its values.
@@ -37,9 +47,15 @@ pub struct Skipped {
 pub struct Report {
     pub compared: Vec<Comparison>,
     pub skipped: Vec<Skipped>,
+    #[serde(skip)]
+    measure: Measure,
 }
 
 impl Report {
+    pub fn new(measure: Measure) -> Self {
+        Self { measure, ..Self::default() }
+    }
+
     /// Adds values of `tensor`. What was added before (another sample) counts on.
     pub fn compare(&mut self, tensor: &str, got: &[f32], reference: &[f32], tolerance: f64) {
         let index = match self.compared.iter().position(|comparison| comparison.tensor == tensor) {
@@ -75,8 +91,18 @@ impl Report {
             c.squares[1] += b * b;
         }
         c.relative_l2 = if c.squares[0] == 0.0 { 0.0 } else { (c.squares[0] / c.squares[1]).sqrt() };
-        c.limit = c.tolerance * c.max_reference.max(1.0);
-        c.passed = c.max_abs <= c.limit && c.limit.is_finite();
+        let decides = match self.measure {
+            Measure::Largest => {
+                c.limit = c.tolerance * c.max_reference.max(1.0);
+                c.max_abs
+            }
+            Measure::Relative(tolerance) => {
+                (c.tolerance, c.limit) = (tolerance, tolerance);
+                // A difference that is no number makes the norm none either.
+                c.relative_l2
+            }
+        };
+        c.passed = decides <= c.limit && c.limit.is_finite() && c.problem.is_none();
     }
 
     pub fn skip(&mut self, tensor: &str, reason: impl Into<String>) {
