@@ -4,7 +4,7 @@ export PATH := $(PATH):$(or $(CARGO_HOME),$(HOME)/.cargo)/bin
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 BIN := $(TARGET)/release
 
-.PHONY: setup build demo test lint alone chaos sim bench peer bench-peer bench-onednn bench-compare bench-usp \
+.PHONY: setup build demo test nvrtc lint alone chaos sim bench peer bench-peer bench-onednn bench-compare bench-usp \
   bench-tiles bench-decode bench-overhead bench-sched clean
 
 setup:
@@ -18,10 +18,14 @@ demo: build
 	@tools/demo.sh
 
 # All that CI runs. The programs are built first: tests over real processes start them.
-test: setup lint alone
+test: setup nvrtc lint alone
 	cargo build --workspace --locked
 	if command -v cargo-nextest >/dev/null; then cargo nextest run --workspace --locked; \
 	else cargo test --workspace --locked; fi
+
+# The compiler of CUDA's kernels, in .venv-cuda: tests compile all kernels for all GPUs that are meant.
+nvrtc: setup
+	@tools/nvrtc.sh
 
 lint:
 	cargo fmt --all --check

@@ -11,6 +11,8 @@ packages=(
   g++
   # the ffmpeg and ffprobe programs check and show clips; the font labels the contact sheet
   ffmpeg fonts-dejavu-core
+  # NVRTC, which compiles the CUDA kernels, comes in a wheel
+  python3 python3-venv
   # tests put processes on hosts of their own (network namespaces)
   iproute2
   # tests of several schedulers start a Postgres of their own

@@ -1,7 +1,4 @@
-//! The NCCL library, opened while the program runs: the same program starts where there is none.
-//!
-//! Opened here rather than by cudarc, which looks for `libnccl.so` but not for `libnccl.so.2`, the only name that the
-//! packages without headers install, and panics when it finds none. The types are cudarc's.
+//! The NCCL library, opened while the program runs: the same program starts where there is none. The types are cudarc's.
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::sync::OnceLock;
@@ -11,9 +8,8 @@ use cudarc::driver::sys::CUstream;
 use cudarc::nccl::sys::{ncclComm_t, ncclConfig_t, ncclUniqueId};
 
 use crate::comm::CommError;
+use crate::engine::cuda::driver::libraries;
 
-/// What a name of the library may be, the ABI that is meant first.
-const NAMES: [&str; 2] = ["libnccl.so.2", "libnccl.so"];
 /// The first version with communicators that do not block.
 const OLDEST: c_int = 21400;
 
@@ -70,15 +66,11 @@ pub(super) fn library() -> Result<&'static Library, CommError> {
 }
 
 fn open() -> Result<Library, String> {
-    // SAFETY: opening NCCL runs its constructors, which want nothing of their caller.
-    let opened = NAMES.map(|name| unsafe { libloading::Library::new(name) });
-    let opened = opened.into_iter().reduce(|first, next| first.or(next)).and_then(Result::ok).ok_or_else(|| {
-        format!("there is no NCCL: found neither {}; is its folder in LD_LIBRARY_PATH?", NAMES.join(" nor "))
-    })?;
-    // SAFETY: it bears the name of NCCL.
-    let mut library = unsafe { Library::find(&opened) }.map_err(|error| format!("this NCCL is of no use: {error}"))?;
-    // Its functions are used until the program ends.
-    std::mem::forget(opened);
+    let opened = libraries::open(libraries::Kind::Nccl).map_err(ToString::to_string)?;
+    // SAFETY: it bears the name of NCCL and has a function of it. It stays open until the program ends.
+    let library = unsafe { Library::find(&opened.library) };
+    let mut library =
+        library.map_err(|error| format!("{} is of no use: {}", opened.path.display(), libraries::reason(error)))?;
     // SAFETY: it writes one number.
     if unsafe { (library.get_version)(&mut library.version) } != SUCCESS || library.version < OLDEST {
         return Err(format!("NCCL {} is too old; 2.14 is the first that can be used", library.version()));

@@ -9,6 +9,7 @@
 
 mod cache;
 pub mod device;
+pub mod driver;
 pub mod emulation;
 mod engine;
 mod gpu;

@@ -1,0 +1,376 @@
+//! A GPU by the driver of this machine.
+//!
+//! **Not run on hardware yet.** Kernels are compiled by NVRTC in the tests; what the driver is asked for is checked against a
+//! stand-in for it, and follows the documentation of CUDA.
+//!
+//! Nothing is linked: the driver, NVRTC and cuBLASLt are opened when they are used ([`libraries`]). Without cuBLASLt this
+//! program's own kernels do its work.
+
+mod api;
+pub mod compile;
+mod context;
+pub mod libraries;
+mod matmul;
+mod plans;
+mod staging;
+#[cfg(test)]
+mod tests;
+
+use std::collections::HashMap;
+use std::ffi::{CStr, c_char, c_int, c_void};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
+
+use cudarc::driver::sys::{CUdevice, CUmemoryPool};
+
+use self::api::{Driver, OUT_OF_MEMORY, call};
+use self::context::{Context, Event, Function, Module, Stream};
+use self::matmul::{CublasLt, WORKSPACE};
+use self::staging::Staging;
+use super::device::{Address, Device, Launch, Matmul};
+use super::kernels::{Kernel, Source};
+use crate::engine::{EngineError, Result};
+
+/// `CU_DEVICE_ATTRIBUTE_*`
+const MULTIPROCESSORS: c_int = 16;
+const CAPABILITY_MAJOR: c_int = 75;
+const CAPABILITY_MINOR: c_int = 76;
+const SHARED_OPTIN: c_int = 97;
+const POOLS_SUPPORTED: c_int = 115;
+/// `CU_MEMPOOL_ATTR_*`
+const RELEASE_THRESHOLD: c_int = 4;
+const RESERVED_NOW: c_int = 5;
+const USED_NOW: c_int = 7;
+
+/// What a GPU is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Properties {
+    /// For example `NVIDIA H100 80GB HBM3`.
+    pub name: String,
+    /// Of compute, major and minor: (9, 0) for an H100.
+    pub capability: (i32, i32),
+    pub multiprocessors: usize,
+    /// Bytes that a block may have if it asks.
+    pub shared_memory: usize,
+    /// Its place in the machine, for example `0000:3B:00.0`.
+    pub pci: String,
+}
+
+/// Bytes of a GPU's memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Memory {
+    /// Nobody's, or kept by this program for its next tensors.
+    pub free: usize,
+    pub total: usize,
+}
+
+/// Number of GPUs. Without any, or without a driver, says what is missing.
+pub fn count() -> std::result::Result<usize, String> {
+    Ok(api::driver()?.devices)
+}
+
+/// A GPU.
+pub struct CudaDevice {
+    properties: Properties,
+    driver: &'static Driver,
+    /// Owned by the driver.
+    pool: Pool,
+    /// None if this machine has no cuBLASLt.
+    cublas: OnceLock<Option<(CublasLt, Address)>>,
+    kernels: Mutex<Kernels>,
+    staging: Mutex<Staging>,
+    stream: Arc<Stream>,
+}
+
+struct Pool(CUmemoryPool);
+
+// SAFETY: the driver's functions take a pool from any thread.
+unsafe impl Send for Pool {}
+// SAFETY: as above, several at a time too.
+unsafe impl Sync for Pool {}
+
+/// What was loaded so far.
+#[derive(Default)]
+struct Kernels {
+    functions: HashMap<Kernel, Arc<Function>>,
+    modules: HashMap<Source, Module>,
+}
+
+/// What became of the sources of the kernels.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Loaded {
+    /// Compiled now.
+    pub compiled: usize,
+    /// Compiled by an earlier run.
+    pub cached: usize,
+}
+
+impl CudaDevice {
+    /// The GPU of a number below [`count`]. Its kernels are compiled when they are used first.
+    pub fn open(index: usize) -> Result<Self> {
+        let driver = api::driver().map_err(|message| EngineError::Backend { op: "open", message })?;
+        Self::of(driver, index)
+    }
+
+    /// All GPUs of this machine.
+    pub fn all() -> Result<Vec<Self>> {
+        let devices = count().map_err(|message| EngineError::Backend { op: "open", message })?;
+        (0..devices).map(Self::open).collect()
+    }
+
+    fn of(driver: &'static Driver, index: usize) -> Result<Self> {
+        let fail = |message| Err(EngineError::Backend { op: "open", message });
+        if index >= driver.devices {
+            return fail(format!("there is no GPU {index}: this machine has {}", driver.devices));
+        }
+        let mut device = 0;
+        // SAFETY: it writes a device.
+        unsafe { call!(driver, cuDeviceGet(&mut device, index as c_int)) }?;
+        let properties = properties(driver, device)?;
+        if attribute(driver, device, POOLS_SUPPORTED)? == 0 {
+            return fail(format!("the driver has no memory pools for {}", properties.name));
+        }
+        let context = Context::new(driver, device)?;
+        let mut pool = std::ptr::null_mut();
+        // Memory that is freed is kept for the next tensors: giving it back to the system costs more than a kernel.
+        let mut keep = u64::MAX;
+        // SAFETY: they write a pool, and read a number of 64 bits.
+        unsafe {
+            call!(driver, cuDeviceGetDefaultMemPool(&mut pool, device))?;
+            call!(driver, cuMemPoolSetAttribute(pool, RELEASE_THRESHOLD, std::ptr::from_mut(&mut keep).cast()))?;
+        }
+        let stream = Stream::new(&context)?;
+        Ok(Self {
+            properties,
+            driver,
+            pool: Pool(pool),
+            cublas: OnceLock::new(),
+            kernels: Mutex::default(),
+            staging: Mutex::new(Staging::new(&stream)?),
+            stream,
+        })
+    }
+
+    pub fn properties(&self) -> &Properties {
+        &self.properties
+    }
+
+    pub fn memory(&self) -> Result<Memory> {
+        let driver = self.stream.context.enter()?;
+        let (mut free, mut total) = (0, 0);
+        let (mut reserved, mut used) = (0u64, 0u64);
+        // SAFETY: they write numbers, the pool's of 64 bits.
+        unsafe {
+            call!(driver, cuMemGetInfo(&mut free, &mut total))?;
+            call!(driver, cuMemPoolGetAttribute(self.pool.0, RESERVED_NOW, std::ptr::from_mut(&mut reserved).cast()))?;
+            call!(driver, cuMemPoolGetAttribute(self.pool.0, USED_NOW, std::ptr::from_mut(&mut used).cast()))?;
+        }
+        Ok(Memory { free: free + reserved.saturating_sub(used) as usize, total })
+    }
+
+    /// Waits for all work that was started, and tells of its errors.
+    pub fn synchronize(&self) -> Result<()> {
+        self.stream.synchronize()
+    }
+
+    /// Begins to measure the time that the GPU takes for what is asked of it from now on.
+    pub fn timer(&self) -> Result<Timer> {
+        let (start, end) = (Event::timed(&self.stream)?, Event::timed(&self.stream)?);
+        start.record()?;
+        Ok(Timer { start, end })
+    }
+
+    /// Loads all kernels, which are compiled if no earlier run has done so.
+    pub fn load(&self) -> Result<Loaded> {
+        let mut kernels = lock(&self.kernels);
+        let mut loaded = Loaded::default();
+        for source in Source::ALL {
+            if !kernels.modules.contains_key(&source) {
+                let (module, fresh) = self.module(source)?;
+                kernels.modules.insert(source, module);
+                *if fresh { &mut loaded.compiled } else { &mut loaded.cached } += 1;
+            }
+        }
+        Ok(loaded)
+    }
+
+    /// True with it if it was compiled now.
+    fn module(&self, source: Source) -> Result<(Module, bool)> {
+        let fail = |message| EngineError::Backend { op: "compile", message };
+        let compiler = compile::compiler().map_err(fail)?;
+        let target = compiler.target(self.properties.capability).map_err(fail)?;
+        let compiled = compiler.compiled(source, target, &self.driver.version).map_err(fail)?;
+        let module = Module::load(&self.stream.context, &compiled.image).map_err(|error| {
+            let (name, nvrtc, cuda) = (source.name(), compiler.version(), &self.driver.version);
+            fail(format!(
+                "{name} for {target}, compiled by NVRTC {nvrtc}, the driver for CUDA {cuda} does not take: {error}"
+            ))
+        })?;
+        Ok((module, compiled.fresh))
+    }
+
+    fn function(&self, kernel: Kernel) -> Result<Arc<Function>> {
+        let mut kernels = lock(&self.kernels);
+        if let Some(function) = kernels.functions.get(&kernel) {
+            return Ok(function.clone());
+        }
+        if !kernels.modules.contains_key(&kernel.source) {
+            let module = self.module(kernel.source)?.0;
+            kernels.modules.insert(kernel.source, module);
+        }
+        let function = kernels.modules[&kernel.source]
+            .function(&kernel.name())
+            .map_err(|error| EngineError::Backend { op: "launch", message: format!("{kernel:?}: {error}") })?;
+        let function = Arc::new(function);
+        kernels.functions.insert(kernel, function.clone());
+        Ok(function)
+    }
+
+    /// None if this machine has no cuBLASLt.
+    fn cublas(&self) -> Result<Option<&(CublasLt, Address)>> {
+        if let Some(cublas) = self.cublas.get() {
+            return Ok(cublas.as_ref());
+        }
+        let cublas = match CublasLt::new(&self.stream)? {
+            Some(cublas) => Some((cublas, self.alloc(WORKSPACE)?)),
+            None => None,
+        };
+        if let Err(Some((_, workspace))) = self.cublas.set(cublas) {
+            // Another thread was faster.
+            self.free(workspace, WORKSPACE);
+        }
+        Ok(self.cublas.get().and_then(Option::as_ref))
+    }
+}
+
+impl Device for CudaDevice {
+    fn name(&self) -> String {
+        self.properties.name.clone()
+    }
+
+    fn alloc(&self, bytes: usize) -> Result<Address> {
+        let driver = self.stream.context.enter()?;
+        let mut address = 0;
+        // SAFETY: it writes an address.
+        let mut ask = || unsafe { (driver.functions.cuMemAllocAsync)(&mut address, bytes, self.stream.raw) };
+        let mut asked = ask();
+        if asked == OUT_OF_MEMORY {
+            // What is kept for the next tensors may be in pieces that are too small, and what was freed not yet free.
+            self.synchronize()?;
+            // SAFETY: the pool is the driver's own.
+            unsafe { call!(driver, cuMemPoolTrimTo(self.pool.0, 0)) }?;
+            asked = ask();
+        }
+        if asked == OUT_OF_MEMORY {
+            return Err(EngineError::OutOfMemory { op: "alloc", wanted: bytes });
+        }
+        driver.check("cuMemAllocAsync", asked)?;
+        Ok(address)
+    }
+
+    fn free(&self, address: Address, _bytes: usize) {
+        if let Ok(driver) = self.stream.context.enter() {
+            // SAFETY: `alloc` has given it; work that was started before may still use it. An error is one of that work,
+            // and will be told by the next call.
+            let _ = unsafe { call!(driver, cuMemFreeAsync(address, self.stream.raw)) };
+        }
+    }
+
+    fn copy_in(&self, to: Address, from: &[u8]) -> Result<()> {
+        lock(&self.staging).copy(to, from)
+    }
+
+    fn copy_out(&self, from: Address, to: &mut [u8]) -> Result<()> {
+        let driver = self.stream.context.enter()?;
+        // SAFETY: the engine copies within what it has allocated; `to` is not let go before the copy is done.
+        let started = unsafe {
+            call!(driver, cuMemcpyDtoHAsync(to.as_mut_ptr().cast::<c_void>(), from, to.len(), self.stream.raw))
+        };
+        // Waits in any case: a copy that has begun writes to `to`.
+        let done = self.stream.synchronize();
+        started.and(done)
+    }
+
+    fn copy(&self, to: Address, from: Address, bytes: usize) -> Result<()> {
+        let driver = self.stream.context.enter()?;
+        // SAFETY: the engine copies within what it has allocated.
+        unsafe { call!(driver, cuMemcpyDtoDAsync(to, from, bytes, self.stream.raw)) }
+    }
+
+    fn launch(&self, launch: &Launch<'_>) -> Result<()> {
+        let Launch { kernel, grid, block, shared, args } = *launch;
+        let function = self.function(kernel)?;
+        // SAFETY: the arguments are of the kernel's types, which the emulation checks for the same launches; modules are
+        // unloaded only when this is dropped.
+        unsafe { function.launch(&self.stream, grid, block, shared, args) }.map_err(|error| {
+            let message = format!("{kernel:?}, {grid:?} blocks of {block} threads and {shared} bytes: {error}");
+            EngineError::Backend { op: "launch", message }
+        })
+    }
+
+    fn matmul(&self, matmul: &Matmul) -> Result<bool> {
+        match self.cublas()? {
+            // SAFETY: the operands are the engine's tensors.
+            Some((cublas, workspace)) => unsafe { cublas.matmul(matmul, *workspace) },
+            None => Ok(false),
+        }
+    }
+}
+
+impl Drop for CudaDevice {
+    fn drop(&mut self) {
+        // Kernels may still run. There is nobody to tell of an error.
+        let _ = self.stream.synchronize();
+        if let Some(Some((cublas, workspace))) = self.cublas.take() {
+            drop(cublas);
+            self.free(workspace, WORKSPACE);
+        }
+    }
+}
+
+/// Measures the time of work on a GPU, without what the host does meanwhile.
+pub struct Timer {
+    start: Event,
+    end: Event,
+}
+
+impl Timer {
+    /// Waits for what was asked for since the timer began, and gives its time.
+    pub fn stop(self) -> Result<Duration> {
+        self.end.record()?;
+        self.end.wait()?;
+        let milliseconds = self.end.since(&self.start)?;
+        Ok(Duration::from_secs_f32(milliseconds.max(0.0) / 1e3))
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn properties(driver: &Driver, device: CUdevice) -> Result<Properties> {
+    let text = |write: &dyn Fn(*mut c_char, c_int) -> Result<()>| {
+        let mut text: [c_char; 128] = [0; 128];
+        // One less, so that there is a 0 at the end whatever is written.
+        write(text.as_mut_ptr(), text.len() as c_int - 1)?;
+        // SAFETY: there is a 0 in it.
+        Ok(unsafe { CStr::from_ptr(text.as_ptr()) }.to_string_lossy().into_owned())
+    };
+    let number = |which| attribute(driver, device, which);
+    Ok(Properties {
+        // SAFETY: they write at most as many bytes as they are told.
+        name: text(&|text, len| unsafe { call!(driver, cuDeviceGetName(text, len, device)) })?,
+        // SAFETY: as above.
+        pci: text(&|text, len| unsafe { call!(driver, cuDeviceGetPCIBusId(text, len, device)) })?,
+        capability: (number(CAPABILITY_MAJOR)?, number(CAPABILITY_MINOR)?),
+        multiprocessors: number(MULTIPROCESSORS)?.unsigned_abs() as usize,
+        shared_memory: number(SHARED_OPTIN)?.unsigned_abs() as usize,
+    })
+}
+
+fn attribute(driver: &Driver, device: CUdevice, which: c_int) -> Result<c_int> {
+    let mut value = 0;
+    // SAFETY: it writes a number; one that it does not know it refuses.
+    unsafe { call!(driver, cuDeviceGetAttribute(&mut value, which, device)) }?;
+    Ok(value)
+}
