@@ -68,14 +68,18 @@ fn compiled(source: Source) -> std::io::Result<libloading::Library> {
         );
     }
     // Contraction would round once where the source rounds twice.
-    let flags = ["-std=c++20", "-O2", "-march=native", "-ffp-contract=off", "-fPIC", "-shared", "-pthread", "-x", "c++"];
+    let flags =
+        ["-std=c++20", "-O2", "-march=native", "-ffp-contract=off", "-fPIC", "-shared", "-pthread", "-x", "c++"];
     let path = cache::file("emulated.so", &[text.as_bytes(), flags.join(" ").as_bytes()], |out| {
         let input = out.with_extension("cpp");
         fs::write(&input, &text)?;
         let compiler = std::env::var_os("CXX").unwrap_or_else(|| "c++".into());
         let run = Command::new(&compiler).args(flags).arg(&input).arg("-o").arg(out).output();
         let run = run.map_err(|error| {
-            std::io::Error::new(error.kind(), format!("{}: {error}; install a C++ compiler", Path::new(&compiler).display()))
+            std::io::Error::new(
+                error.kind(),
+                format!("{}: {error}; install a C++ compiler", Path::new(&compiler).display()),
+            )
         })?;
         if !run.status.success() {
             return Err(std::io::Error::other(String::from_utf8_lossy(&run.stderr).into_owned()));
@@ -86,7 +90,11 @@ fn compiled(source: Source) -> std::io::Result<libloading::Library> {
     unsafe { libloading::Library::new(path) }.map_err(std::io::Error::other)
 }
 
+/// Whatever is asked for is done at once, so there is nothing to mark or to wait for.
 impl Device for Emulation {
+    type Host = Vec<u8>;
+    type Mark = ();
+
     fn name(&self) -> String {
         "emulated gpu".into()
     }
@@ -142,6 +150,22 @@ impl Device for Emulation {
     fn copy(&self, to: Address, from: Address, bytes: usize) -> Result<()> {
         // SAFETY: as above.
         unsafe { std::ptr::copy_nonoverlapping(from as *const u8, to as *mut u8, bytes) };
+        Ok(())
+    }
+
+    fn host(&self, bytes: usize) -> Result<Vec<u8>> {
+        Ok(vec![0xff; bytes])
+    }
+
+    fn mark(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn fetch(&self, to: Address, from: &Vec<u8>, _after: &()) -> Result<()> {
+        self.copy_in(to, from)
+    }
+
+    fn wait(&self, _mark: &()) -> Result<()> {
         Ok(())
     }
 

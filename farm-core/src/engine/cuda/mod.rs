@@ -6,6 +6,8 @@ pub mod emulation;
 mod gpu;
 pub mod kernels;
 mod ops;
+pub mod parking;
+pub mod plan;
 pub mod tensor;
 
 #[cfg(test)]
