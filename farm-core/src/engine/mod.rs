@@ -17,6 +17,7 @@
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+pub mod streaming;
 
 use std::fmt;
 use std::ops::Range;
@@ -155,10 +156,16 @@ pub trait SequenceOps: Send + Sync + 'static {
 /// A row of an output depends on the same row of the input only, to the last bit: whoever holds a part of the rows
 /// computes the same values as who holds them all.
 pub trait Engine: SequenceOps {
-    /// A weight `[out, in]` of a linear layer, arranged for [`Engine::linear`].
-    type Matrix: Send + Sync + 'static;
+    /// A weight `[out, in]` of a linear layer, arranged for [`Engine::linear`]. Cloning shares the storage.
+    type Matrix: Clone + Send + Sync + 'static;
     /// A packed 3×3×3 convolution weight with its bias.
     type ConvWeight: Send + Sync + 'static;
+    /// Matrices that wait outside the device's memory, to be fetched together.
+    type Parked: Send + Sync + 'static;
+    /// Room in the device's memory for parked matrices.
+    type Slots: Send + Sync + 'static;
+    /// Matrices on their way into a slot. Dropped, it gives the slot back.
+    type Fetch;
 
     /// What the device is called in logs and results, for example `cpu:0 (1 thread)`.
     fn name(&self) -> String;
@@ -182,6 +189,20 @@ pub trait Engine: SequenceOps {
     fn upload(&self, values: &[f32], shape: &[usize]) -> Result<Self::Tensor>;
     /// Copies values out, row-major.
     fn download(&self, x: &Self::Tensor) -> Result<Vec<f32>>;
+
+    // ---- weights that wait outside the device's memory ----
+
+    /// Moves matrices out of the device's memory, as they are: their room there is free when the last clone is dropped.
+    /// Where the device's memory is the host's they stay where they are.
+    fn park(&self, matrices: Vec<Self::Matrix>) -> Result<Self::Parked>;
+    /// `count` slots, each with room for any of `parked`.
+    fn slots(&self, parked: &[&Self::Parked], count: usize) -> Result<Self::Slots>;
+    /// Starts fetching into the slot that was given back first, and returns at once: the fetch begins when all work that was
+    /// asked for while the slot was in use is done, and goes on beside other work. Errors if every slot is in use.
+    fn start_fetch(&self, slots: &Self::Slots, parked: &Self::Parked) -> Result<Self::Fetch>;
+    /// The matrices of a fetch, in the order of [`Engine::park`], for work that is asked for from now on; it begins when they
+    /// are there. When all of them are dropped the slot is given back.
+    fn finish_fetch(&self, fetch: Self::Fetch) -> Result<Vec<Self::Matrix>>;
 
     // ---- shared by the networks ----
 

@@ -5,7 +5,7 @@ use crate::model::ModelError;
 use crate::model::config::DitConfig;
 use crate::model::layers::{FeedForward, Linear, Modulation, Observer};
 use crate::model::weights::Tensors;
-use crate::parallel::attention::joint_attention;
+use crate::parallel::attention::{JointOut, joint_attention};
 use crate::parallel::group::RankGroup;
 use crate::parallel::shard::Shares;
 
@@ -136,15 +136,21 @@ impl<E: Engine> Block<E> {
         let shares = Shares::new(topology, sequence.tokens, streams.text_rows, self.heads, self.head_dim);
         let text_asks = matches!(self.text, TextUpdate::Full { .. });
         let own_text = text.as_ref().map(|text| &text.qkv);
-        let out = joint_attention(engine, sequence.group, shares, &x, own_text, text_asks)?;
+        let JointOut { visual, text: attended_text } =
+            joint_attention(engine, sequence.group, shares, &x, own_text, text_asks)?;
 
-        let attended = self.proj_x.apply(engine, &out.visual)?;
+        // What is read no more is dropped at once: the largest tensors of a clip are here, and what is alive in the
+        // feed-forward would be twice as much.
+        drop(x);
+        let attended = self.proj_x.apply(engine, &visual)?;
+        drop(visual);
         observe(&format!("{name}.attn_x"), &attended);
-        let updated = engine.gated_residual(&streams.x, &attended, &gate_msa)?;
-        streams.x = residual_mlp(engine, &updated, &self.mlp_x, &scale_mlp, &gate_mlp)?;
+        streams.x = engine.gated_residual(&streams.x, &attended, &gate_msa)?;
+        drop(attended);
+        streams.x = residual_mlp(engine, &streams.x, &self.mlp_x, &scale_mlp, &gate_mlp)?;
         observe(&format!("{name}.x"), &streams.x);
 
-        if let (Some(y), Some(text), Some(attended)) = (&mut streams.y, &text, &out.text)
+        if let (Some(y), Some(text), Some(attended)) = (&mut streams.y, &text, &attended_text)
             && let Some(update) = &text.update
         {
             let [gate_msa, scale_mlp, gate_mlp] = &update.modulation;
@@ -197,6 +203,6 @@ fn residual_mlp<E: Engine>(
     scale: &E::Tensor,
     gate: &E::Tensor,
 ) -> Result<E::Tensor, ModelError> {
-    let branch = mlp.apply(engine, &engine.modulated_rms_norm(x, scale)?)?;
+    let branch = mlp.apply(engine, engine.modulated_rms_norm(x, scale)?)?;
     Ok(engine.gated_residual(x, &branch, gate)?)
 }

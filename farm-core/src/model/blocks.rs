@@ -1,10 +1,11 @@
-//! The weights of all blocks: whole on every rank, or dealt to the ranks of a group.
+//! The weights of all blocks: whole on every rank, dealt to the ranks of a group, or fetched from the host's memory.
 
 use std::cell::Cell;
 use std::cell::RefCell;
 
 use crate::comm::Exchange;
-use crate::engine::Engine;
+use crate::engine::streaming::{Streaming, walk};
+use crate::engine::{Engine, Over};
 use crate::model::ModelError;
 use crate::model::block::Block;
 use crate::model::config::DitConfig;
@@ -15,6 +16,7 @@ use crate::parallel::shard::Split;
 pub(super) enum Blocks<E: Engine> {
     Resident(Vec<Block<E>>),
     Sharded(ShardedBlocks<E>),
+    Streamed(StreamedBlocks<E>),
 }
 
 /// Every rank keeps an equal part of each block's weights, as one flat run of values; a block is put together from all
@@ -29,6 +31,20 @@ struct ShardedBlock<E: Engine> {
     part: E::Tensor,
     /// How the values of the block are dealt.
     split: Split,
+}
+
+/// Some blocks are on the device. Of the others the vectors are, which are few; their matrices wait in the host's memory, and
+/// a block is put together when they are fetched, which goes on while blocks before it compute.
+pub(super) struct StreamedBlocks<E: Engine> {
+    config: DitConfig,
+    streaming: Streaming,
+    blocks: Vec<StreamedBlock<E>>,
+    slots: E::Slots,
+}
+
+enum StreamedBlock<E: Engine> {
+    Resident(Block<E>),
+    Parked { vectors: Vec<E::Tensor>, matrices: E::Parked },
 }
 
 impl<E: Engine> Blocks<E> {
@@ -65,6 +81,29 @@ impl<E: Engine> Blocks<E> {
         Ok(Self::Sharded(ShardedBlocks { config: config.clone(), blocks }))
     }
 
+    /// Loads block by block and moves the matrices of those that do not stay out of the device's memory: beside what stays
+    /// it takes that of one block, which the slots take after it.
+    pub fn load_streamed(loader: &Loader<'_, E>, config: &DitConfig, streaming: Streaming) -> Result<Self, ModelError> {
+        let mut blocks = Vec::with_capacity(config.num_layers);
+        for i in 0..config.num_layers {
+            blocks.push(if streaming.streams(i, config.num_layers) {
+                let parts = Parts { loader, vectors: RefCell::new(Vec::new()), matrices: RefCell::new(Vec::new()) };
+                drop(Block::load(&parts, config, i)?);
+                let matrices = loader.engine.park(parts.matrices.into_inner())?;
+                StreamedBlock::Parked { vectors: parts.vectors.into_inner(), matrices }
+            } else {
+                StreamedBlock::Resident(Block::load(loader, config, i)?)
+            });
+        }
+        let parked = |block| match block {
+            &StreamedBlock::Parked { ref matrices, .. } => Some(matrices),
+            StreamedBlock::Resident(_) => None,
+        };
+        let parked: Vec<&E::Parked> = blocks.iter().filter_map(parked).collect();
+        let slots = loader.engine.slots(&parked, streaming.slots.min(parked.len()))?;
+        Ok(Self::Streamed(StreamedBlocks { config: config.clone(), streaming, blocks, slots }))
+    }
+
     /// Calls `compute` with every block in order.
     pub fn for_each(
         &self,
@@ -84,11 +123,17 @@ impl<E: Engine> Blocks<E> {
                 }
                 Ok(())
             }
+            Self::Streamed(streamed) => streamed.for_each(engine, compute),
         }
     }
 
-    pub fn are_sharded(&self) -> bool {
-        matches!(self, Self::Sharded(_))
+    /// Whether blocks are brought to the device for each pass.
+    pub fn are_brought(&self) -> bool {
+        match self {
+            Self::Resident(_) => false,
+            Self::Sharded(_) => true,
+            Self::Streamed(streamed) => streamed.streaming.resident < streamed.blocks.len(),
+        }
     }
 }
 
@@ -112,6 +157,80 @@ impl<E: Engine> ShardedBlocks<E> {
         let flat = Flat { engine, values: engine.concat(&parts.iter().collect::<Vec<_>>(), 0)?, taken: Cell::new(0) };
         Block::load(&flat, &self.config, i)
     }
+}
+
+impl<E: Engine> StreamedBlocks<E> {
+    fn for_each(
+        &self,
+        engine: &E,
+        mut compute: impl FnMut(usize, &Block<E>) -> Result<(), ModelError>,
+    ) -> Result<(), ModelError> {
+        let fetch = |i: usize| match &self.blocks[i] {
+            StreamedBlock::Parked { matrices, .. } => Ok(Some(engine.start_fetch(&self.slots, matrices)?)),
+            StreamedBlock::Resident(_) => Ok(None),
+        };
+        walk(self.streaming, self.blocks.len(), fetch, |i, fetched| match (&self.blocks[i], fetched.flatten()) {
+            (StreamedBlock::Resident(block), _) => compute(i, block),
+            (StreamedBlock::Parked { vectors, .. }, Some(fetched)) => {
+                let matrices = engine.finish_fetch(fetched)?.into_iter();
+                let kept = Kept { engine, vectors: RefCell::new(vectors.iter()), matrices: RefCell::new(matrices) };
+                // Put together here and gone after its work was asked for: that gives the slot back.
+                compute(i, &Block::load(&kept, &self.config, i)?)
+            }
+            (StreamedBlock::Parked { .. }, None) => Err(ModelError::Input(format!("block {i} was not fetched"))),
+        })
+    }
+}
+
+/// Hands tensors and matrices on and keeps a clone of each.
+struct Parts<'a, E: Engine> {
+    loader: &'a Loader<'a, E>,
+    vectors: RefCell<Vec<E::Tensor>>,
+    matrices: RefCell<Vec<E::Matrix>>,
+}
+
+impl<E: Engine> Tensors<E> for Parts<'_, E> {
+    fn engine(&self) -> &E {
+        self.loader.engine
+    }
+
+    fn tensor(&self, name: &str, shape: &[usize]) -> Result<E::Tensor, ModelError> {
+        let tensor = self.loader.tensor(name, shape)?;
+        self.vectors.borrow_mut().push(tensor.clone());
+        Ok(tensor)
+    }
+
+    fn matrix(&self, name: &str, shape: &[usize], over: Over) -> Result<E::Matrix, ModelError> {
+        let matrix = self.loader.matrix(name, shape, over)?;
+        self.matrices.borrow_mut().push(matrix.clone());
+        Ok(matrix)
+    }
+}
+
+/// Gives out what [`Parts`] has kept of a block, in the same order.
+struct Kept<'a, E: Engine> {
+    engine: &'a E,
+    vectors: RefCell<std::slice::Iter<'a, E::Tensor>>,
+    matrices: RefCell<std::vec::IntoIter<E::Matrix>>,
+}
+
+impl<E: Engine> Tensors<E> for Kept<'_, E> {
+    fn engine(&self) -> &E {
+        self.engine
+    }
+
+    fn tensor(&self, name: &str, _shape: &[usize]) -> Result<E::Tensor, ModelError> {
+        self.vectors.borrow_mut().next().cloned().ok_or_else(|| lacks(name))
+    }
+
+    fn matrix(&self, name: &str, _shape: &[usize], _over: Over) -> Result<E::Matrix, ModelError> {
+        self.matrices.borrow_mut().next().ok_or_else(|| lacks(name))
+    }
+}
+
+/// Blocks are put together in the order in which they were taken apart.
+fn lacks(name: &str) -> ModelError {
+    ModelError::Input(format!("{name} was not kept"))
 }
 
 /// Hands tensors on and keeps a flat view of each.

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use crate::engine::streaming::Streaming;
 use crate::engine::{Engine, Over, RopeTable};
 use crate::model::ModelError;
 use crate::model::block::{Sequence, Streams};
@@ -69,6 +70,12 @@ impl<E: Engine> Dit<E> {
     /// from the group, each while the one before it computes.
     pub fn load_sharded(loader: &Loader<'_, E>, config: &DitConfig, group: &RankGroup<E>) -> Result<Self, ModelError> {
         Self::with_blocks(loader, config, |loader, config| Blocks::load_sharded(loader, config, group))
+    }
+
+    /// All weights of the network, of which the matrices of some blocks wait in the host's memory: [`Dit::velocities`] fetches
+    /// them, each while blocks before it compute. The values and their bits are those of [`Dit::load`].
+    pub fn load_streamed(loader: &Loader<'_, E>, config: &DitConfig, streaming: Streaming) -> Result<Self, ModelError> {
+        Self::with_blocks(loader, config, |loader, config| Blocks::load_streamed(loader, config, streaming))
     }
 
     fn with_blocks(
@@ -208,8 +215,10 @@ impl<E: Engine> Dit<E> {
             return Err(ModelError::Input(format!("latent has shape {got:?}, expected {expected:?}")));
         }
         let tokens = &geometry.tokens;
-        let patches = engine.narrow(&engine.patchify(latent)?, 0, tokens.start, tokens.len())?;
-        let x = self.x_embedder.apply(engine, &patches)?;
+        let x = {
+            let patches = engine.narrow(&engine.patchify(latent)?, 0, tokens.start, tokens.len())?;
+            self.x_embedder.apply(engine, &patches)?
+        };
         observe("patch_embed", &x);
         let t_emb = self.t_embedder.apply(engine, timestep)?;
         observe("t_emb", &t_emb);
@@ -220,6 +229,8 @@ impl<E: Engine> Dit<E> {
             let (x, y) = (x.clone(), branch.y.clone());
             streams.push(Streams::<E> { x, y, text_rows: branch.text_rows, conditioning });
         }
+        // Every branch has its own from its first block on; here it would stay to the end.
+        drop(x);
         let sequence = Sequence { group, tokens: geometry.all_tokens(), rope: &geometry.rope };
         self.blocks.for_each(engine, group, |i, block| {
             let name = format!("block{i}");
@@ -228,9 +239,9 @@ impl<E: Engine> Dit<E> {
         streams.iter().map(|streams| self.final_layer(engine, group, streams, geometry, observe)).collect()
     }
 
-    /// Whether several branches of one call save exchanges: a block is gathered once for all of them.
-    pub fn gathers_weights(&self) -> bool {
-        self.blocks.are_sharded()
+    /// Whether several branches of one call save traffic: a block is gathered, or fetched, once for all of them.
+    pub fn brings_weights(&self) -> bool {
+        self.blocks.are_brought()
     }
 
     fn final_layer(

@@ -81,8 +81,10 @@ impl<E: Engine> FeedForward<E> {
         })
     }
 
-    pub fn apply(&self, engine: &E, x: &E::Tensor) -> Result<E::Tensor, ModelError> {
-        let hidden = engine.linear_swiglu(x, &self.w1)?;
+    /// Takes `x`, which nothing reads after the first product.
+    pub fn apply(&self, engine: &E, x: E::Tensor) -> Result<E::Tensor, ModelError> {
+        let hidden = engine.linear_swiglu(&x, &self.w1)?;
+        drop(x);
         self.w2.apply(engine, &hidden)
     }
 }

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use crate::api::StageSeconds;
+use crate::engine::streaming::Streaming;
 use crate::engine::{Engine, EngineError};
 use crate::job::spec::{FRAME_STEP, GenerationDefaults, RenderSpec};
 use crate::job::state::{Progress, Stage};
@@ -90,10 +91,14 @@ pub struct Pipeline<E: Engine> {
 pub enum Residency {
     /// All networks are loaded at once and stay: a checkpoint that opens is one that renders, again and again.
     Kept,
-    /// Each network is loaded for its stage and dropped after it, and only by ranks that have the stage.
+    /// Each network is loaded for its stage and dropped after it, and only by ranks that have the stage; the text encoder
+    /// block by block.
     WhileUsed,
     /// As `WhileUsed`, and each rank keeps its share of the transformer's blocks only.
     Sharded,
+    /// As `WhileUsed` but for the transformer, which stays: so many of its blocks on the device, the others in the host's
+    /// memory, from where they are fetched as they are used. A device has one denoise at a time then.
+    Streamed(Streaming),
 }
 
 /// Prompt → features.
@@ -264,6 +269,7 @@ impl<E: Engine> Pipeline<E> {
                 let part = self.dit_part()?;
                 Arc::new(Dit::load_sharded(&Loader { engine, source: part }, part.config(), group)?)
             }
+            Residency::Streamed(streaming) => self.streamed_dit(engine, streaming)?,
             Residency::Kept | Residency::WhileUsed => self.whole_dit(engine)?,
         };
         let geometry = dit.geometry(engine, group, spec.latent_shape())?;
@@ -314,7 +320,7 @@ impl<E: Engine> Pipeline<E> {
             let message = format!("the latent holds {} at element {index}", values[index]);
             return Err(EngineError::Backend { op: "denoise", message }.into());
         }
-        if self.residency != Residency::Kept {
+        if self.residency == Residency::WhileUsed {
             self.dit.release();
         }
         let denoise_seconds = started.elapsed().as_secs_f64();
@@ -344,12 +350,11 @@ impl<E: Engine> Pipeline<E> {
             )));
         }
         let latent = engine.upload(latent, &shape)?;
-        let cond = self.encode_text(engine, "prompt", &spec.prompt, observer)?;
-        let uncond = self.encode_text(engine, "negative prompt", &spec.negative_prompt, observer)?;
+        let features = self.encode_texts(engine, spec, observer)?;
         if self.residency != Residency::Kept {
             self.text.release();
         }
-        Ok(Inputs { first, latent, features: [cond, uncond] })
+        Ok(Inputs { first, latent, features })
     }
 
     /// Gives the leader's inputs to all ranks: whatever a rank would compute itself, it might compute differently.
@@ -441,25 +446,31 @@ impl<E: Engine> Pipeline<E> {
         Ok(Decoded { decode_seconds, encode_seconds })
     }
 
-    /// Features `[tokens, text_dim]`. An empty text is no text at all, positive or negative: the reference masks its
-    /// lone end of the sentence too.
-    fn encode_text(
+    /// Features `[tokens, text_dim]` of the prompt and of the negative prompt. An empty text is no text at all, positive or
+    /// negative: the reference masks its lone end of the sentence too.
+    fn encode_texts(
         &self,
         engine: &E,
-        name: &str,
-        text: &str,
+        spec: &RenderSpec,
         observer: &mut dyn RenderObserver,
-    ) -> Result<Option<E::Tensor>, ModelError> {
-        if text.is_empty() {
-            return Ok(None);
+    ) -> Result<[Option<E::Tensor>; 2], ModelError> {
+        let texts = [("prompt", &spec.prompt), ("negative prompt", &spec.negative_prompt)];
+        if texts.iter().all(|(_, text)| text.is_empty()) {
+            return Ok([None, None]);
         }
         let stage = self.text(engine)?;
-        let encoding = stage.tokenizer.encode(text).map_err(|error| ModelError::Input(error.to_string()))?;
-        if let Some(tokens) = encoding.truncated {
-            let kept = MAX_IDS - 1;
-            observer.warning(&format!("the {name} has {tokens} tokens, the first {kept} are used"));
+        let mut ids = Vec::with_capacity(texts.len());
+        for (name, text) in texts.iter().filter(|(_, text)| !text.is_empty()) {
+            let encoding = stage.tokenizer.encode(text).map_err(|error| ModelError::Input(error.to_string()))?;
+            if let Some(tokens) = encoding.truncated {
+                let kept = MAX_IDS - 1;
+                observer.warning(&format!("the {name} has {tokens} tokens, the first {kept} are used"));
+            }
+            ids.push(encoding.ids);
         }
-        Ok(Some(stage.t5.encode(engine, &encoding.ids)?))
+        let ids: Vec<&[u32]> = ids.iter().map(Vec::as_slice).collect();
+        let mut features = stage.t5.encode_all(engine, &ids)?.into_iter();
+        Ok(texts.map(|(_, text)| if text.is_empty() { None } else { features.next() }))
     }
 
     fn dit_part(&self) -> Result<&weights::checkpoint::Part<DitConfig>, ModelError> {
@@ -472,7 +483,10 @@ impl<E: Engine> Pipeline<E> {
             let tokenizer = self.checkpoint.tokenizer_dir().ok_or_else(|| missing("tokenizer"))?;
             Ok(TextStage {
                 tokenizer: Tokenizer::open(tokenizer).map_err(|error| ModelError::Input(error.to_string()))?,
-                t5: T5Encoder::load(engine, t5)?,
+                t5: match self.residency {
+                    Residency::Kept => T5Encoder::load(engine, t5)?,
+                    Residency::WhileUsed | Residency::Sharded | Residency::Streamed(_) => T5Encoder::open(engine, t5)?,
+                },
             })
         })
     }
@@ -480,6 +494,11 @@ impl<E: Engine> Pipeline<E> {
     fn whole_dit(&self, engine: &E) -> Result<Arc<Dit<E>>, ModelError> {
         let part = self.dit_part()?;
         self.dit.get(|| Dit::load(&Loader { engine, source: part }, part.config()))
+    }
+
+    fn streamed_dit(&self, engine: &E, streaming: Streaming) -> Result<Arc<Dit<E>>, ModelError> {
+        let part = self.dit_part()?;
+        self.dit.get(|| Dit::load_streamed(&Loader { engine, source: part }, part.config(), streaming))
     }
 
     fn vae(&self, engine: &E) -> Result<Arc<VaeDecoder<E>>, ModelError> {

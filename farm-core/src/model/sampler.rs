@@ -57,8 +57,8 @@ impl<E: Engine> Sampler<'_, E> {
     fn velocities(&self, engine: &E, z: &E::Tensor, timestep: f32) -> Result<[E::Tensor; 2], ModelError> {
         let of = |branches: &[_]| self.dit.velocities(engine, self.group, self.geometry, z, timestep, branches);
         let both = match self.group.cfg.size() {
-            // Every rank of the group has both. One after the other is half the activations, but each gathers weights.
-            1 if self.dit.gathers_weights() => of(&[self.cond, self.uncond])?,
+            // Every rank of the group has both. One after the other is half the activations, but each brings in weights.
+            1 if self.dit.brings_weights() => of(&[self.cond, self.uncond])?,
             1 => [of(&[self.cond])?, of(&[self.uncond])?].concat(),
             _ => {
                 let mine = of(&[[self.cond, self.uncond][self.group.cfg.me()]])?;

@@ -21,6 +21,7 @@ pub struct T5Encoder<E: Engine> {
     part: Arc<Part<T5Config>>,
     /// `[BUCKETS, heads]`, kept on the host: every prompt length has a bias of its own.
     relative_bias: Vec<f32>,
+    /// Empty if each is loaded when it is used.
     blocks: Vec<T5Block<E>>,
     final_norm: E::Tensor,
     heads: usize,
@@ -43,6 +44,14 @@ impl<E: Engine> T5Encoder<E> {
     /// Loads all but the embedding table; the encoder keeps `part` for that.
     pub fn load(engine: &E, part: &Arc<Part<T5Config>>) -> Result<Self, ModelError> {
         let (loader, config) = (&Loader { engine, source: &**part }, part.config());
+        let blocks = (0..config.num_layers).map(|i| T5Block::load(loader, config, i)).collect::<Result<_, _>>()?;
+        Ok(T5Encoder { blocks, ..Self::open(engine, part)? })
+    }
+
+    /// Loads nothing large: every [`T5Encoder::encode_all`] loads block by block and drops each after its use. For who has
+    /// few prompts, or no memory for all blocks at once.
+    pub fn open(engine: &E, part: &Arc<Part<T5Config>>) -> Result<Self, ModelError> {
+        let (loader, config) = (&Loader { engine, source: &**part }, part.config());
         if config.relative_attention_num_buckets != BUCKETS {
             return Err(ModelError::Input(format!(
                 "text encoder has {} relative position buckets, only {BUCKETS} are known",
@@ -54,7 +63,7 @@ impl<E: Engine> T5Encoder<E> {
         Ok(T5Encoder {
             part: part.clone(),
             relative_bias: engine.download(&relative_bias)?,
-            blocks: (0..config.num_layers).map(|i| T5Block::load(loader, config, i)).collect::<Result<_, _>>()?,
+            blocks: Vec::new(),
             final_norm: loader.tensor("encoder.final_layer_norm.weight", &[config.d_model])?,
             heads: config.num_heads,
             eps: config.layer_norm_epsilon as f32,
@@ -66,6 +75,11 @@ impl<E: Engine> T5Encoder<E> {
         self.encode_observed(engine, ids, &mut |_, _| {})
     }
 
+    /// As [`T5Encoder::encode`] of several prompts, which go through each block one after the other.
+    pub fn encode_all(&self, engine: &E, prompts: &[&[u32]]) -> Result<Vec<E::Tensor>, ModelError> {
+        self.run(engine, prompts, &mut |_, _| {})
+    }
+
     /// As [`T5Encoder::encode`]; shows the output of every block as `block{i}` and the features as `out`.
     pub fn encode_observed(
         &self,
@@ -73,26 +87,52 @@ impl<E: Engine> T5Encoder<E> {
         ids: &[u32],
         observe: Observer<'_, E::Tensor>,
     ) -> Result<E::Tensor, ModelError> {
-        if ids.is_empty() {
+        let mut features = self.run(engine, &[ids], observe)?;
+        features.pop().ok_or_else(|| ModelError::Input("a prompt has features".into()))
+    }
+
+    /// Shows what it makes of each prompt in turn.
+    fn run(
+        &self,
+        engine: &E,
+        prompts: &[&[u32]],
+        observe: Observer<'_, E::Tensor>,
+    ) -> Result<Vec<E::Tensor>, ModelError> {
+        if prompts.iter().any(|ids| ids.is_empty()) {
             return Err(ModelError::Input("a prompt without any token cannot be encoded".into()));
         }
-        let &T5Config { vocab_size, d_model, .. } = self.part.config();
-        if let Some(id) = ids.iter().find(|id| **id as usize >= vocab_size) {
+        let config = self.part.config();
+        let &T5Config { vocab_size, d_model, num_layers, .. } = config;
+        if let Some(id) = prompts.iter().copied().flatten().find(|id| **id as usize >= vocab_size) {
             return Err(ModelError::Input(format!(
                 "token id {id} is outside the text encoder's vocabulary of {vocab_size}: the tokenizer belongs to \
                  another checkpoint"
             )));
         }
-        let bias = engine.upload(&self.position_bias(ids.len()), &[self.heads, ids.len(), ids.len()])?;
         let loader = Loader { engine, source: &*self.part };
-        let mut x = loader.rows("shared.weight", [vocab_size, d_model], ids)?;
-        for (i, block) in self.blocks.iter().enumerate() {
-            x = block.forward(engine, &x, &bias, self.heads, self.eps)?;
-            observe(&format!("block{i}"), &x);
+        let mut streams = Vec::with_capacity(prompts.len());
+        for ids in prompts {
+            let bias = engine.upload(&self.position_bias(ids.len()), &[self.heads, ids.len(), ids.len()])?;
+            streams.push((loader.rows("shared.weight", [vocab_size, d_model], ids)?, bias));
         }
-        let out = engine.rms_norm(&x, &self.final_norm, self.eps)?;
-        observe("out", &out);
-        Ok(out)
+        for i in 0..num_layers {
+            let mut loaded = None;
+            let block = match self.blocks.get(i) {
+                Some(block) => block,
+                None => &*loaded.insert(T5Block::load(&loader, config, i)?),
+            };
+            for (x, bias) in &mut streams {
+                *x = block.forward(engine, x, bias, self.heads, self.eps)?;
+                observe(&format!("block{i}"), x);
+            }
+        }
+        let mut features = Vec::with_capacity(prompts.len());
+        for (x, _) in streams {
+            let out = engine.rms_norm(&x, &self.final_norm, self.eps)?;
+            observe("out", &out);
+            features.push(out);
+        }
+        Ok(features)
     }
 
     /// Bias `[heads, query, key]` of a prompt of `len` ids; every block adds the same.

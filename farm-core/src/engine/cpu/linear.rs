@@ -2,6 +2,7 @@
 
 use std::cell::Cell;
 use std::ops::Range;
+use std::sync::Arc;
 
 use candle_core::Tensor;
 use half::bf16;
@@ -32,9 +33,10 @@ const TOKEN_PANELS: usize = 32;
 const TOKEN_GROUP: usize = 8;
 
 /// A weight `[out, in]`, arranged for [`linear`].
+#[derive(Clone)]
 pub struct Matrix {
     shape: [usize; 2],
-    form: Form,
+    form: Arc<Form>,
 }
 
 enum Form {
@@ -127,7 +129,7 @@ fn arrange(
             Form::Panels { panels, split: units == Units::Split }
         }
     };
-    Ok(Matrix { shape: [k, n], form })
+    Ok(Matrix { shape: [k, n], form: Arc::new(form) })
 }
 
 pub(super) fn linear(pool: &Pool, x: &Tensor, weight: &Matrix, bias: Option<&Tensor>) -> Result<Tensor> {
@@ -242,7 +244,7 @@ impl Matrix {
     unsafe fn times(&self, task: &Task<'_>) {
         // Safety: the caller's promise.
         unsafe {
-            match &self.form {
+            match &*self.form {
                 Form::Panels { panels, split: false } => task.in_runs(self.shape[0], |x, depth, finish| {
                     product(x, panels.view().part(depth), task.panels.clone(), task.out, finish);
                 }),

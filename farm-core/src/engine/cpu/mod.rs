@@ -127,6 +127,9 @@ impl SequenceOps for CpuEngine {
 impl Engine for CpuEngine {
     type Matrix = linear::Matrix;
     type ConvWeight = conv::PackedConv;
+    type Parked = Vec<linear::Matrix>;
+    type Slots = ();
+    type Fetch = Vec<linear::Matrix>;
 
     fn name(&self) -> String {
         match self.pool.threads() {
@@ -167,6 +170,24 @@ impl Engine for CpuEngine {
 
     fn download(&self, x: &Tensor) -> Result<Vec<f32>> {
         Ok(slice("download", x)?.to_vec())
+    }
+
+    // ---- weights that wait outside the device's memory: this device has no other than the host's ----
+
+    fn park(&self, matrices: Vec<linear::Matrix>) -> Result<Vec<linear::Matrix>> {
+        Ok(matrices)
+    }
+
+    fn slots(&self, _parked: &[&Vec<linear::Matrix>], _count: usize) -> Result<()> {
+        Ok(())
+    }
+
+    fn start_fetch(&self, _slots: &(), parked: &Vec<linear::Matrix>) -> Result<Vec<linear::Matrix>> {
+        Ok(parked.clone())
+    }
+
+    fn finish_fetch(&self, fetch: Vec<linear::Matrix>) -> Result<Vec<linear::Matrix>> {
+        Ok(fetch)
     }
 
     // ---- shared by the networks ----

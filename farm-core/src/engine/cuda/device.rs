@@ -6,6 +6,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use super::kernels::Kernel;
+use super::parking::Lease;
 use crate::engine::Result;
 
 /// Of a byte in a device's memory. 0 is none.
@@ -14,8 +15,17 @@ pub type Address = u64;
 /// One GPU, or what stands in for it.
 ///
 /// Work is put on one stream and done in order: a launch sees what was copied and computed before, and memory that is
-/// freed is used again only by later work.
+/// freed is used again only by later work. Beside it there is a second stream, of fetches alone; marks say what of one
+/// stream comes before what of the other. Nothing but [`Device::copy_out`] waits for the device.
 pub trait Device: Send + Sync + 'static {
+    /// Memory of the host that fetches read: page-locked (`cuMemHostAlloc`), because from other memory copies are slower and
+    /// wait for the host. Dropped, it is given back when every fetch from it is done (`cuStreamSynchronize` of the second
+    /// stream, then `cuMemFreeHost`).
+    type Host: AsRef<[u8]> + AsMut<[u8]> + Send + Sync + 'static;
+    /// A point in the order of a stream's work (an event with `CU_EVENT_DISABLE_TIMING`). It may be dropped at any time, what
+    /// waits for it goes on waiting.
+    type Mark: Send + Sync + 'static;
+
     /// What a person calls it, for example `NVIDIA H100 80GB HBM3`.
     fn name(&self) -> String;
 
@@ -31,6 +41,19 @@ pub trait Device: Send + Sync + 'static {
     fn copy_out(&self, from: Address, to: &mut [u8]) -> Result<()>;
     /// Copies within the device's memory; the two do not overlap.
     fn copy(&self, to: Address, from: Address, bytes: usize) -> Result<()>;
+
+    /// `bytes` of the host's memory, more than 0; what it holds is undefined. Errors with
+    /// [`OutOfMemory`](crate::engine::EngineError::OutOfMemory) if there is no room.
+    fn host(&self, bytes: usize) -> Result<Self::Host>;
+    /// The point after all work that was asked for so far, fetches aside (`cuEventRecord` on the stream of work).
+    fn mark(&self) -> Result<Self::Mark>;
+    /// Starts copying all of `from` to the device's memory, after the fetches before and not before `after` (on the second
+    /// stream `cuStreamWaitEvent`, `cuMemcpyHtoDAsync` and `cuEventRecord`). Returns the point at which it is done. `from`
+    /// does not change until then.
+    fn fetch(&self, to: Address, from: &Self::Host, after: &Self::Mark) -> Result<Self::Mark>;
+    /// Work that is asked for from now on begins after `mark` (`cuStreamWaitEvent` on the stream of work). The host does not
+    /// wait.
+    fn wait(&self, mark: &Self::Mark) -> Result<()>;
 
     /// Starts a kernel.
     fn launch(&self, launch: &Launch<'_>) -> Result<()>;
@@ -118,18 +141,25 @@ impl fmt::Display for Dtype {
     }
 }
 
-/// Memory of a device, given back when the last user drops it.
+/// Memory of a device, given back when the last user drops it: to the device, or to whom it is lent by.
 pub struct Buffer<D: Device> {
     device: Arc<D>,
     address: Address,
     bytes: usize,
+    lease: Option<Lease<D>>,
 }
 
 impl<D: Device> Buffer<D> {
     /// Without any bytes it takes no memory.
     pub fn new(device: &Arc<D>, bytes: usize) -> Result<Self> {
         let address = if bytes == 0 { 0 } else { device.alloc(bytes)? };
-        Ok(Self { device: device.clone(), address, bytes })
+        Ok(Self { device: device.clone(), address, bytes, lease: None })
+    }
+
+    /// All of the memory that a lease lends.
+    pub fn lent(lease: Lease<D>) -> Self {
+        let (device, address, bytes) = lease.memory();
+        Self { device, address, bytes, lease: Some(lease) }
     }
 
     pub fn address(&self) -> Address {
@@ -143,7 +173,7 @@ impl<D: Device> Buffer<D> {
 
 impl<D: Device> Drop for Buffer<D> {
     fn drop(&mut self) {
-        if self.bytes > 0 {
+        if self.bytes > 0 && self.lease.is_none() {
             self.device.free(self.address, self.bytes);
         }
     }

@@ -90,7 +90,11 @@ fn compiled(source: Source) -> std::io::Result<libloading::Library> {
     unsafe { libloading::Library::new(path) }.map_err(std::io::Error::other)
 }
 
+/// Whatever is asked for is done at once, so there is nothing to mark or to wait for.
 impl Device for Emulation {
+    type Host = Vec<u8>;
+    type Mark = ();
+
     fn name(&self) -> String {
         "emulated gpu".into()
     }
@@ -146,6 +150,22 @@ impl Device for Emulation {
     fn copy(&self, to: Address, from: Address, bytes: usize) -> Result<()> {
         // SAFETY: as above.
         unsafe { std::ptr::copy_nonoverlapping(from as *const u8, to as *mut u8, bytes) };
+        Ok(())
+    }
+
+    fn host(&self, bytes: usize) -> Result<Vec<u8>> {
+        Ok(vec![0xff; bytes])
+    }
+
+    fn mark(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn fetch(&self, to: Address, from: &Vec<u8>, _after: &()) -> Result<()> {
+        self.copy_in(to, from)
+    }
+
+    fn wait(&self, _mark: &()) -> Result<()> {
         Ok(())
     }
 

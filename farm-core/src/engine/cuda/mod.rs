@@ -15,6 +15,8 @@ mod engine;
 mod gpu;
 pub mod kernels;
 mod ops;
+pub mod parking;
+pub mod plan;
 pub mod tensor;
 
 pub use self::engine::CudaEngine;

@@ -32,6 +32,13 @@ impl<D: Device> Tensor<D> {
         Ok(Self { buffer: Arc::new(buffer), offset: 0, shape: shape.to_vec(), dtype })
     }
 
+    /// What lies at `offset` bytes of a buffer. Panics if it goes beyond the end.
+    pub fn within(buffer: &Arc<Buffer<D>>, offset: usize, shape: &[usize], dtype: Dtype) -> Self {
+        let tensor = Self { buffer: buffer.clone(), offset, shape: shape.to_vec(), dtype };
+        assert!(offset + tensor.len() * dtype.bytes() <= buffer.bytes(), "a tensor beyond the end of its memory");
+        tensor
+    }
+
     pub fn dims(&self) -> &[usize] {
         &self.shape
     }

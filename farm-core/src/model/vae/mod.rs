@@ -174,6 +174,13 @@ impl<E: Engine> DecodeStream<'_, E> {
 /// convolutions remember and, where it takes most, the largest tensors that are alive at a time; an eighth more for what
 /// an allocator keeps.
 pub fn decode_bytes_per_pixel(config: &VaeConfig) -> u64 {
+    let [remembered, working] = decode_values_per_pixel(config);
+    4 * (remembered + working) * 9 / 8
+}
+
+/// Values for each latent pixel of a tile: what the convolutions remember, and the tensors that are alive where they take
+/// most.
+pub fn decode_values_per_pixel(config: &VaeConfig) -> [u64; 2] {
     let up = |list: &[usize], stage: usize| list.get(stage).map_or(1, |&factor| factor as u64);
     let (mut frames, mut area) = (1, 1);
     let (mut remembered, mut working) = (0u64, 0u64);
@@ -193,7 +200,7 @@ pub fn decode_bytes_per_pixel(config: &VaeConfig) -> u64 {
         let output = config.channels.get(stage + 1).map_or(0, |&channels| frames * channels as u64 * area);
         working = working.max(input + 2 * output);
     }
-    4 * (remembered + working) * 9 / 8
+    [remembered, working]
 }
 
 /// The lists of a decoder's config fit together. Returns the number of up stages.
