@@ -55,6 +55,8 @@ enum Command {
     Plan(command::plan::Args),
     /// Measure this machine's rates for plan
     Calibrate(command::calibrate::Args),
+    /// Tell what this machine has: processor, GPUs, libraries of CUDA, encoder; and how to get what is missing
+    Doctor(command::doctor::Args),
 }
 
 fn main() -> ExitCode {
@@ -66,6 +68,7 @@ fn main() -> ExitCode {
         Command::Bench(args) => command::bench::run(args),
         Command::Plan(args) => command::plan::run(args),
         Command::Calibrate(args) => command::calibrate::run(args),
+        Command::Doctor(args) => command::doctor::run(args),
     };
     result.unwrap_or_else(|error| {
         eprintln!("error: {error:#}");

@@ -17,13 +17,14 @@ use farm_scheduler::queue::testing::Postgres;
 use farm_tests::{programs, repository};
 
 /// The documents with commands.
-const WALKS: [&str; 6] = [
+const WALKS: [&str; 7] = [
     "README.md",
     "docs/prompt-file.md",
     "docs/farmctl.md",
     "docs/parallelism.md",
     "docs/tiles.md",
     "docs/operations.md",
+    "docs/gpu.md",
 ];
 /// A job's short id in the documents; a real one takes its place.
 const SAMPLE_JOB: &str = "5a0c31f2";
@@ -67,6 +68,11 @@ fn the_page_on_tiles_works_as_written() {
 #[test]
 fn the_page_on_operations_works_as_written() {
     Walk::new().run(WALKS[5]);
+}
+
+#[test]
+fn the_page_on_gpus_works_as_written() {
+    Walk::new().run(WALKS[6]);
 }
 
 #[test]

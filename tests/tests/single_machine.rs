@@ -43,6 +43,44 @@ fn every_checkpoint_agrees_with_its_reference_tensors() {
 }
 
 #[test]
+fn doctor_names_what_is_absent_and_ends_well() {
+    let doctor = |args: &[&str]| {
+        // In a folder without libraries, as on a machine without any, whatever this one has.
+        let empty = tempfile::tempdir().unwrap();
+        let mut command = Command::new(programs().join("farm-node"));
+        command.arg("doctor").args(args).env("MOCHI_FARM_CUDA_LIBRARIES", empty.path());
+        for variable in ["LD_LIBRARY_PATH", "VIRTUAL_ENV", "CONDA_PREFIX", "CUDA_HOME", "CUDA_PATH"] {
+            command.env_remove(variable);
+        }
+        let output = command.output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let report: Value = serde_json::from_str(&doctor(&["--json", "--quick"])).unwrap();
+    assert!(
+        report["machine"]["cores"].as_u64().unwrap() > 0 && report["machine"]["memory_bytes"].as_u64().unwrap() > 0
+    );
+    assert_eq!(report["encoder"]["error"], Value::Null);
+    let libraries = report["cuda"]["libraries"].as_array().unwrap();
+    let names: Vec<&str> = libraries.iter().map(|library| library["name"].as_str().unwrap()).collect();
+    assert_eq!(names, ["driver", "NVRTC", "cuBLASLt", "cuDNN", "NCCL"]);
+    let text = doctor(&["--quick"]);
+    for library in libraries {
+        let line = text.lines().find(|line| line.starts_with(library["name"].as_str().unwrap())).unwrap();
+        let told = match &library["found"] {
+            Value::Null => [&library["without"], &library["remedy"]],
+            found => [&found["path"], &found["version"]],
+        };
+        assert!(told.iter().all(|word| line.contains(word.as_str().unwrap())), "{line}");
+    }
+    // Where there is no driver there is no GPU, and the reason is given.
+    if libraries[0]["found"].is_null() {
+        assert_eq!(report["cuda"]["devices"], Value::Array(Vec::new()));
+        assert!(text.contains("GPUs       none: there is no driver: found no libcuda.so.1;"), "{text}");
+    }
+}
+
+#[test]
 fn goldens_of_another_checkpoint_fail() {
     let output = farm_node(&["model", "parity", "assets/mochi-tiny", "tests/goldens/small/goldens.safetensors"]);
     assert_eq!(output.status.code(), Some(1));

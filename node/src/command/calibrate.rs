@@ -232,7 +232,7 @@ fn rounded(value: f64) -> f64 {
     if digit < 1.0 { (value / digit).round() / (1.0 / digit).round() } else { (value / digit).round() * digit }
 }
 
-fn memory_bytes() -> anyhow::Result<f64> {
+pub(super) fn memory_bytes() -> anyhow::Result<f64> {
     let text = std::fs::read_to_string("/proc/meminfo").context("the size of the memory is read from /proc")?;
     let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:")).context("/proc/meminfo has no MemTotal")?;
     let kib: f64 = line.trim().trim_end_matches(" kB").parse().with_context(|| format!("MemTotal is {line:?}"))?;

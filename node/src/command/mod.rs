@@ -3,6 +3,7 @@
 pub mod bench;
 pub mod calibrate;
 pub mod decode;
+pub mod doctor;
 pub mod join;
 mod layout;
 pub mod model;

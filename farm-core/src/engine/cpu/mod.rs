@@ -51,6 +51,16 @@ impl Units {
     }
 }
 
+/// The units of this machine's processor that are used, by their names, the widest last. None: the plainest.
+pub fn units() -> Vec<&'static str> {
+    #[cfg(target_arch = "x86_64")]
+    let vectors = [("AVX2", wide::has_avx2()), ("AVX-512", wide::has_avx512())];
+    #[cfg(not(target_arch = "x86_64"))]
+    let vectors = [];
+    let all = vectors.into_iter().chain([("AMX", amx::available())]);
+    all.filter(|(_, has)| *has).map(|(name, _)| name).collect()
+}
+
 /// One CPU device: a number of threads of its own.
 pub struct CpuEngine {
     pool: Pool,

@@ -1,8 +1,7 @@
 //! What belongs to a context of the driver, given back when it is dropped.
 
 use std::ffi::{CString, c_int, c_uint, c_void};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::sys::{CUcontext, CUdevice, CUevent, CUfunction, CUmodule, CUstream};
 
@@ -228,7 +227,7 @@ impl Module {
             call!(driver, cuFuncGetAttribute(&mut declared, SHARED_SIZE, raw))?;
         }
         let room = SHARED_UNASKED.saturating_sub(u32::try_from(declared).unwrap_or(0));
-        Ok(Function { raw, room: AtomicU32::new(room) })
+        Ok(Function { raw, room: Mutex::new(room) })
     }
 }
 
@@ -243,7 +242,7 @@ impl Drop for Module {
 pub(super) struct Function {
     raw: CUfunction,
     /// Bytes of dynamic shared memory that a launch may have.
-    room: AtomicU32,
+    room: Mutex<u32>,
 }
 
 // SAFETY: any thread may use a function.
@@ -266,11 +265,13 @@ impl Function {
         args: &[Arg],
     ) -> Result<()> {
         let driver = stream.context.enter()?;
-        if shared > self.room.load(Ordering::Relaxed) {
+        let mut room = self.room.lock().unwrap_or_else(PoisonError::into_inner);
+        if shared > *room {
             // SAFETY: the function is alive.
             unsafe { call!(driver, cuFuncSetAttribute(self.raw, MAX_DYNAMIC_SHARED_SIZE, shared as c_int)) }?;
-            self.room.fetch_max(shared, Ordering::Relaxed);
+            *room = shared;
         }
+        drop(room);
         // As numbers of 64 bits, so that they are aligned for every type; the driver copies them before it returns.
         let mut values: Vec<u64> = args.iter().map(|arg| u64::from_ne_bytes(arg.bytes())).collect();
         let mut values: Vec<*mut c_void> = values.iter_mut().map(|value| std::ptr::from_mut(value).cast()).collect();

@@ -17,6 +17,7 @@ mod staging;
 mod tests;
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
@@ -185,9 +186,9 @@ impl CudaDevice {
         let mut kernels = lock(&self.kernels);
         let mut loaded = Loaded::default();
         for source in Source::ALL {
-            if !kernels.modules.contains_key(&source) {
+            if let Entry::Vacant(place) = kernels.modules.entry(source) {
                 let (module, fresh) = self.module(source)?;
-                kernels.modules.insert(source, module);
+                place.insert(module);
                 *if fresh { &mut loaded.compiled } else { &mut loaded.cached } += 1;
             }
         }
@@ -214,11 +215,11 @@ impl CudaDevice {
         if let Some(function) = kernels.functions.get(&kernel) {
             return Ok(function.clone());
         }
-        if !kernels.modules.contains_key(&kernel.source) {
-            let module = self.module(kernel.source)?.0;
-            kernels.modules.insert(kernel.source, module);
-        }
-        let function = kernels.modules[&kernel.source]
+        let module = match kernels.modules.entry(kernel.source) {
+            Entry::Occupied(module) => module.into_mut(),
+            Entry::Vacant(place) => place.insert(self.module(kernel.source)?.0),
+        };
+        let function = module
             .function(&kernel.name())
             .map_err(|error| EngineError::Backend { op: "launch", message: format!("{kernel:?}: {error}") })?;
         let function = Arc::new(function);
