@@ -24,12 +24,25 @@ macro_rules! kinds {
             $($(#[$when])? $kind(<$engine as SequenceOps>::Tensor),)*
         }
 
+        #[derive(Clone)]
         pub enum Matrix {
             $($(#[$when])? $kind(<$engine as Engine>::Matrix),)*
         }
 
         pub enum ConvWeight {
             $($(#[$when])? $kind(<$engine as Engine>::ConvWeight),)*
+        }
+
+        pub enum Parked {
+            $($(#[$when])? $kind(<$engine as Engine>::Parked),)*
+        }
+
+        pub enum Slots {
+            $($(#[$when])? $kind(<$engine as Engine>::Slots),)*
+        }
+
+        pub enum Fetch {
+            $($(#[$when])? $kind(<$engine as Engine>::Fetch),)*
         }
 
         impl Transfer for Tensor {
@@ -84,6 +97,50 @@ macro_rules! kinds {
                         ConvWeight::$kind(x) => Ok(x),
                         _ => Err(foreign()),
                     }
+                }
+
+                #[allow(unreachable_patterns)]
+                pub fn owned(x: Matrix) -> Result<<$engine as Engine>::Matrix> {
+                    match x {
+                        Matrix::$kind(x) => Ok(x),
+                        _ => Err(foreign()),
+                    }
+                }
+
+                #[allow(unreachable_patterns)]
+                pub fn parked(x: &Parked) -> Result<&<$engine as Engine>::Parked> {
+                    match x {
+                        Parked::$kind(x) => Ok(x),
+                        _ => Err(foreign()),
+                    }
+                }
+
+                #[allow(unreachable_patterns)]
+                pub fn slots(x: &Slots) -> Result<&<$engine as Engine>::Slots> {
+                    match x {
+                        Slots::$kind(x) => Ok(x),
+                        _ => Err(foreign()),
+                    }
+                }
+
+                #[allow(unreachable_patterns)]
+                pub fn fetch(x: Fetch) -> Result<<$engine as Engine>::Fetch> {
+                    match x {
+                        Fetch::$kind(x) => Ok(x),
+                        _ => Err(foreign()),
+                    }
+                }
+
+                pub fn wrap_parked(x: <$engine as Engine>::Parked) -> Parked {
+                    Parked::$kind(x)
+                }
+
+                pub fn wrap_slots(x: <$engine as Engine>::Slots) -> Slots {
+                    Slots::$kind(x)
+                }
+
+                pub fn wrap_fetch(x: <$engine as Engine>::Fetch) -> Fetch {
+                    Fetch::$kind(x)
                 }
 
                 pub fn attended(x: &AttentionOut<Tensor>) -> Result<AttentionOut<Own>> {
@@ -184,6 +241,9 @@ impl SequenceOps for DeviceEngine {
 impl Engine for DeviceEngine {
     type Matrix = Matrix;
     type ConvWeight = ConvWeight;
+    type Parked = Parked;
+    type Slots = Slots;
+    type Fetch = Fetch;
 
     fn name(&self) -> String {
         each!(self, e => e.name())
@@ -215,6 +275,28 @@ impl Engine for DeviceEngine {
 
     fn download(&self, x: &Tensor) -> Result<Vec<f32>> {
         each!(self, e => e.download(tensor(x)?))
+    }
+
+    fn park(&self, matrices: Vec<Matrix>) -> Result<Parked> {
+        each!(self, e => {
+            let own = matrices.into_iter().map(owned).collect::<Result<Vec<_>>>()?;
+            e.park(own).map(wrap_parked)
+        })
+    }
+
+    fn slots(&self, all: &[&Parked], count: usize) -> Result<Slots> {
+        each!(self, e => {
+            let own = all.iter().map(|x| parked(x)).collect::<Result<Vec<_>>>()?;
+            e.slots(&own, count).map(wrap_slots)
+        })
+    }
+
+    fn start_fetch(&self, into: &Slots, from: &Parked) -> Result<Fetch> {
+        each!(self, e => e.start_fetch(slots(into)?, parked(from)?).map(wrap_fetch))
+    }
+
+    fn finish_fetch(&self, started: Fetch) -> Result<Vec<Matrix>> {
+        each!(self, e => Ok(e.finish_fetch(fetch(started)?)?.into_iter().map(wrap_matrix).collect()))
     }
 
     fn linear(&self, x: &Tensor, weight: &Matrix, bias: Option<&Tensor>) -> Result<Tensor> {

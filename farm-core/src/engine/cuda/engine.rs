@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::device::Device;
 use super::gpu::Gpu;
 use super::ops::{attention, pointwise, product, rows, volume, weights};
+use super::parking;
 use super::tensor::Tensor;
 use crate::engine::{
     AttentionOut, ConvCache, Engine, Over, Qkv, RawTensor, Result, RopeTable, SequenceOps,
@@ -72,6 +73,9 @@ impl<D: Device> SequenceOps for CudaEngine<D> {
 impl<D: Device> Engine for CudaEngine<D> {
     type Matrix = weights::Matrix<D>;
     type ConvWeight = weights::ConvWeight<D>;
+    type Parked = parking::Parked<D>;
+    type Slots = parking::Slots<D>;
+    type Fetch = parking::Fetch<D>;
 
     fn name(&self) -> String {
         self.gpu.device.name()
@@ -103,6 +107,23 @@ impl<D: Device> Engine for CudaEngine<D> {
 
     fn download(&self, x: &Tensor<D>) -> Result<Vec<f32>> {
         self.gpu.download(x)
+    }
+
+    fn park(&self, matrices: Vec<weights::Matrix<D>>) -> Result<parking::Parked<D>> {
+        let tensors: Vec<_> = matrices.iter().map(weights::Matrix::tensor).collect();
+        parking::park(&self.gpu, &tensors)
+    }
+
+    fn slots(&self, parked: &[&parking::Parked<D>], count: usize) -> Result<parking::Slots<D>> {
+        parking::Slots::new(&self.gpu, parked, count)
+    }
+
+    fn start_fetch(&self, slots: &parking::Slots<D>, parked: &parking::Parked<D>) -> Result<parking::Fetch<D>> {
+        slots.start_fetch(parked)
+    }
+
+    fn finish_fetch(&self, fetch: parking::Fetch<D>) -> Result<Vec<weights::Matrix<D>>> {
+        Ok(fetch.finish()?.into_iter().map(weights::Matrix::of).collect())
     }
 
     fn linear(&self, x: &Tensor<D>, weight: &weights::Matrix<D>, bias: Option<&Tensor<D>>) -> Result<Tensor<D>> {

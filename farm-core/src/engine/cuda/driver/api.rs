@@ -33,6 +33,7 @@ functions! {
         cuStreamCreate = b"cuStreamCreate\0": fn(*mut CUstream, c_uint) -> c_int;
         cuStreamDestroy = b"cuStreamDestroy_v2\0": fn(CUstream) -> c_int;
         cuStreamSynchronize = b"cuStreamSynchronize\0": fn(CUstream) -> c_int;
+        cuStreamWaitEvent = b"cuStreamWaitEvent\0": fn(CUstream, CUevent, c_uint) -> c_int;
         cuEventCreate = b"cuEventCreate\0": fn(*mut CUevent, c_uint) -> c_int;
         cuEventDestroy = b"cuEventDestroy_v2\0": fn(CUevent) -> c_int;
         cuEventRecord = b"cuEventRecord\0": fn(CUevent, CUstream) -> c_int;

@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::sys::{CUcontext, CUdevice, CUevent, CUfunction, CUmodule, CUstream};
 
-use super::api::{Driver, call};
-use crate::engine::Result;
+use super::api::{Driver, OUT_OF_MEMORY, call};
+use crate::engine::{EngineError, Result};
 use crate::engine::cuda::device::Arg;
 
 /// `CU_STREAM_NON_BLOCKING`: it does not wait for what others do on the default stream.
@@ -136,6 +136,13 @@ impl Event {
         unsafe { call!(driver, cuEventRecord(self.raw, self.stream.raw)) }
     }
 
+    /// What is put on `stream` from now on begins after it.
+    pub(super) fn precede(&self, stream: &Stream) -> Result<()> {
+        let driver = stream.context.enter()?;
+        // SAFETY: both are alive; the stream goes on waiting if the event is destroyed meanwhile.
+        unsafe { call!(driver, cuStreamWaitEvent(stream.raw, self.raw, 0)) }
+    }
+
     /// Waits until the stream has come to where it was recorded last; not at all if it never was.
     pub(super) fn wait(&self) -> Result<()> {
         let driver = self.stream.context.enter()?;
@@ -169,21 +176,32 @@ pub(super) struct Pinned {
 
 // SAFETY: it is memory that nobody else has.
 unsafe impl Send for Pinned {}
+// SAFETY: as above; shared, it is only read.
+unsafe impl Sync for Pinned {}
 
 impl Pinned {
     pub(super) fn new(context: &Arc<Context>, bytes: usize) -> Result<Self> {
         let driver = context.enter()?;
         let mut raw = std::ptr::null_mut();
         // SAFETY: it writes an address.
-        unsafe { call!(driver, cuMemAllocHost(&mut raw, bytes)) }?;
+        let asked = unsafe { (driver.functions.cuMemAllocHost)(&mut raw, bytes) };
+        if asked == OUT_OF_MEMORY {
+            return Err(EngineError::OutOfMemory { op: "alloc on the host", wanted: bytes });
+        }
+        driver.check("cuMemAllocHost", asked)?;
         // Memory that was never written is no value in Rust.
         // SAFETY: there are as many bytes, and nobody else has them.
         unsafe { std::ptr::write_bytes(raw.cast::<u8>(), 0, bytes) };
         Ok(Self { context: context.clone(), raw: raw.cast(), bytes })
     }
 
-    pub(super) fn bytes(&mut self) -> &mut [u8] {
-        // SAFETY: there are as many bytes, all of them written, and nobody else has them.
+    pub(super) fn bytes(&self) -> &[u8] {
+        // SAFETY: there are as many bytes, all of them written.
+        unsafe { std::slice::from_raw_parts(self.raw, self.bytes) }
+    }
+
+    pub(super) fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as above, and nobody else has them.
         unsafe { std::slice::from_raw_parts_mut(self.raw, self.bytes) }
     }
 }

@@ -25,7 +25,7 @@ use std::time::Duration;
 use cudarc::driver::sys::{CUdevice, CUmemoryPool};
 
 use self::api::{Driver, OUT_OF_MEMORY, call};
-use self::context::{Context, Event, Function, Module, Stream};
+use self::context::{Context, Event, Function, Module, Pinned, Stream};
 use self::matmul::{CublasLt, WORKSPACE};
 use self::staging::Staging;
 use super::device::{Address, Device, Launch, Matmul};
@@ -81,7 +81,37 @@ pub struct CudaDevice {
     kernels: Mutex<Kernels>,
     staging: Mutex<Staging>,
     stream: Arc<Stream>,
+    /// Beside the other.
+    fetches: Arc<Stream>,
 }
+
+/// Memory of the host that fetches read.
+pub struct Host {
+    memory: Pinned,
+    fetches: Arc<Stream>,
+}
+
+impl AsRef<[u8]> for Host {
+    fn as_ref(&self) -> &[u8] {
+        self.memory.bytes()
+    }
+}
+
+impl AsMut<[u8]> for Host {
+    fn as_mut(&mut self) -> &mut [u8] {
+        self.memory.bytes_mut()
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        // A fetch may still read it. There is nobody to tell of an error.
+        let _ = self.fetches.synchronize();
+    }
+}
+
+/// A point in the order of a stream's work.
+pub struct Mark(Event);
 
 struct Pool(CUmemoryPool);
 
@@ -141,6 +171,7 @@ impl CudaDevice {
             call!(driver, cuMemPoolSetAttribute(pool, RELEASE_THRESHOLD, std::ptr::from_mut(&mut keep).cast()))?;
         }
         let stream = Stream::new(&context)?;
+        let fetches = Stream::new(&context)?;
         Ok(Self {
             properties,
             driver,
@@ -149,6 +180,7 @@ impl CudaDevice {
             kernels: Mutex::default(),
             staging: Mutex::new(Staging::new(&stream)?),
             stream,
+            fetches,
         })
     }
 
@@ -245,6 +277,9 @@ impl CudaDevice {
 }
 
 impl Device for CudaDevice {
+    type Host = Host;
+    type Mark = Mark;
+
     fn name(&self) -> String {
         self.properties.name.clone()
     }
@@ -298,6 +333,32 @@ impl Device for CudaDevice {
         unsafe { call!(driver, cuMemcpyDtoDAsync(to, from, bytes, self.stream.raw)) }
     }
 
+    fn host(&self, bytes: usize) -> Result<Host> {
+        Ok(Host { memory: Pinned::new(&self.stream.context, bytes)?, fetches: self.fetches.clone() })
+    }
+
+    fn mark(&self) -> Result<Mark> {
+        let event = Event::new(&self.stream)?;
+        event.record()?;
+        Ok(Mark(event))
+    }
+
+    fn fetch(&self, to: Address, from: &Host, after: &Mark) -> Result<Mark> {
+        after.0.precede(&self.fetches)?;
+        let driver = self.fetches.context.enter()?;
+        let (bytes, stream) = (from.memory.bytes(), self.fetches.raw);
+        // SAFETY: the slot has room, and nothing of earlier work that uses it is left by then; `from` waits for this stream
+        // before it is given back.
+        unsafe { call!(driver, cuMemcpyHtoDAsync(to, bytes.as_ptr().cast(), bytes.len(), stream)) }?;
+        let arrived = Event::new(&self.fetches)?;
+        arrived.record()?;
+        Ok(Mark(arrived))
+    }
+
+    fn wait(&self, mark: &Mark) -> Result<()> {
+        mark.0.precede(&self.stream)
+    }
+
     fn launch(&self, launch: &Launch<'_>) -> Result<()> {
         let Launch { kernel, grid, block, shared, args } = *launch;
         let function = self.function(kernel)?;
@@ -321,6 +382,7 @@ impl Device for CudaDevice {
 impl Drop for CudaDevice {
     fn drop(&mut self) {
         // Kernels may still run. There is nobody to tell of an error.
+        let _ = self.fetches.synchronize();
         let _ = self.stream.synchronize();
         if let Some(Some((cublas, workspace))) = self.cublas.take() {
             drop(cublas);

@@ -46,7 +46,7 @@ impl Staging {
             }
             let (piece, rest) = from.split_at(from.len().min(HALF - self.used));
             let start = self.half * HALF + self.used;
-            let place = &mut self.memory.bytes()[start..start + piece.len()];
+            let place = &mut self.memory.bytes_mut()[start..start + piece.len()];
             place.copy_from_slice(piece);
             // SAFETY: the place lives as long as this and is not written again before its half's event has passed.
             unsafe { call!(driver, cuMemcpyHtoDAsync(to, place.as_ptr().cast(), piece.len(), self.stream.raw)) }?;

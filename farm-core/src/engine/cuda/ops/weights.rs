@@ -15,6 +15,23 @@ pub(super) const TAPS: usize = 27;
 /// A weight `[out, in]` of a linear layer, row-major. What is computed with it has its type.
 pub struct Matrix<D: Device>(pub(super) Tensor<D>);
 
+impl<D: Device> Matrix<D> {
+    /// Of a tensor `[out, in]`.
+    pub fn of(tensor: Tensor<D>) -> Self {
+        Self(tensor)
+    }
+
+    pub fn tensor(&self) -> &Tensor<D> {
+        &self.0
+    }
+}
+
+impl<D: Device> Clone for Matrix<D> {
+    fn clone(&self) -> Self {
+        Self(self.0.clone())
+    }
+}
+
 /// A 3×3×3 convolution.
 pub struct ConvWeight<D: Device> {
     /// `[out, 27 · in]`, a row in the order (t, h, w, in).

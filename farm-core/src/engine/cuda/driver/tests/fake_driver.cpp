@@ -129,6 +129,12 @@ CALL cuStreamSynchronize(void* stream) {
     run_to(queued);
     return SUCCESS;
 }
+// There is one queue for all streams.
+CALL cuStreamWaitEvent(void* stream, Event* event, unsigned flags) {
+    ENTER
+    if (stream != &queue || !events.count(event) || flags != 0) return INVALID_HANDLE;
+    return SUCCESS;
+}
 
 CALL cuEventCreate(void** event, unsigned flags) {
     ENTER
