@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use farm_core::engine::cpu::CpuEngine;
-use farm_core::engine::cuda::plan::{Clip, Networks, WORKSPACE, denoise_activations};
+use farm_core::engine::cuda::plan::{Clip, Networks, denoise_tensors};
 use farm_core::engine::streaming::Streaming;
 use farm_core::engine::{Engine, SequenceOps};
 use farm_core::model::dit::Dit;
@@ -48,8 +48,8 @@ fn a_step_holds_the_tensors_that_a_plan_counts_with() {
     let (part, group) = (checkpoint.dit().unwrap(), RankGroup::solo().unwrap());
     let (t5, vae) = (checkpoint.t5().unwrap().config(), checkpoint.vae().unwrap().config());
     let networks = Networks { dit: part.config().shape(), t5, vae };
-    let clip = Clip { width: 512, height: 384, frames: 25, text: [40, 20] };
-    let (shape, loader) = ([12, 5, 48, 64], Loader { engine: &engine, source: part });
+    let clip = Clip { width: 256, height: 256, frames: 25, text: [40, 20] };
+    let (shape, loader) = ([12, 5, 32, 32], Loader { engine: &engine, source: part });
     let streaming = Streaming { resident: 0, slots: 2 };
     for brought in [false, true] {
         let dit = if brought {
@@ -72,8 +72,10 @@ fn a_step_holds_the_tensors_that_a_plan_counts_with() {
         let velocities = dit.velocities(&engine, &group, &geometry, &latent, 500.0, &branches).unwrap();
         assert!(velocities.iter().all(|v| engine.shape(v) == shape));
         let took = (PEAK.load(Ordering::Relaxed) - held) as u64;
-        let counted = denoise_activations(&networks, &clip, Precision::F32, Topology::SOLO, brought) - WORKSPACE;
+        let counted = denoise_tensors(&networks, &clip, Precision::F32, Topology::SOLO, brought);
         println!("{took} bytes at the peak, {counted} counted");
-        assert!(took <= counted && 10 * took >= 9 * counted, "{took} bytes at the peak, {counted} counted");
+        // The engine's threads have their own memory beside tensors.
+        let part = took as f64 / counted as f64;
+        assert!((0.9..1.1).contains(&part), "{took} bytes at the peak, {counted} counted");
     }
 }

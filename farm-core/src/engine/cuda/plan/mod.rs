@@ -14,7 +14,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 pub use self::misfit::{Misfit, Remedy};
-pub use self::sizes::{WORKSPACE, denoise_activations};
+pub use self::sizes::denoise_tensors;
 use crate::engine::streaming::Streaming;
 use crate::job::spec::FRAME_STEP;
 use crate::model::config::{T5Config, VaeConfig};
@@ -62,6 +62,8 @@ pub struct Plan {
     /// Blocks of the transformer on the device, and slots for the others.
     pub streaming: Streaming,
     pub blocks: usize,
+    /// Bytes of page-locked memory in the host.
+    pub parked: u64,
     pub stages: [StagePlan; 3],
     /// Bytes that may be filled.
     pub usable: u64,
@@ -231,6 +233,7 @@ impl Fit<'_> {
         let stay: u64 = stay.into_iter().map(block_bytes).sum();
         let vectors: u64 = streamed.iter().map(|layer| 4 * sizes::block(model, *layer).vectors).sum();
         let slot = streamed.iter().map(|layer| block_bytes(*layer)).max().unwrap_or(0);
+        let parked: u64 = streamed.iter().map(|layer| block_bytes(*layer)).sum::<u64>() - vectors;
         let slots = streaming.slots.min(streamed.len()) as u64;
         let dit = sizes::around_blocks(model).bytes(dtype) + stay + vectors + slots * slot;
 
@@ -256,6 +259,7 @@ impl Fit<'_> {
             kept,
             streaming,
             blocks,
+            parked,
             stages: [
                 stage(Stage::Text, t5, sizes::text_activations(networks.t5, clip.text)),
                 stage(Stage::Denoise, 0, sizes::denoise_activations(networks, clip, precision, topology, brought)),
@@ -330,10 +334,11 @@ impl fmt::Display for Plan {
             let Speed { step, resident_step, .. } = self.speed;
             writeln!(
                 f,
-                "{resident} of {blocks} blocks on the device, the others through {} slots: {step:.2} s a step, {:.1} % more \
+                "{resident} of {blocks} blocks on the device, {} GB in the host's memory through {} slots: {step:.2} s a step, {:.1} % more \
                  than without",
+                Gigabytes(self.parked),
                 self.streaming.slots,
-                100.0 * (step / resident_step - 1.0)
+                100.0 * (step / resident_step - 1.0).max(0.0)
             )?;
         }
         write!(f, "decode {}", self.tiling)

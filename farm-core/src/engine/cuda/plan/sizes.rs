@@ -14,7 +14,7 @@ const F32: u64 = 4;
 /// Of the product inside [`Engine::linear_swiglu`](crate::engine::Engine::linear_swiglu), which is computed in chunks of rows.
 const GATED_CHUNK: u64 = 256 << 20;
 /// What libraries ask for beside tensors.
-pub const WORKSPACE: u64 = 64 << 20;
+const WORKSPACE: u64 = 64 << 20;
 
 /// A network's weights: matrices in the type that it computes in, and what is f32 in every precision (norms and biases).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -104,8 +104,20 @@ pub fn text_activations(t5: &T5Config, text: [usize; 2]) -> u64 {
     F32 * (streams + rows(most) * attention.max(feed_forward)) + WORKSPACE
 }
 
-/// Tensors of the transformer at the peak of a step, on the rank that has most. `brought`: both branches go through each block
-/// together, because it is brought to the device for them.
+/// Bytes of the transformer's tensors at the peak of a step, on the rank that has most. `brought`: both branches go through
+/// each block together, because it is brought to the device for them.
+pub fn denoise_tensors(
+    networks: &Networks<'_>,
+    clip: &Clip,
+    precision: Precision,
+    topology: Topology,
+    brought: bool,
+) -> u64 {
+    let Denoise { held, attention, feed_forward, .. } = denoise(networks, clip, precision, topology, brought);
+    held + attention.max(feed_forward)
+}
+
+/// As [`denoise_tensors`], with what is computed in beside tensors.
 pub fn denoise_activations(
     networks: &Networks<'_>,
     clip: &Clip,
@@ -113,6 +125,22 @@ pub fn denoise_activations(
     topology: Topology,
     brought: bool,
 ) -> u64 {
+    let Denoise { held, attention, feed_forward, gated } = denoise(networks, clip, precision, topology, brought);
+    held + attention.max(feed_forward + gated.min(GATED_CHUNK)) + WORKSPACE
+}
+
+/// Bytes of a step.
+struct Denoise {
+    /// All the time.
+    held: u64,
+    /// Until a block has attended, and after, at the peaks of both.
+    attention: u64,
+    feed_forward: u64,
+    /// Of the product inside the feed-forward, if it were computed at once.
+    gated: u64,
+}
+
+fn denoise(networks: &Networks<'_>, clip: &Clip, precision: Precision, topology: Topology, brought: bool) -> Denoise {
     let model = networks.dit;
     let bytes = dtype(precision).bytes() as u64;
     let text = clip.text[0].max(clip.text[1]);
@@ -143,8 +171,13 @@ pub fn denoise_activations(
     };
     let attended = attention + rows * model.heads as u64 * F32;
     let hidden = rows * model.ffn_x as u64 * bytes;
-    let feed_forward = x + hidden + (2 * hidden).min(GATED_CHUNK).max(x);
-    held + streams + split.max(attended).max(feed_forward) + WORKSPACE
+    Denoise {
+        held: held + streams,
+        attention: split.max(attended),
+        // Normed and gated, or gated and projected.
+        feed_forward: x + hidden,
+        gated: 2 * hidden,
+    }
 }
 
 /// Tensors of the decoder for each latent pixel of a tile.
