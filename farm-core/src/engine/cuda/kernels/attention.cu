@@ -1,8 +1,8 @@
 // Attention over blocks of keys, with an online softmax: nothing of size queries × keys is stored.
 //
-// Keys and values come in up to four segments [n, heads, d], those with any keys first. A block of keys never spans two.
-// What a query gets depends on its own values, the keys and where the segments end: not on the other queries, nor on the
-// place it has among them. Without any key it gets 0 and a log-sum-exp of -∞.
+// Keys and values come in up to four segments [n, heads, d], those with any keys first. A block of keys never spans
+// two. What a query gets depends on its own values, the keys and where the segments end: not on the other queries, nor
+// on the place it has among them. Without any key it gets 0 and a log-sum-exp of -∞.
 
 // Keys of a block.
 constexpr int KEYS = 64;
@@ -46,8 +46,9 @@ template <class T> struct Segments {
 
 // ---- any head size, in f32 ----
 
-// A block of 256 threads has 64 queries of a head and 128 channels of its output. Thread (row, column) of 16 × 16 has queries
-// 4·row .. 4·row + 4, the scores of every 16th key from `column` on, and channels 4·column .. + 4 and 64 + 4·column .. + 4.
+// A block of 256 threads has 64 queries of a head and 128 channels of its output. Thread (row, column) of 16 × 16 has
+// queries 4·row .. 4·row + 4, the scores of every 16th key from `column` on, and channels 4·column .. + 4 and 64 +
+// 4·column .. + 4.
 constexpr int PLAIN_QUERIES = 64, PLAIN_CHANNELS = 128, PLAIN_THREADS = 256;
 // Channels of queries and keys, and values of keys, that are in shared memory at a time.
 constexpr int STEP = 32;
@@ -78,9 +79,9 @@ __device__ inline float row_sum(float x) {
     return x;
 }
 
-// softmax(scale·q·kᵀ + bias)·v: q [queries, heads, d], bias [heads, queries, keys] of the one segment or null, out as q, lse
-// [queries, heads]. All in f32: scores by one rounded multiply-add after another; values weighted within a block of keys
-// first, then added to those of the blocks before. One rounding of the output to its type.
+// softmax(scale·q·kᵀ + bias)·v: q [queries, heads, d], bias [heads, queries, keys] of the one segment or null, out as
+// q, lse [queries, heads]. All in f32: scores by one rounded multiply-add after another; values weighted within a block
+// of keys first, then added to those of the blocks before. One rounding of the output to its type.
 template <class T>
 __device__ void attention_kernel(const T* q, Segments<T> segments, const float* bias, T* out, float* lse, int queries,
                                  int heads, int d, float scale) {
@@ -145,7 +146,8 @@ __device__ void attention_kernel(const T* q, Segments<T> segments, const float* 
         float more[4][8] = {};
         for (int key = 0; key < KEYS; key += STEP) {
             __syncthreads();
-            load_f32<STEP, PLAIN_CHANNELS, PLAIN_CHANNELS>(some_v, values + key * pitch, pitch, block.keys - key, d - channel);
+            load_f32<STEP, PLAIN_CHANNELS, PLAIN_CHANNELS>(some_v, values + key * pitch, pitch, block.keys - key,
+                                                           d - channel);
             __syncthreads();
 #pragma unroll 2
             for (int x = 0; x < STEP; x += 4) {
@@ -187,14 +189,15 @@ FOR_BOTH(attention,
 
 // ---- bf16 on tensor cores ----
 
-// A block of 4 warps has 128 queries of a head, a warp 32: every fragment of keys and values that a warp reads serves two
-// products, without which reading them would be what takes the time. Queries stay in shared memory; behind them a ring of
-// three tiles takes the keys and the values of the blocks by turns, k0 v0 k1 v1 …, two of them under way while one is
-// worked on. A barrier before each makes it visible and says that the one before has no more readers.
+// A block of 4 warps has 128 queries of a head, a warp 32: every fragment of keys and values that a warp reads serves
+// two products, without which reading them would be what takes the time. Queries stay in shared memory; behind them a
+// ring of three tiles takes the keys and the values of the blocks by turns, k0 v0 k1 v1 …, two of them under way while
+// one is worked on. A barrier before each makes it visible and says that the one before has no more readers.
 constexpr int MMA_QUERIES = 128, MMA_THREADS = 128, RING = 3;
 
 // Starts the copying of ROWS rows of D values, of which there are `rows`; the rest of the tile is 0.
-template <int D, int ROWS> __device__ inline void load_tile(unsigned char* tile, const bf16* from, i64 pitch, int rows) {
+template <int D, int ROWS>
+__device__ inline void load_tile(unsigned char* tile, const bf16* from, i64 pitch, int rows) {
     constexpr int CHUNKS = D / 8;
 #pragma unroll
     for (int i = 0; i < ROWS * CHUNKS / MMA_THREADS; i++) {
@@ -203,9 +206,9 @@ template <int D, int ROWS> __device__ inline void load_tile(unsigned char* tile,
     }
 }
 
-// As attention_kernel without a bias, D values a head, and all rows 16 bytes aligned. Products of bf16 values are summed in f32
-// by the tensor cores. Scores, their highest and the weights' sum are f32; the weights are rounded to bf16 for their product
-// with the values, not for their sum. One rounding of the output.
+// As attention_kernel without a bias, D values a head, and all rows 16 bytes aligned. Products of bf16 values are
+// summed in f32 by the tensor cores. Scores, their highest and the weights' sum are f32; the weights are rounded to
+// bf16 for their product with the values, not for their sum. One rounding of the output.
 template <int D>
 __device__ inline void attention_mma_kernel(const bf16* q, Segments<bf16> segments, bf16* out, float* lse, int queries,
                                             int heads, float scale) {
@@ -216,8 +219,8 @@ __device__ inline void attention_mma_kernel(const bf16* q, Segments<bf16> segmen
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, head = blockIdx.y, offset = head * D;
     int first = blockIdx.x * MMA_QUERIES;
     i64 pitch = (i64)heads * D;
-    // Where this lane's row for ldmatrix is in the first 16 × 16 of a tile. It is 16·i rows on with i·16·ROW more, and 16·i
-    // columns on with the bits of 32·i exchanged: they are above what the lane adds, and below those of the row.
+    // Where this lane's row for ldmatrix is in the first 16 × 16 of a tile. It is 16·i rows on with i·16·ROW more, and
+    // 16·i columns on with the bits of 32·i flipped: which half of 16 columns a lane has is the bit below them.
     int q_at = swizzled<CHUNKS>(32 * warp + lane % 16, lane / 16);
     int k_at = swizzled<CHUNKS>(lane / 16 * 8 + lane % 8, lane / 8 % 2);
     int v_at = swizzled<CHUNKS>(lane % 16, lane / 16);

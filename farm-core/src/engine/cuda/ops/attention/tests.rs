@@ -24,14 +24,16 @@ fn assert_close(what: &str, got: &[f32], expected: &[f32], tolerance: f32) {
 /// Output and log-sum-exp.
 type Pair = [Vec<f32>; 2];
 
+/// Rows, keys, values.
+type Segment = (usize, Vec<f32>, Vec<f32>);
+
 /// One problem for both engines: sharp scores, and values to 1.
 struct Problem {
     queries: usize,
     heads: usize,
     d: usize,
     q: Vec<f32>,
-    /// Rows, keys, values.
-    segments: Vec<(usize, Vec<f32>, Vec<f32>)>,
+    segments: Vec<Segment>,
 }
 
 impl Problem {
@@ -47,7 +49,7 @@ impl Problem {
     fn on_cpu(&self) -> Pair {
         let e = cpu();
         let Self { queries, heads, d, .. } = *self;
-        let tensors = |of: fn(&(usize, Vec<f32>, Vec<f32>)) -> &Vec<f32>| -> Vec<_> {
+        let tensors = |of: fn(&Segment) -> &Vec<f32>| -> Vec<_> {
             self.segments.iter().map(|s| e.upload(of(s), &[s.0, heads, d]).unwrap()).collect()
         };
         let (k, v) = (tensors(|s| &s.1), tensors(|s| &s.2));
@@ -61,7 +63,7 @@ impl Problem {
     fn on_gpu(&self, gpu: &Gpu<Emulation>, [q, k, v]: [Dtype; 3], skip: usize) -> Pair {
         let Self { queries, heads, d, .. } = *self;
         let q = at(gpu, &self.q, &[queries, heads, d], q, skip);
-        let tensors = |of: fn(&(usize, Vec<f32>, Vec<f32>)) -> &Vec<f32>, dtype| -> Vec<_> {
+        let tensors = |of: fn(&Segment) -> &Vec<f32>, dtype| -> Vec<_> {
             self.segments.iter().map(|s| at(gpu, of(s), &[s.0, heads, d], dtype, skip)).collect()
         };
         let (k, v) = (tensors(|s| &s.1, k), tensors(|s| &s.2, v));
