@@ -7,7 +7,7 @@ use std::path::Path;
 use std::str::FromStr;
 use std::sync::Arc;
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use farm_core::engine::cpu::CpuEngine;
 #[cfg(feature = "cuda")]
 use farm_core::engine::cuda::{CudaEngine, driver::CudaDevice, emulation::Emulation};
@@ -88,6 +88,11 @@ pub struct ThreadArgs {
 
 impl ThreadArgs {
     pub fn compute(self, devices: Devices) -> anyhow::Result<Compute> {
+        self.compute_within(devices, None)
+    }
+
+    /// GPUs that fill `memory` bytes at most.
+    pub fn compute_within(self, devices: Devices, memory: Option<f64>) -> anyhow::Result<Compute> {
         let (precision, count) = (self.precision, devices.count);
         // Heeds the process's affinity and its control group's quota.
         let usable = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
@@ -100,15 +105,38 @@ impl ThreadArgs {
             Kind::Cpu => Hardware::Cpu,
             #[cfg(feature = "cuda")]
             Kind::Cuda => {
-                let open = |index| CudaDevice::open(index).map(Arc::new).with_context(|| format!("cannot use {devices}"));
-                Hardware::Cuda((0..count).map(open).collect::<anyhow::Result<_>>()?)
+                // A rank would get tensors of another GPU's memory, and nothing here copies them over.
+                ensure!(
+                    count == 1,
+                    "{devices}: a process has one GPU; start one for each, with CUDA_VISIBLE_DEVICES=0, 1, …"
+                );
+                let device = CudaDevice::open(0).with_context(|| format!("cannot use {devices}; see farm-node doctor"));
+                Hardware::Cuda(Arc::new(device?))
             }
             #[cfg(feature = "cuda")]
-            Kind::Emulated => Hardware::Emulated((0..count).map(|_| Arc::default()).collect()),
+            Kind::Emulated => {
+                let limit = memory.map_or(usize::MAX, |bytes| bytes as usize);
+                Hardware::Emulated((0..count).map(|_| Arc::new(Emulation::with_memory(limit))).collect())
+            }
             #[cfg(not(feature = "cuda"))]
-            Kind::Cuda | Kind::Emulated => anyhow::bail!("this program was built without cuda, so there is no {devices}"),
+            Kind::Cuda | Kind::Emulated => {
+                anyhow::bail!("this program was built without cuda, so there is no {devices}")
+            }
         };
-        Ok(Compute { threads, precision, cores: cores.map(Arc::new), hardware })
+        Ok(Compute { threads, precision, cores: cores.map(Arc::new), memory, hardware })
+    }
+}
+
+/// A number of bytes, perhaps with a unit.
+pub fn parse_bytes(text: &str) -> Result<f64, String> {
+    const UNITS: [(&str, u32); 4] = [("KiB", 10), ("MiB", 20), ("GiB", 30), ("TiB", 40)];
+    let unit = UNITS.iter().find_map(|(unit, shift)| Some((text.strip_suffix(unit)?, *shift)));
+    let (number, shift) = unit.unwrap_or((text, 0));
+    match number.trim_end().parse::<f64>() {
+        Ok(number) if (1.0..=1e15).contains(&(number * 2f64.powi(shift as i32))) => {
+            Ok(number * 2f64.powi(shift as i32))
+        }
+        _ => Err("write bytes, or a number of KiB, MiB, GiB or TiB, for example 16GiB".into()),
     }
 }
 
@@ -119,6 +147,8 @@ pub struct Compute {
     precision: Precision,
     /// Of each device, if its threads are pinned.
     cores: Option<Arc<Vec<Vec<usize>>>>,
+    /// Bytes that a GPU may fill.
+    memory: Option<f64>,
     hardware: Hardware,
 }
 
@@ -126,7 +156,7 @@ pub struct Compute {
 enum Hardware {
     Cpu,
     #[cfg(feature = "cuda")]
-    Cuda(Vec<Arc<CudaDevice>>),
+    Cuda(Arc<CudaDevice>),
     #[cfg(feature = "cuda")]
     Emulated(Vec<Arc<Emulation>>),
 }
@@ -135,7 +165,7 @@ impl Compute {
     /// Shares of the processor, with `threads` for each.
     #[cfg(test)]
     pub fn unpinned(threads: usize) -> Self {
-        Self { threads, precision: Precision::default(), cores: None, hardware: Hardware::Cpu }
+        Self { threads, precision: Precision::default(), cores: None, memory: None, hardware: Hardware::Cpu }
     }
 
     /// Threads of each share of the processor.
@@ -156,7 +186,7 @@ impl Compute {
                 DeviceEngine::Cpu(engine)
             }
             #[cfg(feature = "cuda")]
-            Hardware::Cuda(all) => DeviceEngine::Cuda(CudaEngine::new(all[device].clone(), self.precision)),
+            Hardware::Cuda(gpu) => DeviceEngine::Cuda(CudaEngine::new(gpu.clone(), self.precision)),
             #[cfg(feature = "cuda")]
             Hardware::Emulated(all) => DeviceEngine::Emulated(CudaEngine::new(all[device].clone(), self.precision)),
         })
@@ -167,10 +197,24 @@ impl Compute {
         match &self.hardware {
             Hardware::Cpu => 1,
             #[cfg(feature = "cuda")]
-            Hardware::Cuda(all) => all.len(),
+            Hardware::Cuda(_) => 1,
             #[cfg(feature = "cuda")]
             Hardware::Emulated(all) => all.len(),
         }
+    }
+
+    pub fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    /// Bytes that a GPU of these may fill; none if they are no GPUs or nothing limits them.
+    #[cfg(feature = "cuda")]
+    pub fn gpu_memory(&self) -> anyhow::Result<Option<f64>> {
+        Ok(match &self.hardware {
+            Hardware::Cpu => None,
+            Hardware::Cuda(gpu) => Some((gpu.memory()?.free as f64).min(self.memory.unwrap_or(f64::MAX))),
+            Hardware::Emulated(_) => self.memory,
+        })
     }
 
     /// Keeps the calling thread, which is about to use that engine, on the device's cores: it computes too what is not
@@ -206,10 +250,10 @@ impl Compute {
     pub fn site(&self, devices: usize, placing: Placing, calibrated: Option<&Path>) -> anyhow::Result<Site> {
         let (device, inside, between) = match (&self.hardware, calibrated) {
             #[cfg(feature = "cuda")]
-            (Hardware::Cuda(all), _) => {
+            (Hardware::Cuda(gpu), _) => {
                 let known = calibrated.map_or_else(Rates::embedded, Rates::with_file)?;
-                let mut device = known.device(gpu_like(&all[0].properties().name))?;
-                device.memory = all[0].memory()?.total as f64;
+                let mut device = known.device(gpu_like(&gpu.properties().name))?;
+                device.memory = gpu.memory()?.total as f64;
                 (device, known.link("pcie4")?, known.link("10gbe")?)
             }
             (_, Some(file)) => {
@@ -299,9 +343,7 @@ mod tests {
         let all = cores::allowed().unwrap();
         assert!(compute.threads() <= all.len());
         compute.settle(0).unwrap();
-        assert!(
-            cpu(&compute, 0).on_every_thread(|_| cores::allowed().unwrap()).iter().all(|seen| *seen == all)
-        );
+        assert!(cpu(&compute, 0).on_every_thread(|_| cores::allowed().unwrap()).iter().all(|seen| *seen == all));
     }
 
     #[test]

@@ -13,6 +13,7 @@ mod encode;
 mod engine;
 mod engine_device;
 mod evidence;
+mod fit;
 mod link;
 mod models;
 mod outbox;

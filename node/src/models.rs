@@ -4,15 +4,18 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
+use farm_core::job::spec::{RenderRequest, RenderSpec};
 use farm_core::model::config::VaeConfig;
 use farm_core::model::pipeline::{Pipeline, Residency};
 use farm_core::model::weights::checkpoint::Checkpoint;
 use farm_core::parallel::cost::ModelShape;
+use farm_core::parallel::topology::Topology;
 use farm_core::wire::to_scheduler::ModelInfo;
 
 use crate::attempt::Offered;
 use crate::devices::Compute;
 use crate::engine::DeviceEngine;
+use crate::fit::fit;
 
 pub struct ModelShelf {
     models: BTreeMap<String, Shelved>,
@@ -34,7 +37,8 @@ impl ModelShelf {
         let mut shelf = BTreeMap::new();
         for (name, dir) in models {
             ensure!(!shelf.contains_key(&name), "--model names {name} twice");
-            let shelved = shelve(&engines, &name, &dir).with_context(|| format!("cannot offer model {name}"))?;
+            let shelved =
+                shelve(compute, &engines, &name, &dir).with_context(|| format!("cannot offer model {name}"))?;
             shelf.insert(name, shelved);
         }
         Ok(Self { models: shelf })
@@ -63,7 +67,7 @@ impl ModelShelf {
     }
 }
 
-fn shelve(engines: &[DeviceEngine], name: &str, dir: &Path) -> anyhow::Result<Shelved> {
+fn shelve(compute: &Compute, engines: &[DeviceEngine], name: &str, dir: &Path) -> anyhow::Result<Shelved> {
     let checkpoint = Checkpoint::open(dir)?;
     for note in checkpoint.notes() {
         tracing::info!(model = name, "{note}");
@@ -72,10 +76,17 @@ fn shelve(engines: &[DeviceEngine], name: &str, dir: &Path) -> anyhow::Result<Sh
     let defaults_json = serde_json::to_string(checkpoint.generation_defaults())?;
     let shape = checkpoint.dit().map(|dit| dit.config().shape()).context("it has no transformer")?;
     let shape_json = serde_json::to_string(&shape)?;
+    // For a clip of its own sizes; larger ones say that they do not fit.
+    let usual: RenderRequest = serde_json::from_str(r#"{"prompt": "a clip"}"#)?;
+    let usual = RenderSpec::resolve(&usual, checkpoint.generation_defaults(), 0)?;
+    let residency = fit(compute, &checkpoint, &usual, Topology::SOLO)?.map_or(Residency::Kept, |fit| {
+        tracing::info!(model = name, "\n{}", fit.table);
+        fit.residency
+    });
     let vae = checkpoint.vae().context("it has no vae decoder")?.config().clone();
-    let mut pipelines = vec![Pipeline::open(&engines[0], checkpoint, Residency::Kept)?];
+    let mut pipelines = vec![Pipeline::open(&engines[0], checkpoint, residency)?];
     for engine in &engines[1..] {
-        pipelines.push(Pipeline::open(engine, Checkpoint::open(dir)?, Residency::Kept)?);
+        pipelines.push(Pipeline::open(engine, Checkpoint::open(dir)?, residency)?);
     }
     tracing::info!(model = name, %hash, dir = %dir.display(), "model loaded");
     Ok(Shelved { info: ModelInfo { name: name.to_owned(), hash, defaults_json, shape_json }, pipelines, shape, vae })

@@ -26,9 +26,9 @@ use uuid::Uuid;
 use crate::attempt::{HandsWanted, Workshop};
 use crate::data_plane::{DataPlane, DataPlaneArgs};
 use crate::device_thread::DeviceHandle;
-use crate::devices::{Devices, Placing, ThreadArgs};
-use crate::engine_device::EngineDevice;
+use crate::devices::{Devices, Placing, ThreadArgs, parse_bytes};
 use crate::encode;
+use crate::engine_device::EngineDevice;
 use crate::evidence::Evidence;
 use crate::models::ModelShelf;
 use crate::outbox::OutboxFile;
@@ -153,19 +153,6 @@ fn labels(all: Vec<Label>) -> anyhow::Result<BTreeMap<String, String>> {
     }
     ensure!(labels.len() <= MAX_LABELS, "{} labels; a node has at most {MAX_LABELS}", labels.len());
     Ok(labels)
-}
-
-/// A number of bytes, perhaps with a unit.
-fn parse_bytes(text: &str) -> Result<f64, String> {
-    const UNITS: [(&str, u32); 4] = [("KiB", 10), ("MiB", 20), ("GiB", 30), ("TiB", 40)];
-    let unit = UNITS.iter().find_map(|(unit, shift)| Some((text.strip_suffix(unit)?, *shift)));
-    let (number, shift) = unit.unwrap_or((text, 0));
-    match number.trim_end().parse::<f64>() {
-        Ok(number) if (1.0..=1e15).contains(&(number * 2f64.powi(shift as i32))) => {
-            Ok(number * 2f64.powi(shift as i32))
-        }
-        _ => Err("write bytes, or a number of KiB, MiB, GiB or TiB, for example 16GiB".into()),
-    }
 }
 
 /// Names travel in messages, logs and file names.
@@ -378,7 +365,7 @@ async fn prepare(args: Args) -> anyhow::Result<Prepared> {
 
     let data = args.data.unwrap_or_else(|| std::env::temp_dir().join(format!("farm-node-{name}")));
     let folder = Folder::open(&data)?;
-    let (compute, count) = (args.threads.compute(args.devices)?, args.devices.count);
+    let (compute, count) = (args.threads.compute_within(args.devices, args.memory)?, args.devices.count);
     let mut site = compute.site(count, Placing::Threads, args.devices_file.as_deref())?;
     // Without a limit nobody knows of one: the weights are in memory when the node joins, and a clip that has no room
     // beside them has none on any number of these devices.

@@ -8,9 +8,7 @@ use super::gpu::Gpu;
 use super::ops::{attention, pointwise, product, rows, volume, weights};
 use super::parking;
 use super::tensor::Tensor;
-use crate::engine::{
-    AttentionOut, ConvCache, Engine, Over, Qkv, RawTensor, Result, RopeTable, SequenceOps,
-};
+use crate::engine::{AttentionOut, ConvCache, Engine, Over, Qkv, RawTensor, Result, RopeTable, SequenceOps};
 use crate::precision::Precision;
 use crate::tiles::statistics::{Sums, Totals};
 
@@ -52,12 +50,7 @@ impl<D: Device> SequenceOps for CudaEngine<D> {
         pointwise::tensor_of_bytes(&self.gpu, bytes, shape)
     }
 
-    fn attention(
-        &self,
-        q: &Tensor<D>,
-        keys: &[&Tensor<D>],
-        values: &[&Tensor<D>],
-    ) -> Result<AttentionOut<Tensor<D>>> {
+    fn attention(&self, q: &Tensor<D>, keys: &[&Tensor<D>], values: &[&Tensor<D>]) -> Result<AttentionOut<Tensor<D>>> {
         attention::attention(&self.gpu, q, keys, values)
     }
 

@@ -76,12 +76,7 @@ impl GroupArgs {
     }
 
     /// The degrees asked for, the rest by the cost model; and whether weights are dealt out. Reads no weight.
-    pub fn plan(
-        &self,
-        model: &DitConfig,
-        spec: &RenderSpec,
-        compute: &Compute,
-    ) -> anyhow::Result<(Topology, bool)> {
+    pub fn plan(&self, model: &DitConfig, spec: &RenderSpec, compute: &Compute) -> anyhow::Result<(Topology, bool)> {
         let world = self.world.unwrap_or(self.devices.count);
         if let Some(rank) = self.rank {
             ensure!(rank < world, "--rank {rank} of --world {world}; ranks count from 0");

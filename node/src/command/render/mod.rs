@@ -31,9 +31,10 @@ use crate::command::target::{Kind, Target};
 use crate::command::watch::{Show, progress_bar, stop_on_signals};
 use crate::decode::local::LocalDecode;
 use crate::decode::shape;
-use crate::devices::ThreadArgs;
-use crate::engine::DeviceEngine;
+use crate::devices::{ThreadArgs, parse_bytes};
 use crate::encode::FrameSink;
+use crate::engine::DeviceEngine;
+use crate::fit::{Fit, fit};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -66,6 +67,10 @@ pub struct Args {
     /// the whole frame at a time, on one device]
     #[arg(long, value_name = "TILES", conflicts_with = "rank")]
     pub tiles: Option<Tiling>,
+    /// Bytes of a GPU's memory that may be filled, for example 16GiB; how the clip fits into them is printed
+    /// [default: what is free]
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
+    pub memory: Option<f64>,
     #[command(flatten)]
     pub group: group::GroupArgs,
     #[command(flatten)]
@@ -97,7 +102,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let seed = args.seed.unwrap_or_else(rand::random);
     let spec = RenderSpec::resolve(&request(&args), checkpoint.generation_defaults(), seed)?;
     let noise = args.noise.as_deref().map(|path| read_noise(path, &spec)).transpose()?;
-    let compute = args.threads.compute(args.group.devices)?;
+    let compute = args.threads.compute_within(args.group.devices, args.memory)?;
     let dit = checkpoint.dit().with_context(|| format!("{} has no transformer", args.model.display()))?;
     let (topology, sharded) = args.group.plan(dit.config(), &spec, &compute)?;
     let engine = compute.engine(0)?;
@@ -111,13 +116,22 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         Some(_) => Saved::open(&args.resume, &spec, &identity)?,
         None => None,
     };
-    let residency = if sharded { Residency::Sharded } else { Residency::WhileUsed };
+    let fit = fit(&compute, &checkpoint, &spec, topology)?;
+    if let Some(fit) = &fit {
+        eprintln!("{}", fit.table);
+    }
+    let residency = match &fit {
+        _ if sharded => Residency::Sharded,
+        // One clip has no more use for a network that it is done with.
+        Some(Fit { residency: streamed @ Residency::Streamed(_), .. }) => *streamed,
+        _ => Residency::WhileUsed,
+    };
     let pipeline = Pipeline::open(&engine, checkpoint, residency)?;
     drop(engine);
     pipeline.check_group(topology, &spec)?;
 
     // Before anything is computed.
-    let tiles = match args.tiles {
+    let tiles = match args.tiles.or(fit.and_then(|fit| fit.tiling)) {
         Some(tiling) => Some(shape(tiling, spec.latent_shape(), pipeline.vae_config()?).map_err(anyhow::Error::msg)?),
         None => None,
     };

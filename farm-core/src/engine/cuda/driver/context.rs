@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use cudarc::driver::sys::{CUcontext, CUdevice, CUevent, CUfunction, CUmodule, CUstream};
 
 use super::api::{Driver, OUT_OF_MEMORY, call};
-use crate::engine::{EngineError, Result};
 use crate::engine::cuda::device::Arg;
+use crate::engine::{EngineError, Result};
 
 /// `CU_STREAM_NON_BLOCKING`: it does not wait for what others do on the default stream.
 const NON_BLOCKING: c_uint = 1;
