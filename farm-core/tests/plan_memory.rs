@@ -48,8 +48,7 @@ fn a_step_holds_the_tensors_that_a_plan_counts_with() {
     let (part, group) = (checkpoint.dit().unwrap(), RankGroup::solo().unwrap());
     let (t5, vae) = (checkpoint.t5().unwrap().config(), checkpoint.vae().unwrap().config());
     let networks = Networks { dit: part.config().shape(), t5, vae };
-    let clip = Clip { width: 256, height: 256, frames: 25, text: [40, 20] };
-    let (shape, loader) = ([12, 5, 32, 32], Loader { engine: &engine, source: part });
+    let loader = Loader { engine: &engine, source: part };
     let streaming = Streaming { resident: 0, slots: 2 };
     for brought in [false, true] {
         let dit = if brought {
@@ -58,24 +57,29 @@ fn a_step_holds_the_tensors_that_a_plan_counts_with() {
             Dit::load(&loader, part.config())
         };
         let dit = dit.unwrap();
-        let held = USED.load(Ordering::Relaxed);
-        PEAK.store(held, Ordering::Relaxed);
-        let values = |len: usize| (0..len).map(|i| (i % 17) as f32 / 8.0 - 1.0).collect::<Vec<f32>>();
-        let latent = engine.upload(&values(shape.iter().product()), &shape).unwrap();
-        let geometry = dit.geometry(&engine, &group, shape).unwrap();
-        let branches = clip.text.map(|rows| {
-            let features = [rows, part.config().text_dim];
-            let features = engine.upload(&values(features.iter().product()), &features).unwrap();
-            dit.text_conditioning(&engine, &group, Some(&features)).unwrap()
-        });
-        let branches: Vec<_> = branches.iter().take(if brought { 2 } else { 1 }).collect();
-        let velocities = dit.velocities(&engine, &group, &geometry, &latent, 500.0, &branches).unwrap();
-        assert!(velocities.iter().all(|v| engine.shape(v) == shape));
-        let took = (PEAK.load(Ordering::Relaxed) - held) as u64;
-        let counted = denoise_tensors(&networks, &clip, Precision::F32, Topology::SOLO, brought);
-        println!("{took} bytes at the peak, {counted} counted");
-        // The engine's threads have their own memory beside tensors.
-        let part = took as f64 / counted as f64;
-        assert!((0.9..1.1).contains(&part), "{took} bytes at the peak, {counted} counted");
+        let step = |side: u32| {
+            let clip = Clip { width: side, height: side, frames: 25, text: [40, 20] };
+            let shape = [12, 5, side as usize / 8, side as usize / 8];
+            let held = USED.load(Ordering::Relaxed);
+            PEAK.store(held, Ordering::Relaxed);
+            let values = |len: usize| (0..len).map(|i| (i % 17) as f32 / 8.0 - 1.0).collect::<Vec<f32>>();
+            let latent = engine.upload(&values(shape.iter().product()), &shape).unwrap();
+            let geometry = dit.geometry(&engine, &group, shape).unwrap();
+            let branches = clip.text.map(|rows| {
+                let features = [rows, part.config().text_dim];
+                let features = engine.upload(&values(features.iter().product()), &features).unwrap();
+                dit.text_conditioning(&engine, &group, Some(&features)).unwrap()
+            });
+            let branches: Vec<_> = branches.iter().take(if brought { 2 } else { 1 }).collect();
+            let velocities = dit.velocities(&engine, &group, &geometry, &latent, 500.0, &branches).unwrap();
+            assert!(velocities.iter().all(|v| engine.shape(v) == shape));
+            let counted = denoise_tensors(&networks, &clip, Precision::F32, Topology::SOLO, brought);
+            [(PEAK.load(Ordering::Relaxed) - held) as f64, counted as f64]
+        };
+        // What the engine's threads have beside tensors does not grow with the clip.
+        let ([small, small_counted], [large, large_counted]) = (step(128), step(256));
+        let (took, counted) = (large - small, large_counted - small_counted);
+        println!("{large} bytes at the peak, {large_counted} counted; {took} and {counted} more than of a quarter");
+        assert!((0.95..1.05).contains(&(took / counted)), "{took} bytes more at the peak, {counted} counted");
     }
 }

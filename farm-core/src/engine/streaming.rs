@@ -142,9 +142,8 @@ mod tests {
             let streaming = Streaming { resident, slots: 2 };
             let at: Vec<usize> = (0..blocks).filter(|block| streaming.streams(*block, blocks)).collect();
             let gaps = at.windows(2).map(|pair| pair[1] - pair[0]);
-            if let (Some(least), Some(most)) = (gaps.clone().min(), gaps.max()) {
-                prop_assert!(most - least <= 1, "{:?}", at);
-            }
+            let even = blocks.checked_div(at.len()).unwrap_or(0);
+            prop_assert!(gaps.into_iter().all(|gap| gap == even || gap == even + 1), "{:?}", at);
             prop_assert!(at.last().is_none_or(|last| last + 1 == blocks));
         }
 

@@ -49,6 +49,8 @@ fn weights_are_as_many_as_are_published() {
     }
     assert_eq!(sizes::block(&model, 0).bytes(Dtype::Bf16) / 1_000_000, 415);
     assert_eq!(sum(sizes::around_blocks(&model)), model.other_parameters());
+    let vectors = [sizes::block(&model, 0), sizes::block(&model, 47), sizes::around_blocks(&model)];
+    assert_eq!(vectors.map(|values| values.vectors), [23_552, 17_408, 36_912]);
     // With the embedding table and the table of relative positions.
     let (table, positions) = (32128 * 4096, 32 * 64);
     let encoder = 24 * sum(sizes::text_block(&t5())) + sum(sizes::around_text_blocks(&t5()));
@@ -83,7 +85,8 @@ fn a_clip_that_does_not_fit_says_what_would_and_that_does() {
     println!("{misfit}");
     let text = misfit.to_string();
     assert!(text.starts_with("the denoise stage takes") && text.contains("GB more than the 5.70 GB"), "{text}");
-    assert!(misfit.remedies.len() == 3, "{text}");
+    let lacks = format!(", {:.2} GB more", (misfit.takes - misfit.usable) as f64 / 1e9);
+    assert!(misfit.remedies.len() == 3 && text.contains(&lacks), "{text}");
     for remedy in misfit.remedies {
         let mut changed = (LARGE, Precision::F32);
         match remedy {
