@@ -74,6 +74,22 @@ pub struct VaeConfig {
     pub latents_std: Vec<f64>,
 }
 
+impl T5Config {
+    /// Sizes of the published encoder, T5 v1.1 XXL.
+    pub fn mochi1() -> Self {
+        Self {
+            vocab_size: 32128,
+            d_model: 4096,
+            num_heads: 64,
+            d_kv: 64,
+            d_ff: 10240,
+            num_layers: 24,
+            relative_attention_num_buckets: 32,
+            layer_norm_epsilon: 1e-6,
+        }
+    }
+}
+
 impl VaeConfig {
     /// Sizes of the published decoder. Its latents are taken as they are.
     pub fn mochi1() -> Self {

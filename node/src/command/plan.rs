@@ -6,11 +6,19 @@ use std::process::ExitCode;
 
 use anyhow::{Context, ensure};
 use comfy_table::{CellAlignment, Table, presets};
+#[cfg(feature = "cuda")]
+use farm_core::engine::cuda::plan as memory_plan;
 use farm_core::job::spec::GenerationDefaults;
+#[cfg(feature = "cuda")]
+use farm_core::model::config::{T5Config, VaeConfig};
 use farm_core::model::weights::checkpoint::Checkpoint;
 use farm_core::parallel::cost::devices::Devices;
 use farm_core::parallel::cost::shape::MAX_TEXT_TOKENS;
 use farm_core::parallel::cost::{Candidate, ClipShape, ModelShape, Overrides, Site, candidates};
+#[cfg(feature = "cuda")]
+use farm_core::parallel::topology::Topology;
+#[cfg(feature = "cuda")]
+use farm_core::precision::Precision;
 
 use super::ClipSize;
 
@@ -44,6 +52,11 @@ pub struct Args {
     pub text_tokens: usize,
     #[command(flatten)]
     pub degrees: Degrees,
+    /// How the clip fits into so much of one device's memory, in bf16 and stage by stage, in place of the degrees; for
+    /// example 16GiB
+    #[cfg(feature = "cuda")]
+    #[arg(long, value_name = "BYTES", value_parser = crate::devices::parse_bytes)]
+    pub memory: Option<f64>,
     /// Print the candidates as a JSON list
     #[arg(long)]
     pub json: bool,
@@ -87,6 +100,11 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let steps = args.size.steps.unwrap_or(defaults.num_inference_steps);
     let text = args.text_tokens;
     ensure!((1..=MAX_TEXT_TOKENS).contains(&text), "--text-tokens {text} is not in 1..={MAX_TEXT_TOKENS}");
+    #[cfg(feature = "cuda")]
+    if let Some(memory) = args.memory {
+        let clip = memory_plan::Clip { width, height, frames: num_frames, text: [text, 0] };
+        return fit(&args, memory, &model, &clip);
+    }
     let clip = ClipShape::new(width, height, num_frames, steps, [text, 0])?;
     let list = candidates(&model, &clip, &site, args.devices, args.degrees.into())?;
     let mut out = io::stdout().lock();
@@ -104,6 +122,29 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     if !list.iter().any(|candidate| candidate.fits) {
         eprintln!("warning: none of these fits into the memory of {}", args.device);
     }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Prints how a clip fits into one device.
+#[cfg(feature = "cuda")]
+fn fit(args: &Args, memory: f64, dit: &ModelShape, clip: &memory_plan::Clip) -> anyhow::Result<ExitCode> {
+    let known = args.devices_file.as_deref().map_or_else(Devices::embedded, Devices::with_file)?;
+    let mut device = known.device(&args.device)?;
+    device.memory = memory;
+    let target = memory_plan::Target { device, host_link: known.link(&args.link)? };
+    let (t5, vae) = match &args.model {
+        None => (T5Config::mochi1(), VaeConfig::mochi1()),
+        Some(dir) => {
+            let checkpoint = Checkpoint::open(dir)?;
+            let t5 = checkpoint.t5().with_context(|| format!("{} has no text encoder", dir.display()))?;
+            let vae = checkpoint.vae().with_context(|| format!("{} has no vae decoder", dir.display()))?;
+            (t5.config().clone(), vae.config().clone())
+        }
+    };
+    let networks = memory_plan::Networks { dit: *dit, t5: &t5, vae: &vae };
+    let plan = memory_plan::plan(&networks, clip, Precision::Bf16, Topology::SOLO, &target)?;
+    let text = if args.json { serde_json::to_string_pretty(&plan)? } else { plan.to_string() };
+    writeln!(io::stdout(), "{text}")?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -34,19 +34,6 @@ fn published_dit() -> DitConfig {
     }
 }
 
-fn published_t5() -> T5Config {
-    T5Config {
-        vocab_size: 32128,
-        d_model: 4096,
-        num_heads: 64,
-        d_kv: 64,
-        d_ff: 10240,
-        num_layers: 24,
-        relative_attention_num_buckets: 32,
-        layer_norm_epsilon: 1e-6,
-    }
-}
-
 /// Stored names and shapes.
 type Shapes = Vec<(String, Vec<usize>)>;
 
@@ -223,7 +210,7 @@ fn the_published_sizes_are_counted_from_headers_alone() {
         "model",
         "",
         "F32",
-        &stored(&names::t5(&published_t5(), "shared.weight")),
+        &stored(&names::t5(&T5Config::mochi1(), "shared.weight")),
         4,
     );
 
@@ -238,7 +225,7 @@ fn the_published_sizes_are_counted_from_headers_alone() {
         "model",
         "",
         "F32",
-        &stored(&names::t5(&published_t5(), "shared.weight")),
+        &stored(&names::t5(&T5Config::mochi1(), "shared.weight")),
         4,
     );
 
@@ -255,7 +242,7 @@ fn the_published_sizes_are_counted_from_headers_alone() {
 
         let checkpoint = Checkpoint::open(dir).unwrap();
         assert_eq!(checkpoint.dit().unwrap().config(), &published_dit());
-        assert_eq!(checkpoint.t5().unwrap().config(), &published_t5());
+        assert_eq!(checkpoint.t5().unwrap().config(), &T5Config::mochi1());
         let vae = checkpoint.vae().unwrap().config();
         assert_eq!((&vae.channels, &vae.layers), (&VaeConfig::mochi1().channels, &VaeConfig::mochi1().layers));
         assert_eq!((vae.latents_mean[0], vae.latents_std[11]), (-0.06730895953510081, 0.9274757570805041));
@@ -328,7 +315,8 @@ fn a_configuration_that_contradicts_the_tensors_is_refused_with_both_values() {
     assert_eq!(Checkpoint::open(dir.path()).unwrap().vae().unwrap().config().latents_std, [1.5; 12]);
 
     // Parts that do not fit each other.
-    let t5 = T5Config { vocab_size: 10, d_model: 16, num_heads: 2, d_kv: 2, d_ff: 3, num_layers: 1, ..published_t5() };
+    let t5 =
+        T5Config { vocab_size: 10, d_model: 16, num_heads: 2, d_kv: 2, d_ff: 3, num_layers: 1, ..T5Config::mochi1() };
     write_hollow(
         &dir.path().join("text_encoder/model.safetensors"),
         "F32",

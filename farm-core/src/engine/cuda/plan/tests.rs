@@ -7,19 +7,6 @@ use crate::engine::cuda::device::Dtype;
 const TEXT: [usize; 2] = [256, 0];
 const LARGE: Clip = Clip { width: 848, height: 480, frames: 163, text: TEXT };
 
-fn t5() -> T5Config {
-    T5Config {
-        vocab_size: 32128,
-        d_model: 4096,
-        num_heads: 64,
-        d_kv: 64,
-        d_ff: 10240,
-        num_layers: 24,
-        relative_attention_num_buckets: 32,
-        layer_norm_epsilon: 1e-6,
-    }
-}
-
 /// Rates of a card with 24 GB (rtx4090 in config/devices.toml), and of its link at what copies from page-locked memory
 /// sustain.
 fn target(gigabytes: f64) -> Target {
@@ -35,7 +22,7 @@ fn target(gigabytes: f64) -> Target {
 }
 
 fn planned(clip: Clip, precision: Precision, gigabytes: f64) -> Result<Plan, Misfit> {
-    let (t5, vae) = (t5(), VaeConfig::mochi1());
+    let (t5, vae) = (T5Config::mochi1(), VaeConfig::mochi1());
     let networks = Networks { dit: ModelShape::mochi1(), t5: &t5, vae: &vae };
     plan(&networks, &clip, precision, Topology::SOLO, &target(gigabytes))
 }
@@ -53,7 +40,8 @@ fn weights_are_as_many_as_are_published() {
     assert_eq!(vectors.map(|values| values.vectors), [23_552, 17_408, 36_912]);
     // With the embedding table and the table of relative positions.
     let (table, positions) = (32128 * 4096, 32 * 64);
-    let encoder = 24 * sum(sizes::text_block(&t5())) + sum(sizes::around_text_blocks(&t5()));
+    let encoder =
+        24 * sum(sizes::text_block(&T5Config::mochi1())) + sum(sizes::around_text_blocks(&T5Config::mochi1()));
     assert_eq!(encoder + table + positions, 4_762_310_656);
     assert_eq!(sum(sizes::decoder(&VaeConfig::mochi1())), 362_526_595);
 }
@@ -113,7 +101,7 @@ fn a_frame_too_large_to_decode_is_cut_into_tiles() {
 
 #[test]
 fn a_plan_after_a_failure_takes_less() {
-    let (t5, vae) = (t5(), VaeConfig::mochi1());
+    let (t5, vae) = (T5Config::mochi1(), VaeConfig::mochi1());
     let networks = Networks { dit: ModelShape::mochi1(), t5: &t5, vae: &vae };
     let mut last = planned(LARGE, Precision::Bf16, 24.0).unwrap();
     let misfit = loop {

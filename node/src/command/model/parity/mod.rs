@@ -379,6 +379,8 @@ impl Taps {
 #[cfg(test)]
 mod tests {
     use farm_core::engine::cpu::CpuEngine;
+    #[cfg(feature = "cuda")]
+    use farm_core::engine::cuda::{CudaEngine, emulation::Emulation};
 
     use super::*;
 
@@ -411,6 +413,19 @@ mod tests {
                 let compared = report.compared.iter().any(|comparison| comparison.tensor == *tensor);
                 assert!(compared, "{checkpoint}: no {tensor}\n{}", report.as_text());
             }
+        }
+    }
+
+    /// The whole CUDA engine, kernels and all, without a GPU.
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn the_kernels_of_gpus_meet_the_references_in_both_precisions() {
+        let checkpoint = Checkpoint::open(&repository().join("tests/goldens/small")).unwrap();
+        let goldens = Goldens::open(&repository().join("tests/goldens/small/goldens.safetensors")).unwrap();
+        for precision in [Precision::F32, Precision::Bf16] {
+            let engine = CudaEngine::new(Arc::<Emulation>::default(), precision);
+            let report = compare(&engine, &checkpoint, &goldens).unwrap();
+            assert!(report.passed() && report.compared.len() == 27, "{precision}\n{}", report.as_text());
         }
     }
 
