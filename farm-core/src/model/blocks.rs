@@ -95,11 +95,11 @@ impl<E: Engine> Blocks<E> {
                 StreamedBlock::Resident(Block::load(loader, config, i)?)
             });
         }
-        let parked = |block| match block {
-            &StreamedBlock::Parked { ref matrices, .. } => Some(matrices),
+        let parked = blocks.iter().filter_map(|block| match block {
+            StreamedBlock::Parked { matrices, .. } => Some(matrices),
             StreamedBlock::Resident(_) => None,
-        };
-        let parked: Vec<&E::Parked> = blocks.iter().filter_map(parked).collect();
+        });
+        let parked: Vec<&E::Parked> = parked.collect();
         let slots = loader.engine.slots(&parked, streaming.slots.min(parked.len()))?;
         Ok(Self::Streamed(StreamedBlocks { config: config.clone(), streaming, blocks, slots }))
     }
