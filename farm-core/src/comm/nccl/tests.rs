@@ -80,7 +80,10 @@ fn a_machine_without_nccl_says_what_is_missing() {
         Ok(version) => assert!(version.starts_with("2."), "{version}"),
         Err(error) => {
             let text = error.to_string();
-            assert!(text.contains(crate::engine::cuda::driver::libraries::FOLDERS) || text.contains("no driver"), "{text}");
+            assert!(
+                text.contains(crate::engine::cuda::driver::libraries::FOLDERS) || text.contains("no driver"),
+                "{text}"
+            );
             println!("{text}");
         }
     }
