@@ -118,7 +118,7 @@ impl Drop for Running {
 impl Walk {
     fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
-        for name in ["assets", "config"] {
+        for name in ["assets", "config", "tests"] {
             symlink(repository().join(name), folder.path().join(name)).unwrap();
         }
         std::fs::create_dir(folder.path().join("store")).unwrap();
