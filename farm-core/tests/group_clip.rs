@@ -329,8 +329,7 @@ fn weights_that_come_and_go_or_are_dealt_out_change_no_frame() {
     let expected = hash(&Clip::new(32, 80, Residency::Kept).whole(Topology::SOLO, &Start::Seed));
     let topology = Topology::new(2, 1, 3).unwrap();
     let streamed = |resident, slots| Residency::Streamed(Streaming { resident, slots });
-    let residencies = [Residency::WhileUsed, Residency::Sharded, streamed(0, 1), streamed(0, 2), streamed(1, 3)];
-    for residency in residencies.into_iter().chain([streamed(2, 2), streamed(100, 0)]) {
+    for residency in [Residency::WhileUsed, Residency::Sharded, streamed(0, 2), streamed(1, 3)] {
         let clip = Clip::new(32, 80, residency);
         // Twice: what was released is loaded again.
         for _ in 0..2 {

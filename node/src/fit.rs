@@ -46,11 +46,7 @@ pub fn fit(
     device.memory = memory;
     let target = Target { device, host_link: Rates::embedded()?.link("pcie4")? };
     let plan = plan(&networks, &clip, compute.precision(), topology, &target)?;
-    let residency = match plan.streaming {
-        _ if plan.kept => Residency::Kept,
-        streaming if streaming.resident < plan.blocks => Residency::Streamed(streaming),
-        _ => Residency::WhileUsed,
-    };
+    let residency = if plan.kept { Residency::Kept } else { Residency::Streamed(plan.streaming) };
     let tiling = (plan.tiling != Tiling::WHOLE).then_some(plan.tiling);
     Ok(Some(Fit { residency, tiling, table: plan.to_string() }))
 }

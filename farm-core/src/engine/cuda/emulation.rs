@@ -81,10 +81,12 @@ fn compiled(source: Source) -> std::io::Result<libloading::Library> {
                 format!("{}: {error}; install a C++ compiler", Path::new(&compiler).display()),
             )
         })?;
+        // What it was made from is in the program.
+        fs::remove_file(&input)?;
         if !run.status.success() {
             return Err(std::io::Error::other(String::from_utf8_lossy(&run.stderr).into_owned()));
         }
-        fs::remove_file(&input)
+        Ok(())
     })?;
     // SAFETY: it was compiled from the sources of this program; loading it runs nothing of its own.
     unsafe { libloading::Library::new(path) }.map_err(std::io::Error::other)

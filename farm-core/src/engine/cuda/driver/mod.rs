@@ -344,13 +344,14 @@ impl Device for CudaDevice {
     }
 
     fn fetch(&self, to: Address, from: &Host, after: &Mark) -> Result<Mark> {
+        // Before the copy is asked for: none is under way then that no mark tells of.
+        let arrived = Event::new(&self.fetches)?;
         after.0.precede(&self.fetches)?;
         let driver = self.fetches.context.enter()?;
         let (bytes, stream) = (from.memory.bytes(), self.fetches.raw);
         // SAFETY: the slot has room, and nothing of earlier work that uses it is left by then; `from` waits for this stream
         // before it is given back.
         unsafe { call!(driver, cuMemcpyHtoDAsync(to, bytes.as_ptr().cast(), bytes.len(), stream)) }?;
-        let arrived = Event::new(&self.fetches)?;
         arrived.record()?;
         Ok(Mark(arrived))
     }
