@@ -7,7 +7,7 @@ use std::path::Path;
 use std::str::FromStr;
 use std::sync::Arc;
 
-use anyhow::{Context, ensure};
+use anyhow::Context;
 use farm_core::engine::cpu::CpuEngine;
 #[cfg(feature = "cuda")]
 use farm_core::engine::cuda::{CudaEngine, driver::CudaDevice, emulation::Emulation};
@@ -106,7 +106,7 @@ impl ThreadArgs {
             #[cfg(feature = "cuda")]
             Kind::Cuda => {
                 // A rank would get tensors of another GPU's memory, and nothing here copies them over.
-                ensure!(
+                anyhow::ensure!(
                     count == 1,
                     "{devices}: a process has one GPU; start one for each, with CUDA_VISIBLE_DEVICES=0, 1, …"
                 );
@@ -148,6 +148,7 @@ pub struct Compute {
     /// Of each device, if its threads are pinned.
     cores: Option<Arc<Vec<Vec<usize>>>>,
     /// Bytes that a GPU may fill.
+    #[cfg_attr(not(feature = "cuda"), expect(dead_code))]
     memory: Option<f64>,
     hardware: Hardware,
 }
@@ -203,6 +204,7 @@ impl Compute {
         }
     }
 
+    #[cfg(feature = "cuda")]
     pub fn precision(&self) -> Precision {
         self.precision
     }

@@ -1,6 +1,5 @@
 //! How a clip fits into a GPU's memory, decided before anything is loaded.
 
-use anyhow::Context;
 use farm_core::job::spec::RenderSpec;
 use farm_core::model::pipeline::Residency;
 use farm_core::model::weights::checkpoint::Checkpoint;
@@ -18,9 +17,6 @@ pub struct Fit {
     pub table: String,
 }
 
-/// Tokens of a prompt, to plan with before it is read.
-const TYPICAL_TEXT: usize = 256;
-
 /// None where nothing limits it, so on a processor, which has the machine's memory. Errors with what would fit.
 #[cfg(feature = "cuda")]
 pub fn fit(
@@ -29,10 +25,14 @@ pub fn fit(
     spec: &RenderSpec,
     topology: Topology,
 ) -> anyhow::Result<Option<Fit>> {
+    use anyhow::Context;
     use farm_core::engine::cuda::plan::{Clip, Networks, Target, plan};
     use farm_core::parallel::cost::devices::Devices as Rates;
 
     use crate::devices::Placing;
+
+    /// Tokens of a prompt, to plan with before it is read.
+    const TYPICAL_TEXT: usize = 256;
 
     let Some(memory) = compute.gpu_memory()? else { return Ok(None) };
     let networks = Networks {
