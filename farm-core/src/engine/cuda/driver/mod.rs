@@ -143,12 +143,6 @@ impl CudaDevice {
         Self::of(driver, index)
     }
 
-    /// All GPUs of this machine.
-    pub fn all() -> Result<Vec<Self>> {
-        let devices = count().map_err(|message| EngineError::Backend { op: "open", message })?;
-        (0..devices).map(Self::open).collect()
-    }
-
     fn of(driver: &'static Driver, index: usize) -> Result<Self> {
         let fail = |message| Err(EngineError::Backend { op: "open", message });
         if index >= driver.devices {

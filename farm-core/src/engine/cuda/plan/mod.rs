@@ -1,8 +1,5 @@
 //! What a clip takes of a device's memory, stage by stage, before anything is loaded: which weights stay, which wait in the
 //! host's memory, how the decode is cut. Arithmetic only.
-//!
-//! If an allocation fails although the plan had room (another program took it), the clip is planned again with [`retry`],
-//! which counts with less than what has failed.
 
 mod misfit;
 mod sizes;
@@ -23,9 +20,6 @@ use crate::parallel::shard::Shares;
 use crate::parallel::topology::Topology;
 use crate::precision::Precision;
 use crate::tiles::plan::{PIXELS, Tiling};
-
-/// Of what is planned again after it has failed, the part that is counted with.
-const AFTER_FAILURE: f64 = 0.9;
 
 /// A checkpoint's networks.
 #[derive(Clone, Copy, Debug)]
@@ -148,19 +142,6 @@ pub fn plan(
 ) -> Result<Plan, Misfit> {
     let fit =
         Fit { networks, clip, precision, topology, target, usable: (USABLE_MEMORY * target.device.memory) as u64 };
-    fit.plan().map_err(|short| Misfit { remedies: misfit::remedies(&fit), ..short })
-}
-
-/// A plan for a clip whose allocation has failed: with a tenth less than what `failed` took, whatever the device says.
-pub fn retry(
-    networks: &Networks<'_>,
-    clip: &Clip,
-    topology: Topology,
-    target: &Target,
-    failed: &Plan,
-) -> Result<Plan, Misfit> {
-    let usable = (AFTER_FAILURE * failed.peak() as f64) as u64;
-    let fit = Fit { networks, clip, precision: failed.precision, topology, target, usable };
     fit.plan().map_err(|short| Misfit { remedies: misfit::remedies(&fit), ..short })
 }
 
