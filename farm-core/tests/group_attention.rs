@@ -239,6 +239,37 @@ fn every_topology_equals_one_rank_in_f32_and_without_a_ring_to_the_bit() {
     });
 }
 
+/// What the engine computes in is bf16 for one, f32 for the other; what they are given is the same.
+#[cfg(feature = "cuda")]
+#[test]
+fn a_ring_in_bf16_rounds_once_at_its_end() {
+    use std::sync::Arc;
+
+    use farm_core::engine::cuda::{CudaEngine, emulation::Emulation};
+    use farm_core::precision::Precision;
+
+    let of = |precision, topology| {
+        let engine = CudaEngine::new(Arc::new(Emulation::default()), precision);
+        let upload = |values: Vec<f64>, shape: &[usize]| {
+            let bytes: Vec<u8> = match precision {
+                Precision::Bf16 => {
+                    values.iter().flat_map(|x| half::bf16::from_f64(*x).to_bits().to_le_bytes()).collect()
+                }
+                Precision::F32 => values.iter().flat_map(|x| half::bf16::from_f64(*x).to_f32().to_le_bytes()).collect(),
+            };
+            engine.tensor_of_bytes(&bytes, shape).unwrap()
+        };
+        Inputs::new(13, 5, 6, upload).over(&engine, topology, true).map(|x| engine.download(&x).unwrap())
+    };
+    for topology in [(2, 1), (4, 1), (3, 2)].map(|(ring, ulysses)| Topology::new(1, ring, ulysses).unwrap()) {
+        let exact = of(Precision::F32, topology).map(|out| {
+            let rounded = |x: f32| half::bf16::from_f32(x).to_f32();
+            out.into_iter().map(rounded).collect::<Vec<_>>()
+        });
+        assert!(of(Precision::Bf16, topology) == exact, "{topology}");
+    }
+}
+
 #[test]
 fn ranks_send_what_the_formula_says() {
     every_case(|tokens, heads, text| {

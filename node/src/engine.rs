@@ -230,11 +230,22 @@ impl SequenceOps for DeviceEngine {
         })
     }
 
+    fn attention_part(&self, q: &Tensor, keys: &[&Tensor], values: &[&Tensor]) -> Result<AttentionOut<Tensor>> {
+        each!(self, e => {
+            let got = e.attention_part(tensor(q)?, &tensors(keys)?, &tensors(values)?)?;
+            Ok(AttentionOut { out: wrap(got.out), lse: wrap(got.lse) })
+        })
+    }
+
     fn merge_attention(&self, a: &AttentionOut<Tensor>, b: &AttentionOut<Tensor>) -> Result<AttentionOut<Tensor>> {
         each!(self, e => {
             let got = e.merge_attention(&attended(a)?, &attended(b)?)?;
             Ok(AttentionOut { out: wrap(got.out), lse: wrap(got.lse) })
         })
+    }
+
+    fn whole_attention(&self, part: AttentionOut<Tensor>) -> Result<Tensor> {
+        each!(self, e => e.whole_attention(attended(&part)?).map(wrap))
     }
 }
 

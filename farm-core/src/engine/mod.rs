@@ -142,13 +142,27 @@ pub trait SequenceOps: Send + Sync + 'static {
         keys: &[&Self::Tensor],
         values: &[&Self::Tensor],
     ) -> Result<AttentionOut<Self::Tensor>>;
-    /// Attention over the keys of both, from attention over each: with the larger of both log-sum-exps m and
-    /// w = e^(lse − m), `out = (wₐ·a + w_b·b) / (wₐ + w_b)` and `lse = m + ln(wₐ + w_b)`, all in f32 or better.
+    /// As [`SequenceOps::attention`] over some of the keys: its output is f32 also on an engine that computes in another type,
+    /// so that parts are not rounded before they are merged.
+    fn attention_part(
+        &self,
+        q: &Self::Tensor,
+        keys: &[&Self::Tensor],
+        values: &[&Self::Tensor],
+    ) -> Result<AttentionOut<Self::Tensor>> {
+        self.attention(q, keys, values)
+    }
+    /// Attention over the keys of both parts, a part itself: with the larger of both log-sum-exps m and w = e^(lse − m),
+    /// `out = (wₐ·a + w_b·b) / (wₐ + w_b)` and `lse = m + ln(wₐ + w_b)`, all in f32 or better.
     fn merge_attention(
         &self,
         a: &AttentionOut<Self::Tensor>,
         b: &AttentionOut<Self::Tensor>,
     ) -> Result<AttentionOut<Self::Tensor>>;
+    /// The output of a part that has all keys, rounded once to what the engine computes in.
+    fn whole_attention(&self, part: AttentionOut<Self::Tensor>) -> Result<Self::Tensor> {
+        Ok(part.out)
+    }
 }
 
 /// The operations of one device. See the module docs for conventions.

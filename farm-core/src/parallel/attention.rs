@@ -9,7 +9,8 @@
 //!
 //! Without a ring the keys come in the order of a single rank, so every head is computed with the same operations on
 //! the same values: the result has the same bits for any Ulysses degree. A ring merges partial results in f32, in an
-//! order that starts with the rank's own segment; rounding differs, by some ulp.
+//! order that starts with the rank's own segment, and rounds once at the end if the engine computes in another type: what
+//! differs is some ulp of f32.
 
 use crate::comm::{CommError, Exchange};
 use crate::engine::{AttentionOut, EngineError, Qkv, SequenceOps};
@@ -57,7 +58,6 @@ pub fn joint_attention<O: SequenceOps>(
         }
     };
     let (visual, text) = layout.attend(ops, group, segment)?;
-    let (visual, text) = (visual.out, text.map(|text| text.out));
     if group.ulysses.size() > 1 {
         layout.to_rows(ops, group, &visual, text.as_ref())
     } else {
@@ -73,13 +73,21 @@ struct Segment<T> {
     kv: KeysValues<T>,
 }
 
-/// Output of visual rows, and of text rows if there are any that ask.
-type Attended<T> = (AttentionOut<T>, Option<AttentionOut<T>>);
+/// Of visual rows, and of text rows if there are any that ask.
+type Attended<A> = (A, Option<A>);
 
 struct KeysValues<T> {
     visual: [T; 2],
     /// None if the place has no text rows.
     text: Option<[T; 2]>,
+}
+
+impl<T> KeysValues<T> {
+    /// Keys of the streams, and their values.
+    fn segments(&self) -> (Vec<&T>, Vec<&T>) {
+        let streams = [Some(&self.visual), self.text.as_ref()];
+        streams.into_iter().flatten().map(|[keys, values]| (keys, values)).unzip()
+    }
 }
 
 /// Who holds what in one attention, seen from one rank.
@@ -201,17 +209,18 @@ impl Layout {
         segment: Segment<O::Tensor>,
     ) -> Result<Attended<O::Tensor>, ParallelError> {
         let Segment { q, text_q, mut kv } = segment;
-        let mut sums: Option<Attended<O::Tensor>> = None;
+        if self.ring() == 1 {
+            let (keys, values) = kv.segments();
+            let attend = |q| ops.attention(q, &keys, &values).map(|attended| attended.out);
+            return Ok((attend(&q)?, text_q.as_ref().map(attend).transpose()?));
+        }
+        let mut sums: Option<Attended<AttentionOut<O::Tensor>>> = None;
         for step in 0..self.ring() {
             // The keys of the next step are on their way while this step computes.
             let next = if step + 1 < self.ring() { Some(self.start_pass(ops, group, &kv, step)?) } else { None };
-            let (mut keys, mut values) = (vec![&kv.visual[0]], vec![&kv.visual[1]]);
-            if let Some([k, v]) = &kv.text {
-                keys.push(k);
-                values.push(v);
-            }
-            let visual = ops.attention(&q, &keys, &values)?;
-            let text = text_q.as_ref().map(|q| ops.attention(q, &keys, &values)).transpose()?;
+            let (keys, values) = kv.segments();
+            let attend = |q| ops.attention_part(q, &keys, &values);
+            let (visual, text) = (attend(&q)?, text_q.as_ref().map(attend).transpose()?);
             sums = Some(match sums {
                 None => (visual, text),
                 Some((visual_sum, text_sum)) => (
@@ -227,7 +236,8 @@ impl Layout {
             }
         }
         // A ring has at least one place.
-        sums.ok_or_else(|| CommError::Transport("a ring without places".into()).into())
+        let (visual, text) = sums.ok_or_else(|| CommError::Transport("a ring without places".into()))?;
+        Ok((ops.whole_attention(visual)?, text.map(|text| ops.whole_attention(text)).transpose()?))
     }
 
     /// The ring place whose keys this rank has at `step`.

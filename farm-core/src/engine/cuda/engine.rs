@@ -51,7 +51,16 @@ impl<D: Device> SequenceOps for CudaEngine<D> {
     }
 
     fn attention(&self, q: &Tensor<D>, keys: &[&Tensor<D>], values: &[&Tensor<D>]) -> Result<AttentionOut<Tensor<D>>> {
-        attention::attention(&self.gpu, q, keys, values)
+        attention::attention(&self.gpu, q, keys, values, false)
+    }
+
+    fn attention_part(
+        &self,
+        q: &Tensor<D>,
+        keys: &[&Tensor<D>],
+        values: &[&Tensor<D>],
+    ) -> Result<AttentionOut<Tensor<D>>> {
+        attention::attention(&self.gpu, q, keys, values, true)
     }
 
     fn merge_attention(
@@ -60,6 +69,10 @@ impl<D: Device> SequenceOps for CudaEngine<D> {
         b: &AttentionOut<Tensor<D>>,
     ) -> Result<AttentionOut<Tensor<D>>> {
         rows::merge_attention(&self.gpu, a, b)
+    }
+
+    fn whole_attention(&self, part: AttentionOut<Tensor<D>>) -> Result<Tensor<D>> {
+        self.gpu.cast(&part.out, self.gpu.dtype())
     }
 }
 

@@ -1,7 +1,7 @@
 //! The kernels: CUDA C++ sources that are part of the program, compiled where they are used (by NVRTC for a GPU, by a C++
 //! compiler for the emulation).
 //!
-//! A kernel that works on tensors of either type exists twice, as `NAME_f32` and `NAME_bf16`.
+//! A kernel that works on tensors of either type, or gives either, exists twice, as `NAME_f32` and `NAME_bf16`.
 
 use std::fmt;
 
@@ -112,8 +112,8 @@ macro_rules! kernels {
 
 kernels! {
     Pointwise: [add gelu_gated swiglu silu copy_runs unpatchify] [to_f32_of_bf16 to_bf16_of_f32 euler_step patchify];
-    Rows: [rms_norm gated_residual layer_norm tanh split_qkv merge_attention] [rope_table];
-    Attention: [attention] [attention_mma_32 attention_mma_64 attention_mma_128];
+    Rows: [rms_norm gated_residual layer_norm tanh split_qkv] [rope_table merge_attention];
+    Attention: [attention attention_mma_32 attention_mma_64 attention_mma_128] [];
     Product: [product product_scalar convolution convolution_scalar] [];
     Volume: [denormalize_latent group_sums group_norm_silu depth_to_space_time to_rgb8 to_rgb16]
         [group_moments group_totals group_scales];

@@ -195,6 +195,12 @@ FOR_BOTH(attention,
 // one is worked on. A barrier before each makes it visible and says that the one before has no more readers.
 constexpr int MMA_QUERIES = 128, MMA_THREADS = 128, RING = 3;
 
+__device__ inline void store_pair(bf16* to, float low, float high) { *(u32*)to = pack_bf16(low, high); }
+struct __align__(8) Two {
+    float of[2];
+};
+__device__ inline void store_pair(float* to, float low, float high) { *(Two*)to = {low, high}; }
+
 // Starts the copying of ROWS rows of D values, of which there are `rows`; the rest of the tile is 0.
 template <int D, int ROWS>
 __device__ inline void load_tile(unsigned char* tile, const bf16* from, i64 pitch, int rows) {
@@ -208,9 +214,9 @@ __device__ inline void load_tile(unsigned char* tile, const bf16* from, i64 pitc
 
 // As attention_kernel without a bias, D values a head, and all rows 16 bytes aligned. Products of bf16 values are
 // summed in f32 by the tensor cores. Scores, their highest and the weights' sum are f32; the weights are rounded to
-// bf16 for their product with the values, not for their sum. One rounding of the output.
-template <int D>
-__device__ inline void attention_mma_kernel(const bf16* q, Segments<bf16> segments, bf16* out, float* lse, int queries,
+// bf16 for their product with the values, not for their sum. One rounding of the output if it is bf16, none if it is f32.
+template <int D, class OUT>
+__device__ inline void attention_mma_kernel(const bf16* q, Segments<bf16> segments, OUT* out, float* lse, int queries,
                                             int heads, float scale) {
     constexpr int ROW = 2 * D, TILE = KEYS * ROW, CHUNKS = D / 8;
     DYNAMIC_SHARED(shared);
@@ -353,21 +359,25 @@ __device__ inline void attention_mma_kernel(const bf16* q, Segments<bf16> segmen
             float inverse = all == 0.0f ? 0.0f : 1.0f / all;
             int query = first + 32 * warp + 16 * m + 8 * h + lane / 4;
             if (query >= queries) continue;
-            u32* to = (u32*)(out + query * pitch + offset) + lane % 4;
+            OUT* to = out + query * pitch + offset + lane % 4 * 2;
             for (int n = 0; n < D / 8; n++) {
-                to[4 * n] = pack_bf16(sums[m][n][2 * h] * inverse, sums[m][n][2 * h + 1] * inverse);
+                store_pair(to + 8 * n, sums[m][n][2 * h] * inverse, sums[m][n][2 * h + 1] * inverse);
             }
             if (lane % 4 == 0) lse[(i64)query * heads + head] = fmaf(highest[m][h], scale, log2f(all)) * LN_2;
         }
     }
 }
 
-#define ATTENTION_MMA(D)                                                                                          \
-    extern "C" __global__ void __launch_bounds__(MMA_THREADS, 2)                                                  \
-        attention_mma_##D(const bf16* q, SEGMENT_PARAMETERS(bf16), bf16* out, float* lse, int queries, int heads, \
-                          float scale) {                                                                          \
-        attention_mma_kernel<D>(q, SEGMENT_ARGUMENTS, out, lse, queries, heads, scale * LOG2_E);                   \
+// By the type of the output.
+#define ATTENTION_MMA(D, NAME, OUT)                                                                             \
+    extern "C" __global__ void __launch_bounds__(MMA_THREADS, 2)                                                \
+        attention_mma_##D##_##NAME(const bf16* q, SEGMENT_PARAMETERS(bf16), OUT* out, float* lse, int queries,  \
+                                   int heads, float scale) {                                                    \
+        attention_mma_kernel<D>(q, SEGMENT_ARGUMENTS, out, lse, queries, heads, scale * LOG2_E);                \
     }
-ATTENTION_MMA(32)
-ATTENTION_MMA(64)
-ATTENTION_MMA(128)
+ATTENTION_MMA(32, bf16, bf16)
+ATTENTION_MMA(32, f32, float)
+ATTENTION_MMA(64, bf16, bf16)
+ATTENTION_MMA(64, f32, float)
+ATTENTION_MMA(128, bf16, bf16)
+ATTENTION_MMA(128, f32, float)

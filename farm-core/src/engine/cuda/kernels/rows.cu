@@ -246,25 +246,24 @@ FOR_BOTH(split_qkv,
           T* v, i64 count, int heads, int head_dim, int lanes, float eps),
          (packed, q_norm, k_norm, cos, sin, q, k, v, count, heads, head_dim, lanes, eps))
 
-template <bool WHOLE, class T>
-__device__ void merge(const T* a, const T* b, float a_share, float b_share, T* out, int count) {
-    float x[PER_VECTOR<T>], y[PER_VECTOR<T>];
+template <bool WHOLE>
+__device__ void merge(const float* a, const float* b, float a_share, float b_share, float* out, int count) {
+    float x[PER_VECTOR<float>], y[PER_VECTOR<float>];
     unpack(load_vector<WHOLE>(a, count), x);
     unpack(load_vector<WHOLE>(b, count), y);
 #pragma unroll
-    for (int i = 0; i < PER_VECTOR<T>; i++) x[i] = fmaf(a_share, x[i], b_share * y[i]);
+    for (int i = 0; i < PER_VECTOR<float>; i++) x[i] = fmaf(a_share, x[i], b_share * y[i]);
     store_vector<WHOLE>(out, count, pack(x));
 }
 
 // out = (wₐ·a + w_b·b) / (wₐ + w_b) with w = e^(lse − m), and lse = m + ln(wₐ + w_b): a, b, out [heads, head_dim] and
 // the log-sum-exps [heads], with `heads` those of all rows. A thread takes a vector of a head; `steps` has a head.
-template <class T>
-__device__ void merge_attention_kernel(const T* a, const float* a_lse, const T* b, const float* b_lse, T* out,
-                                       float* lse, i64 heads, int head_dim, int steps) {
-    bool whole = aligned(a) && aligned(b) && aligned(out) && head_dim % PER_VECTOR<T> == 0;
+extern "C" __global__ void merge_attention(const float* a, const float* a_lse, const float* b, const float* b_lse,
+                                           float* out, float* lse, i64 heads, int head_dim, int steps) {
+    bool whole = aligned(a) && aligned(b) && aligned(out) && head_dim % PER_VECTOR<float> == 0;
     for (i64 i = first_value(); i < heads * steps; i += next_value()) {
         i64 head = quotient(i, steps);
-        int step = (int)(i - head * steps), at = step * PER_VECTOR<T>;
+        int step = (int)(i - head * steps), at = step * PER_VECTOR<float>;
         float x = a_lse[head], y = b_lse[head], most = max(x, y);
         // The larger weighs 1. Without a key in either both outputs are 0, and any weights do.
         float less = most > __uint_as_float(0xff800000u) ? expf(min(x, y) - most) : 1.0f;
@@ -276,7 +275,3 @@ __device__ void merge_attention_kernel(const T* a, const float* a_lse, const T* 
         else merge<false>(a + start, b + start, a_share, b_share, out + start, head_dim - at);
     }
 }
-FOR_BOTH(merge_attention,
-         (const T* a, const float* a_lse, const T* b, const float* b_lse, T* out, float* lse, i64 heads, int head_dim,
-          int steps),
-         (a, a_lse, b, b_lse, out, lse, heads, head_dim, steps))

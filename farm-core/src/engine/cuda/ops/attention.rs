@@ -19,13 +19,16 @@ const MMA: [usize; 2] = [128, 128];
 const MMA_KEYS: usize = 64;
 const MMA_RING: usize = 3;
 
-/// `out` is of q's type. bf16 with 32, 64 or 128 channels a head goes to the tensor cores, which round the softmax's weights
-/// to bf16 before they meet the values; all else is computed in f32. If types differ, everything is read as f32.
+/// bf16 with 32, 64 or 128 channels a head goes to the tensor cores, which round the softmax's weights to bf16 before they
+/// meet the values; all else is computed in f32. If types differ, everything is read as f32.
+///
+/// `out` is rounded once to q's type, or, if it is a `part` that is to be merged, left in f32.
 pub fn attention<D: Device>(
     gpu: &Gpu<D>,
     q: &Tensor<D>,
     keys: &[&Tensor<D>],
     values: &[&Tensor<D>],
+    part: bool,
 ) -> Result<AttentionOut<Tensor<D>>> {
     const OP: &str = "attention";
     let [queries, heads, d] = dims(OP, "q [rows, heads, head_dim]", q)?;
@@ -41,6 +44,11 @@ pub fn attention<D: Device>(
             dtype = Dtype::F32;
         }
     }
+    // Only the tensor cores' kernels give another type than they take.
+    if part && on_tensor_cores(Dtype::F32, dtype, d).is_none() {
+        dtype = Dtype::F32;
+    }
+    let to = if part { Dtype::F32 } else { dtype };
     let of_type = |parts: &[&Tensor<D>]| {
         let parts = parts.iter().filter(|x| x.dims()[0] > 0).map(|x| gpu.cast(x, dtype));
         few(gpu, OP, parts.collect::<Result<Vec<_>>>()?)
@@ -53,9 +61,21 @@ pub fn attention<D: Device>(
         bias: None,
         sizes: [queries, heads, d],
         scale: (1.0 / (d as f64).sqrt()) as f32,
+        to,
     };
     let AttentionOut { out, lse } = softmax.run(gpu)?;
-    Ok(AttentionOut { out: gpu.cast(&out, q.dtype())?, lse })
+    Ok(AttentionOut { out: if part { out } else { gpu.cast(&out, q.dtype())? }, lse })
+}
+
+/// The kernel for `from` with `d` channels a head that gives `to`, if the tensor cores have one.
+fn on_tensor_cores(to: Dtype, from: Dtype, d: usize) -> Option<Kernel> {
+    let kernel = match (from, d) {
+        (Dtype::Bf16, 32) => kernels::attention_mma_32,
+        (Dtype::Bf16, 64) => kernels::attention_mma_64,
+        (Dtype::Bf16, 128) => kernels::attention_mma_128,
+        _ => return None,
+    };
+    Some(kernel.of(to))
 }
 
 /// Everything is read as f32 and computed in it, as `out` is.
@@ -83,6 +103,7 @@ pub fn t5_attention<D: Device>(
         bias: Some(&gpu.cast(bias, Dtype::F32)?),
         sizes: [rows, heads, width / heads],
         scale: 1.0,
+        to: Dtype::F32,
     };
     Ok(softmax.run(gpu)?.out)
 }
@@ -99,28 +120,24 @@ struct Softmax<'a, D: Device> {
     /// Queries, heads and channels of a head.
     sizes: [usize; 3],
     scale: f32,
+    /// The output's type: that of everything else, or what a kernel of the tensor cores gives.
+    to: Dtype,
 }
 
 impl<D: Device> Softmax<'_, D> {
     fn run(self, gpu: &Gpu<D>) -> Result<AttentionOut<Tensor<D>>> {
         let [queries, heads, d] = self.sizes;
         let dtype = self.q.dtype();
-        let out = gpu.empty(self.op, &[queries, heads * d], dtype)?;
+        let out = gpu.empty(self.op, &[queries, heads * d], self.to)?;
         if out.is_empty() {
             // There may be log-sum-exps all the same.
             let lse = gpu.upload(self.op, &vec![f32::NEG_INFINITY; queries * heads], &[queries, heads])?;
             return Ok(AttentionOut { out, lse });
         }
         let lse = gpu.empty(self.op, &[queries, heads], Dtype::F32)?;
-        let mma = match (dtype, d) {
-            (Dtype::Bf16, 32) => Some(kernels::attention_mma_32),
-            (Dtype::Bf16, 64) => Some(kernels::attention_mma_64),
-            (Dtype::Bf16, 128) => Some(kernels::attention_mma_128),
-            _ => None,
-        };
         let results = [out.pointer(), lse.pointer(), int(self.op, queries)?, int(self.op, heads)?];
-        match mma {
-            Some(kernel) => self.on_tensor_cores(gpu, kernel, results)?,
+        match on_tensor_cores(self.to, dtype, d) {
+            Some(kernel) => self.run_on_tensor_cores(gpu, kernel, results)?,
             None => {
                 let [block, channels, threads] = PLAIN;
                 let grid = [queries.div_ceil(block) as u32, heads as u32, d.div_ceil(channels) as u32];
@@ -135,7 +152,7 @@ impl<D: Device> Softmax<'_, D> {
         Ok(AttentionOut { out, lse })
     }
 
-    fn on_tensor_cores(&self, gpu: &Gpu<D>, kernel: Kernel, results: [Arg; 4]) -> Result<()> {
+    fn run_on_tensor_cores(&self, gpu: &Gpu<D>, kernel: Kernel, results: [Arg; 4]) -> Result<()> {
         let [queries, heads, d] = self.sizes;
         let [block, threads] = MMA;
         let all = |parts: &[Tensor<D>]| parts.iter().map(|x| aligned(gpu, self.op, x)).collect::<Result<Vec<_>>>();

@@ -209,7 +209,7 @@ pub fn split_qkv<D: Device>(
     Ok(qkv)
 }
 
-/// The output has the type of both, or f32 if they differ; the log-sum-exp is f32.
+/// All of it in f32, which `a` and `b` are read as.
 pub fn merge_attention<D: Device>(
     gpu: &Gpu<D>,
     a: &AttentionOut<Tensor<D>>,
@@ -224,13 +224,12 @@ pub fn merge_attention<D: Device>(
     expect(OP, "out", &a.out, &[rows, width])?;
     expect(OP, "out", &b.out, &[rows, width])?;
     expect(OP, "lse", &b.lse, &[rows, heads])?;
-    let [a_out, b_out] = alike(gpu, &a.out, &b.out)?;
-    let (a_lse, b_lse) = (gpu.cast(&a.lse, Dtype::F32)?, gpu.cast(&b.lse, Dtype::F32)?);
-    let dtype = a_out.dtype();
-    let (out, lse) = (gpu.empty(OP, &[rows, width], dtype)?, gpu.empty(OP, &[rows, heads], Dtype::F32)?);
+    let f32 = |x| gpu.cast(x, Dtype::F32);
+    let (a_out, b_out, a_lse, b_lse) = (f32(&a.out)?, f32(&b.out)?, f32(&a.lse)?, f32(&b.lse)?);
+    let (out, lse) = (gpu.empty(OP, &[rows, width], Dtype::F32)?, gpu.empty(OP, &[rows, heads], Dtype::F32)?);
     // A head without values still has a log-sum-exp.
     let d = width / heads;
-    let steps = d.div_ceil(per_vector(dtype)).max(1);
+    let steps = d.div_ceil(per_vector(Dtype::F32)).max(1);
     let args = [
         a_out.pointer(),
         a_lse.pointer(),
@@ -242,7 +241,7 @@ pub fn merge_attention<D: Device>(
         int(OP, d)?,
         int(OP, steps)?,
     ];
-    gpu.over_values(kernels::merge_attention.of(dtype), rows * heads * steps, &args)?;
+    gpu.over_values(kernels::merge_attention, rows * heads * steps, &args)?;
     Ok(AttentionOut { out, lse })
 }
 

@@ -60,15 +60,20 @@ impl Problem {
     }
 
     /// With queries, keys and values of these types, all of them parts of tensors.
-    fn on_gpu(&self, gpu: &Gpu<Emulation>, [q, k, v]: [Dtype; 3], skip: usize) -> Pair {
+    fn on_gpu(&self, gpu: &Gpu<Emulation>, dtypes: [Dtype; 3], skip: usize) -> Pair {
+        self.attended(gpu, dtypes, skip, false)
+    }
+
+    fn attended(&self, gpu: &Gpu<Emulation>, [q, k, v]: [Dtype; 3], skip: usize, part: bool) -> Pair {
         let Self { queries, heads, d, .. } = *self;
         let q = at(gpu, &self.q, &[queries, heads, d], q, skip);
         let tensors = |of: fn(&Segment) -> &Vec<f32>, dtype| -> Vec<_> {
             self.segments.iter().map(|s| at(gpu, of(s), &[s.0, heads, d], dtype, skip)).collect()
         };
         let (k, v) = (tensors(|s| &s.1, k), tensors(|s| &s.2, v));
-        let got = attention(gpu, &q, &k.iter().collect::<Vec<_>>(), &v.iter().collect::<Vec<_>>()).unwrap();
-        assert_eq!((got.out.dtype(), got.lse.dtype()), (q.dtype(), Dtype::F32));
+        let got = attention(gpu, &q, &k.iter().collect::<Vec<_>>(), &v.iter().collect::<Vec<_>>(), part).unwrap();
+        let out = if part { Dtype::F32 } else { q.dtype() };
+        assert_eq!((got.out.dtype(), got.lse.dtype()), (out, Dtype::F32));
         assert_eq!((got.out.dims(), got.lse.dims()), (&[queries, heads * d][..], &[queries, heads][..]));
         [gpu.download(&got.out).unwrap(), gpu.download(&got.lse).unwrap()]
     }
@@ -124,6 +129,19 @@ fn attention_in_bf16_is_the_processors_but_for_two_roundings() {
             assert_close(&format!("{sizes:?} over {keys:?}"), &out, &expected_out, TWO_ROUNDINGS);
             assert_close(&format!("{sizes:?} over {keys:?}, lse"), &lse, &expected_lse, 1e-5);
         }
+    }
+}
+
+#[test]
+fn a_part_is_the_whole_before_it_is_rounded() {
+    let gpu = gpu();
+    for (d, dtypes) in [(32, BF16), (64, BF16), (128, BF16), (40, BF16), (40, F32)] {
+        let problem = Problem::new([161, 2, d], &[65, 9]);
+        let [part, part_lse] = problem.attended(&gpu, dtypes, 8, true);
+        let [whole, lse] = problem.on_gpu(&gpu, dtypes, 8);
+        let rounded: Vec<f32> = part.iter().map(|x| testing::rounded(*x, dtypes[0])).collect();
+        assert!(rounded == whole && part_lse == lse, "{d} in {dtypes:?}");
+        assert!(dtypes == F32 || part != whole, "{d}: a part is rounded");
     }
 }
 
@@ -268,7 +286,7 @@ fn shapes_that_do_not_fit_are_refused() {
     let gpu = gpu();
     let t = |shape: &[usize]| gpu.empty("test", shape, Dtype::F32).unwrap();
     let (q, flat) = (t(&[4, 2, 8]), t(&[4, 16]));
-    let of = |q: &Tensor<_>, k: &[&Tensor<_>], v: &[&Tensor<_>]| attention(&gpu, q, k, v).map(|got| got.out);
+    let of = |q: &Tensor<_>, k: &[&Tensor<_>], v: &[&Tensor<_>]| attention(&gpu, q, k, v, false).map(|got| got.out);
     let attention = [
         of(&flat, &[&q], &[&q]),
         of(&q, &[&q], &[]),
