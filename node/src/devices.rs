@@ -10,7 +10,9 @@ use std::sync::Arc;
 use anyhow::Context;
 use farm_core::engine::cpu::CpuEngine;
 #[cfg(feature = "cuda")]
-use farm_core::engine::cuda::{CudaEngine, driver::CudaDevice, emulation::Emulation};
+use farm_core::engine::cuda::driver::{Between, CudaDevice};
+#[cfg(feature = "cuda")]
+use farm_core::engine::cuda::{CudaEngine, emulation::Emulation};
 use farm_core::parallel::cost::Site;
 use farm_core::parallel::cost::devices::Devices as Rates;
 use farm_core::precision::Precision;
@@ -28,15 +30,18 @@ pub enum Kind {
     Cpu,
     /// An NVIDIA GPU.
     Cuda,
+    /// A place on the first NVIDIA GPU, beside the others: to check what groups compute where there is one GPU.
+    Shared,
     /// A GPU that is not there: its kernels run on the processor, to be checked.
     Emulated,
 }
 
 impl Kind {
-    const ALL: [(Self, &str); 3] = [(Self::Cpu, "cpu"), (Self::Cuda, "cuda"), (Self::Emulated, "emulated")];
+    const ALL: [(Self, &str); 4] =
+        [(Self::Cpu, "cpu"), (Self::Cuda, "cuda"), (Self::Shared, "shared"), (Self::Emulated, "emulated")];
 }
 
-/// `cpu:K`, `cuda:K` or `emulated:K`
+/// `cpu:K`, `cuda:K`, `shared:K` or `emulated:K`
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Devices {
     pub kind: Kind,
@@ -104,14 +109,10 @@ impl ThreadArgs {
         let hardware = match devices.kind {
             Kind::Cpu => Hardware::Cpu,
             #[cfg(feature = "cuda")]
-            Kind::Cuda => {
-                // A rank would get tensors of another GPU's memory, and nothing here copies them over.
-                anyhow::ensure!(
-                    count == 1,
-                    "{devices}: a process has one GPU; start one for each, with CUDA_VISIBLE_DEVICES=0, 1, …"
-                );
-                let device = CudaDevice::open(0).with_context(|| format!("cannot use {devices}; see farm-node doctor"));
-                Hardware::Cuda(Arc::new(device?))
+            Kind::Cuda | Kind::Shared => {
+                let gpus = if devices.kind == Kind::Shared { 1 } else { count };
+                let gpus = CudaDevice::open_several(gpus);
+                Hardware::Cuda(gpus.with_context(|| format!("cannot use {devices}; see farm-node doctor"))?)
             }
             #[cfg(feature = "cuda")]
             Kind::Emulated => {
@@ -119,7 +120,7 @@ impl ThreadArgs {
                 Hardware::Emulated((0..count).map(|_| Arc::new(Emulation::with_memory(limit))).collect())
             }
             #[cfg(not(feature = "cuda"))]
-            Kind::Cuda | Kind::Emulated => {
+            Kind::Cuda | Kind::Shared | Kind::Emulated => {
                 anyhow::bail!("this program was built without cuda, so there is no {devices}")
             }
         };
@@ -157,7 +158,8 @@ pub struct Compute {
 enum Hardware {
     Cpu,
     #[cfg(feature = "cuda")]
-    Cuda(Arc<CudaDevice>),
+    /// Devices beyond the last are places on it.
+    Cuda(Vec<Arc<CudaDevice>>),
     #[cfg(feature = "cuda")]
     Emulated(Vec<Arc<Emulation>>),
 }
@@ -187,24 +189,31 @@ impl Compute {
                 DeviceEngine::Cpu(engine)
             }
             #[cfg(feature = "cuda")]
-            Hardware::Cuda(gpu) => DeviceEngine::Cuda(CudaEngine::new(gpu.clone(), self.precision)),
+            Hardware::Cuda(gpus) => {
+                let gpu = gpus[self.memory_of(device)].clone();
+                DeviceEngine::Cuda(CudaEngine::new(gpu, self.precision))
+            }
             #[cfg(feature = "cuda")]
             Hardware::Emulated(all) => DeviceEngine::Emulated(CudaEngine::new(all[device].clone(), self.precision)),
         })
     }
 
-    /// Devices that have their weights in a memory of their own, in order; shares of the processor have one copy together.
+    /// Memories that weights lie in, each that of the device of its number; shares of the processor have one together.
     pub fn memories(&self) -> usize {
         match &self.hardware {
             Hardware::Cpu => 1,
             #[cfg(feature = "cuda")]
-            Hardware::Cuda(_) => 1,
+            Hardware::Cuda(gpus) => gpus.len(),
             #[cfg(feature = "cuda")]
             Hardware::Emulated(all) => all.len(),
         }
     }
 
-    #[cfg(feature = "cuda")]
+    /// The memory of device `device`.
+    pub fn memory_of(&self, device: usize) -> usize {
+        device.min(self.memories() - 1)
+    }
+
     pub fn precision(&self) -> Precision {
         self.precision
     }
@@ -214,7 +223,14 @@ impl Compute {
     pub fn gpu_memory(&self) -> anyhow::Result<Option<f64>> {
         Ok(match &self.hardware {
             Hardware::Cpu => None,
-            Hardware::Cuda(gpu) => Some((gpu.memory()?.free as f64).min(self.memory.unwrap_or(f64::MAX))),
+            // All of them have the same plan.
+            Hardware::Cuda(gpus) => {
+                let mut least = self.memory.unwrap_or(f64::MAX);
+                for gpu in gpus {
+                    least = least.min(gpu.memory()?.free as f64);
+                }
+                Some(least)
+            }
             Hardware::Emulated(_) => self.memory,
         })
     }
@@ -252,11 +268,24 @@ impl Compute {
     pub fn site(&self, devices: usize, placing: Placing, calibrated: Option<&Path>) -> anyhow::Result<Site> {
         let (device, inside, between) = match (&self.hardware, calibrated) {
             #[cfg(feature = "cuda")]
-            (Hardware::Cuda(gpu), _) => {
+            (Hardware::Cuda(gpus), _) => {
                 let known = calibrated.map_or_else(Rates::embedded, Rates::with_file)?;
-                let mut device = known.device(gpu_like(&gpu.properties().name))?;
+                let gpu = &gpus[0];
+                let like = gpu_like(&gpu.properties().name);
+                let mut device = known.device(like)?;
                 device.memory = gpu.memory()?.total as f64;
-                (device, known.link("pcie4")?, known.link("10gbe")?)
+                // As slow as the slowest of them.
+                let mut between = Between::NvLink;
+                for other in &gpus[1..] {
+                    between = between.min(gpu.between(other)?);
+                }
+                let link = match between {
+                    Between::NvLink if like == "a100" => "nvlink3",
+                    Between::NvLink => "nvlink4",
+                    // Through the host's memory or not, over a bus of which all GPUs have at least the fourth generation.
+                    Between::Bus | Between::Host => "pcie4",
+                };
+                (device, known.link(link)?, known.link("10gbe")?)
             }
             (_, Some(file)) => {
                 let known = Rates::with_file(file)?;
@@ -350,9 +379,10 @@ mod tests {
 
     #[test]
     fn devices_are_read_as_documented_and_nothing_else() {
-        for (text, kind) in [("cpu:2", Kind::Cpu), ("cuda:2", Kind::Cuda), ("emulated:2", Kind::Emulated)] {
+        for (kind, name) in Kind::ALL {
+            let text = &format!("{name}:2");
             assert_eq!(text.parse(), Ok(Devices { kind, count: 2 }));
-            assert_eq!(Devices { kind, count: 2 }.to_string(), text);
+            assert_eq!(Devices { kind, count: 2 }.to_string(), *text);
         }
         for bad in ["", "cpu", "cpu:", "cpu:0", "cpu:-1", "cpu:257", "gpu:1", "2"] {
             assert!(bad.parse::<Devices>().is_err(), "{bad}");

@@ -2,12 +2,13 @@
 //! type; each operation goes on to the engine behind it.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use farm_core::engine::cpu::CpuEngine;
 #[cfg(feature = "cuda")]
 use farm_core::engine::cuda::{CudaEngine, driver::CudaDevice, emulation::Emulation};
 use farm_core::engine::{
-    AttentionOut, ConvCache, Engine, EngineError, Over, Qkv, RawTensor, Result, RopeTable, SequenceOps, Transfer,
+    AttentionOut, ConvCache, Engine, EngineError, Over, Port, Qkv, RawTensor, Result, RopeTable, SequenceOps, Transfer,
 };
 use farm_core::precision::Precision;
 use farm_core::tiles::statistics::{Sums, Totals};
@@ -151,6 +152,22 @@ macro_rules! kinds {
                     Tensor::$kind(x)
                 }
 
+                struct OwnPort(Arc<dyn Port<Own>>);
+
+                impl Port<Tensor> for OwnPort {
+                    fn hand(&self, x: &Tensor) -> Result<Tensor> {
+                        self.0.hand(tensor(x)?).map(wrap)
+                    }
+
+                    fn take(&self, x: Tensor) -> Result<Tensor> {
+                        self.0.take(tensor(&x)?.clone()).map(wrap)
+                    }
+                }
+
+                pub fn wrap_port(port: Arc<dyn Port<Own>>) -> Arc<dyn Port<Tensor>> {
+                    Arc::new(OwnPort(port))
+                }
+
                 pub fn wrap_matrix(x: <$engine as Engine>::Matrix) -> Matrix {
                     Matrix::$kind(x)
                 }
@@ -202,6 +219,10 @@ fn foreign() -> EngineError {
 
 impl SequenceOps for DeviceEngine {
     type Tensor = Tensor;
+
+    fn port(&self) -> Option<Arc<dyn Port<Tensor>>> {
+        each!(self, e => e.port().map(wrap_port))
+    }
 
     fn reshape(&self, x: &Tensor, shape: &[usize]) -> Result<Tensor> {
         each!(self, e => e.reshape(tensor(x)?, shape).map(wrap))

@@ -89,7 +89,8 @@ impl Device for EngineDevice {
 
 impl EngineDevice {
     fn pipeline(&self, model: &str) -> Result<&Pipeline<DeviceEngine>, RenderError> {
-        let pipeline = self.shelf.pipeline(model, self.place.1);
+        let (compute, index) = &self.place;
+        let pipeline = self.shelf.pipeline(model, compute, *index);
         pipeline.ok_or_else(|| RenderError::device(format!("model {model} is not loaded")))
     }
 

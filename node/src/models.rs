@@ -21,9 +21,33 @@ pub struct ModelShelf {
     models: BTreeMap<String, Shelved>,
 }
 
+/// A checkpoint, with a copy of its networks in every memory that its devices have.
+pub struct Copies(Vec<Pipeline<DeviceEngine>>);
+
+impl Copies {
+    /// `residency` holds in each memory.
+    pub fn open(compute: &Compute, checkpoint: Checkpoint, residency: Residency) -> anyhow::Result<Self> {
+        let dir = checkpoint.dir().to_owned();
+        let mut copies = vec![Pipeline::open(&compute.engine(0)?, checkpoint, residency)?];
+        for memory in 1..compute.memories() {
+            copies.push(Pipeline::open(&compute.engine(memory)?, Checkpoint::open(&dir)?, residency)?);
+        }
+        Ok(Self(copies))
+    }
+
+    /// That in the memory of device `device`.
+    pub fn of(&self, compute: &Compute, device: usize) -> &Pipeline<DeviceEngine> {
+        &self.0[compute.memory_of(device)]
+    }
+
+    /// That of the first device.
+    pub fn first(&self) -> &Pipeline<DeviceEngine> {
+        &self.0[0]
+    }
+}
+
 struct Shelved {
-    /// Of each memory, in the order of the devices.
-    pipelines: Vec<Pipeline<DeviceEngine>>,
+    copies: Copies,
     info: ModelInfo,
     shape: ModelShape,
     vae: VaeConfig,
@@ -32,13 +56,10 @@ struct Shelved {
 impl ModelShelf {
     /// Opens, hashes and loads every checkpoint (name and folder), which reads all its bytes.
     pub fn open(models: impl IntoIterator<Item = (String, PathBuf)>, compute: &Compute) -> anyhow::Result<Self> {
-        let memories = (0..compute.memories()).map(|device| compute.engine(device));
-        let engines = memories.collect::<anyhow::Result<Vec<_>>>()?;
         let mut shelf = BTreeMap::new();
         for (name, dir) in models {
             ensure!(!shelf.contains_key(&name), "--model names {name} twice");
-            let shelved =
-                shelve(compute, &engines, &name, &dir).with_context(|| format!("cannot offer model {name}"))?;
+            let shelved = shelve(compute, &name, &dir).with_context(|| format!("cannot offer model {name}"))?;
             shelf.insert(name, shelved);
         }
         Ok(Self { models: shelf })
@@ -59,15 +80,13 @@ impl ModelShelf {
         self.models.iter().map(|(name, shelved)| (name.clone(), offered(shelved))).collect()
     }
 
-    /// Of device `device`.
-    pub fn pipeline(&self, name: &str, device: usize) -> Option<&Pipeline<DeviceEngine>> {
-        // Devices that share a memory share the only one.
-        let pipelines = &self.models.get(name)?.pipelines;
-        pipelines.get(device).or_else(|| pipelines.first())
+    /// For device `device` of `compute`, with which this was opened.
+    pub fn pipeline(&self, name: &str, compute: &Compute, device: usize) -> Option<&Pipeline<DeviceEngine>> {
+        Some(self.models.get(name)?.copies.of(compute, device))
     }
 }
 
-fn shelve(compute: &Compute, engines: &[DeviceEngine], name: &str, dir: &Path) -> anyhow::Result<Shelved> {
+fn shelve(compute: &Compute, name: &str, dir: &Path) -> anyhow::Result<Shelved> {
     let checkpoint = Checkpoint::open(dir)?;
     for note in checkpoint.notes() {
         tracing::info!(model = name, "{note}");
@@ -84,10 +103,7 @@ fn shelve(compute: &Compute, engines: &[DeviceEngine], name: &str, dir: &Path) -
         fit.residency
     });
     let vae = checkpoint.vae().context("it has no vae decoder")?.config().clone();
-    let mut pipelines = vec![Pipeline::open(&engines[0], checkpoint, residency)?];
-    for engine in &engines[1..] {
-        pipelines.push(Pipeline::open(engine, Checkpoint::open(dir)?, residency)?);
-    }
+    let copies = Copies::open(compute, checkpoint, residency)?;
     tracing::info!(model = name, %hash, dir = %dir.display(), "model loaded");
-    Ok(Shelved { info: ModelInfo { name: name.to_owned(), hash, defaults_json, shape_json }, pipelines, shape, vae })
+    Ok(Shelved { info: ModelInfo { name: name.to_owned(), hash, defaults_json, shape_json }, copies, shape, vae })
 }

@@ -12,6 +12,7 @@ mod inbox;
 pub mod local;
 #[cfg(feature = "cuda")]
 pub mod nccl;
+pub(crate) mod ported;
 #[cfg(test)]
 mod suite;
 pub mod tcp;

@@ -21,6 +21,7 @@ pub mod streaming;
 
 use std::fmt;
 use std::ops::Range;
+use std::sync::Arc;
 
 use crate::precision::Precision;
 use crate::tiles::statistics::{Sums, Totals};
@@ -113,6 +114,14 @@ pub trait Transfer: Clone + Send + Sync + 'static {
     fn byte_len(&self) -> usize;
 }
 
+/// How tensors get from the device of one rank of a process to that of another, if each has a memory of its own.
+pub trait Port<T>: Send + Sync {
+    /// What another rank is to be given for `x`. Nobody waits.
+    fn hand(&self, x: &T) -> Result<T>;
+    /// What another rank has handed over, in the memory of this device, for work that is asked for from now on.
+    fn take(&self, x: T) -> Result<T>;
+}
+
 /// Tensors of a device and the attention over them: all that a group of ranks needs to know of its engines.
 ///
 /// Every operation checks its shapes and returns [`EngineError::Shape`] rather than panicking. A dimension may be 0.
@@ -120,6 +129,10 @@ pub trait SequenceOps: Send + Sync + 'static {
     /// A device tensor. Cloning shares the storage.
     type Tensor: Transfer;
 
+    /// None if all devices of a process have one memory: then every tensor is every engine's.
+    fn port(&self) -> Option<Arc<dyn Port<Self::Tensor>>> {
+        None
+    }
     fn shape(&self, x: &Self::Tensor) -> Vec<usize> {
         x.sizes()
     }

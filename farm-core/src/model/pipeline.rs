@@ -234,6 +234,7 @@ impl<E: Engine> Pipeline<E> {
         start: &Start,
         observer: &mut dyn RenderObserver,
     ) -> Result<Denoised<E>, ModelError> {
+        let group = &group.on(engine)?;
         let denoised = self.denoise_rank(engine, group, spec, start, observer);
         if let Err(error) = &denoised
             && !matches!(error, ModelError::Comm(_))

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use crate::comm::ported::Ported;
 use crate::comm::{Collective, CommError, Group};
 use crate::engine::SequenceOps;
 use crate::parallel::topology::Topology;
@@ -41,6 +42,15 @@ impl<O: SequenceOps> RankGroup<O> {
             world: group((0..topology.world()).collect())?,
             comm,
         })
+    }
+
+    /// The same rank with tensors that `ops` can use: what others send is in its device's memory when it has come.
+    pub fn on(&self, ops: &O) -> Result<Self, CommError> {
+        let comm = match ops.port() {
+            Some(port) if self.topology.world() > 1 => Arc::new(Ported::new(self.comm.clone(), port)),
+            _ => self.comm.clone(),
+        };
+        Self::new(self.topology, comm)
     }
 
     /// A group of one.

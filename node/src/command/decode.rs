@@ -15,7 +15,7 @@ use farm_core::tiles::plan::Tiling;
 
 use crate::command::target::{Kind, Target, open_sink};
 use crate::command::watch::{Show, progress_bar, stop_on_signals};
-use crate::decode::local::{self, LocalDecode};
+use crate::decode::local::{self, LocalDecode, decoders};
 use crate::decode::shape;
 use crate::decode::stitcher::StitchError;
 use crate::devices::{Devices, ThreadArgs};
@@ -58,15 +58,15 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     }
     let shape = shape(args.tiles, latent.size, part.config()).map_err(anyhow::Error::msg)?;
     let compute = args.threads.compute(args.devices)?;
-    let engine = compute.engine(0)?;
-    let decoder = Arc::new(VaeDecoder::load(&Loader { engine: &engine, source: part }, part.config())?);
+    let load = |_, engine: &_| Ok(Arc::new(VaeDecoder::load(&Loader { engine, source: part }, part.config())?));
+    let decoders = decoders(&compute, load)?;
 
     let plan = &shape.plan;
     eprintln!("{} in {}x{} tiles", plan.mode.as_str(), plan.grid[0], plan.grid[1]);
     let stop = stop_on_signals()?;
     let bar = progress_bar();
     let work = LocalDecode {
-        decoder,
+        decoders,
         latent: &latent.values,
         size: latent.size,
         shape,

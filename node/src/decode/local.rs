@@ -21,7 +21,8 @@ pub const DEPTH: usize = 16;
 
 /// A latent `[C, T, h, w]` and what decodes it.
 pub struct LocalDecode<'a> {
-    pub decoder: Arc<VaeDecoder<DeviceEngine>>,
+    /// Of each memory that the devices have, in their order.
+    pub decoders: Decoders,
     pub latent: &'a [f32],
     pub size: [usize; 4],
     pub shape: Arc<Shape>,
@@ -30,13 +31,23 @@ pub struct LocalDecode<'a> {
     pub stop: Arc<AtomicBool>,
 }
 
+pub type Decoders = Vec<Arc<VaeDecoder<DeviceEngine>>>;
+
+/// What `load` gives for the device that each memory is that of.
+pub fn decoders(
+    compute: &Compute,
+    load: impl Fn(usize, &DeviceEngine) -> anyhow::Result<Arc<VaeDecoder<DeviceEngine>>>,
+) -> anyhow::Result<Decoders> {
+    (0..compute.memories()).map(|device| load(device, &compute.engine(device)?)).collect()
+}
+
 /// Decodes into a file. `progress` is told how many frames are encoded.
 pub fn decode(
     work: LocalDecode<'_>,
     sink: OpenSink,
     progress: Box<dyn FnMut(u32) + Send + '_>,
 ) -> anyhow::Result<Result<Stitched, StitchError>> {
-    let LocalDecode { decoder, latent, size, shape, devices, compute, stop } = work;
+    let LocalDecode { decoders, latent, size, shape, devices, compute, stop } = work;
     let stop = &stop;
     // More hands than tiles would have nothing to do.
     let devices = devices.min(shape.plan.tiles.len());
@@ -48,7 +59,7 @@ pub fn decode(
             let (crew, link) = link::pair(DEPTH);
             let engine = compute.engine(device)?;
             let latent = DitLatent(engine.upload(latent, &size)?);
-            let decoder = decoder.clone();
+            let decoder = decoders[compute.memory_of(device)].clone();
             let (name, compute) = (format!("device {device}"), compute.clone());
             std::thread::Builder::new().name(name.clone()).spawn_scoped(scope, move || {
                 if let Err(error) = compute.settle(device) {

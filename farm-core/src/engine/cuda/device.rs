@@ -3,7 +3,7 @@
 //! that runs the same kernels from the same arguments.
 
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::kernels::Kernel;
 use super::parking::Lease;
@@ -15,8 +15,9 @@ pub type Address = u64;
 /// One GPU, or what stands in for it.
 ///
 /// Work is put on one stream and done in order: a launch sees what was copied and computed before, and memory that is
-/// freed is used again only by later work. Beside it there is a second stream, of fetches alone; marks say what of one
-/// stream comes before what of the other. Nothing but [`Device::copy_out`] waits for the device.
+/// freed is used again only by later work. Beside it there are two more, one of fetches and one of copies from other
+/// devices; marks say what of one stream comes before what of another, also of another device's. Nothing but
+/// [`Device::copy_out`] waits for the device.
 pub trait Device: Send + Sync + 'static {
     /// Memory of the host that fetches read: page-locked (`cuMemHostAlloc`), because from other memory copies are slower and
     /// wait for the host. Dropped, it is given back when every fetch from it is done (`cuStreamSynchronize` of the second
@@ -51,9 +52,13 @@ pub trait Device: Send + Sync + 'static {
     /// stream `cuStreamWaitEvent`, `cuMemcpyHtoDAsync` and `cuEventRecord`). Returns the point at which it is done. `from`
     /// does not change until then.
     fn fetch(&self, to: Address, from: &Self::Host, after: &Self::Mark) -> Result<Self::Mark>;
-    /// Work that is asked for from now on begins after `mark` (`cuStreamWaitEvent` on the stream of work). The host does not
-    /// wait.
+    /// Work that is asked for from now on begins after `mark`, which may be another device's (`cuStreamWaitEvent` on the stream
+    /// of work). The host does not wait.
     fn wait(&self, mark: &Self::Mark) -> Result<()>;
+    /// Starts copying `bytes`, more than 0, at `from` in the memory of `peer` into memory of this device, which is allocated
+    /// for it, not before `after` and beside other work (`cuMemAllocAsync`, `cuStreamWaitEvent` and `cuMemcpyPeerAsync` on the
+    /// third stream). Returns where, and the point at which it is done. `from` does not change until then.
+    fn pull(&self, peer: &Self, from: Address, bytes: usize, after: &Self::Mark) -> Result<(Address, Self::Mark)>;
 
     /// Starts a kernel.
     fn launch(&self, launch: &Launch<'_>) -> Result<()>;
@@ -147,19 +152,40 @@ pub struct Buffer<D: Device> {
     address: Address,
     bytes: usize,
     lease: Option<Lease<D>>,
+    /// Where others are done with copying from it.
+    copied: Mutex<Vec<D::Mark>>,
 }
 
 impl<D: Device> Buffer<D> {
     /// Without any bytes it takes no memory.
     pub fn new(device: &Arc<D>, bytes: usize) -> Result<Self> {
         let address = if bytes == 0 { 0 } else { device.alloc(bytes)? };
-        Ok(Self { device: device.clone(), address, bytes, lease: None })
+        Ok(Self::of(device.clone(), address, bytes, None))
+    }
+
+    /// A copy in the memory of `device` of what another device has at `from` in `other`. That one's work so far, up to `after`,
+    /// comes before, later work of `device` after it; neither the host nor other work waits.
+    pub fn pulled(device: &Arc<D>, other: &Self, from: Address, bytes: usize, after: &D::Mark) -> Result<Self> {
+        let (address, arrived) = device.pull(&other.device, from, bytes, after)?;
+        let buffer = Self::of(device.clone(), address, bytes, None);
+        // In this order: were there no waiting for it, it must not be freed before the copy is done.
+        let waiting = device.wait(&arrived);
+        other.copied.lock().unwrap_or_else(PoisonError::into_inner).push(arrived);
+        waiting.map(|()| buffer)
+    }
+
+    fn of(device: Arc<D>, address: Address, bytes: usize, lease: Option<Lease<D>>) -> Self {
+        Self { device, address, bytes, lease, copied: Mutex::default() }
     }
 
     /// All of the memory that a lease lends.
     pub fn lent(lease: Lease<D>) -> Self {
         let (device, address, bytes) = lease.memory();
-        Self { device, address, bytes, lease: Some(lease) }
+        Self::of(device, address, bytes, Some(lease))
+    }
+
+    pub fn device(&self) -> &Arc<D> {
+        &self.device
     }
 
     pub fn address(&self) -> Address {
@@ -173,6 +199,12 @@ impl<D: Device> Buffer<D> {
 
 impl<D: Device> Drop for Buffer<D> {
     fn drop(&mut self) {
+        for copied in self.copied.get_mut().unwrap_or_else(PoisonError::into_inner).drain(..) {
+            // Memory that nothing says is read to its end stays taken.
+            if self.device.wait(&copied).is_err() {
+                return;
+            }
+        }
         if self.bytes > 0 && self.lease.is_none() {
             self.device.free(self.address, self.bytes);
         }

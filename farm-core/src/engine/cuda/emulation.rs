@@ -1,7 +1,7 @@
 //! The kernels on the processor, for machines without a GPU: the same sources, compiled by `c++`, run by the same launches.
 //! Much too slow for clips; it shows that indices, barriers and numbers are right. See `kernels/emulation.h`.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::ffi::{CStr, c_char, c_uint, c_void};
 use std::fmt::Write as _;
 use std::fs;
@@ -22,7 +22,7 @@ const PAGE: usize = 4096;
 pub struct Emulation {
     libraries: [OnceLock<libloading::Library>; Source::ALL.len()],
     /// Mappings by the address that was given out: where they begin, and their length.
-    memory: Mutex<HashMap<Address, (usize, usize)>>,
+    memory: Mutex<BTreeMap<Address, (usize, usize)>>,
     /// Bytes that may be in use at a time, if there is a limit.
     limit: Option<usize>,
 }
@@ -39,6 +39,16 @@ impl Emulation {
     /// Bytes that are in use.
     pub fn used(&self) -> usize {
         self.memory.lock().unwrap_or_else(PoisonError::into_inner).values().map(|(_, len)| len - PAGE).sum()
+    }
+
+    /// Errs if `bytes` at `address` are not this device's. On a GPU another one's memory may be out of reach, or slow.
+    fn check_own(&self, address: Address, bytes: usize) -> Result<()> {
+        let memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
+        let owned = memory.range(..=address).next_back();
+        match owned.is_some_and(|(_, (start, len))| address as usize + bytes <= start + len - PAGE) {
+            true => Ok(()),
+            false => Err(failed(format!("{bytes} bytes at {address:#x} are not in this device's memory"))),
+        }
     }
 
     fn library(&self, source: Source) -> Result<&libloading::Library> {
@@ -138,18 +148,22 @@ impl Device for Emulation {
     }
 
     fn copy_in(&self, to: Address, from: &[u8]) -> Result<()> {
-        // SAFETY: the engine copies within what it has allocated; beyond it nothing is mapped.
+        self.check_own(to, from.len())?;
+        // SAFETY: it is this device's memory.
         unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), to as *mut u8, from.len()) };
         Ok(())
     }
 
     fn copy_out(&self, from: Address, to: &mut [u8]) -> Result<()> {
+        self.check_own(from, to.len())?;
         // SAFETY: as above.
         unsafe { std::ptr::copy_nonoverlapping(from as *const u8, to.as_mut_ptr(), to.len()) };
         Ok(())
     }
 
     fn copy(&self, to: Address, from: Address, bytes: usize) -> Result<()> {
+        self.check_own(from, bytes)?;
+        self.check_own(to, bytes)?;
         // SAFETY: as above.
         unsafe { std::ptr::copy_nonoverlapping(from as *const u8, to as *mut u8, bytes) };
         Ok(())
@@ -171,9 +185,24 @@ impl Device for Emulation {
         Ok(())
     }
 
+    fn pull(&self, peer: &Self, from: Address, bytes: usize, _after: &()) -> Result<(Address, ())> {
+        peer.check_own(from, bytes)?;
+        let to = self.alloc(bytes)?;
+        // SAFETY: each is its device's memory, the second a new part of it.
+        unsafe { std::ptr::copy_nonoverlapping(from as *const u8, to as *mut u8, bytes) };
+        Ok((to, ()))
+    }
+
     fn launch(&self, launch: &Launch<'_>) -> Result<()> {
         let Launch { kernel, grid, block, shared, args } = launch;
         check(kernel, grid, *block)?;
+        for arg in *args {
+            if let Arg::Pointer(address) = arg
+                && *address != 0
+            {
+                self.check_own(*address, 0)?;
+            }
+        }
         let library = self.library(kernel.source)?;
         let missing = |error| failed(format!("{kernel:?}: {error}"));
         // SAFETY: these are the declarations of what `compiled` has written.

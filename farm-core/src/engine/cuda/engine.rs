@@ -8,7 +8,7 @@ use super::gpu::Gpu;
 use super::ops::{attention, pointwise, product, rows, volume, weights};
 use super::parking;
 use super::tensor::Tensor;
-use crate::engine::{AttentionOut, ConvCache, Engine, Over, Qkv, RawTensor, Result, RopeTable, SequenceOps};
+use crate::engine::{AttentionOut, ConvCache, Engine, Over, Port, Qkv, RawTensor, Result, RopeTable, SequenceOps};
 use crate::precision::Precision;
 use crate::tiles::statistics::{Sums, Totals};
 
@@ -27,8 +27,25 @@ impl<D: Device> CudaEngine<D> {
     }
 }
 
+/// Tensors go from one GPU's memory to another's when they are taken.
+struct OtherMemory<D: Device>(Arc<D>);
+
+impl<D: Device> Port<Tensor<D>> for OtherMemory<D> {
+    fn hand(&self, x: &Tensor<D>) -> Result<Tensor<D>> {
+        x.handed()
+    }
+
+    fn take(&self, x: Tensor<D>) -> Result<Tensor<D>> {
+        x.taken(&self.0)
+    }
+}
+
 impl<D: Device> SequenceOps for CudaEngine<D> {
     type Tensor = Tensor<D>;
+
+    fn port(&self) -> Option<Arc<dyn Port<Tensor<D>>>> {
+        Some(Arc::new(OtherMemory(self.gpu.device.clone())))
+    }
 
     fn reshape(&self, x: &Tensor<D>, shape: &[usize]) -> Result<Tensor<D>> {
         pointwise::reshape(&self.gpu, x, shape)

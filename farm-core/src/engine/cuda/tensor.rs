@@ -12,11 +12,14 @@ pub struct Tensor<D: Device> {
     offset: usize,
     shape: Vec<usize>,
     dtype: Dtype,
+    /// Of a tensor that is handed to another rank: the point in its device's work from which on its values are there.
+    ready: Option<Arc<D::Mark>>,
 }
 
 impl<D: Device> Clone for Tensor<D> {
     fn clone(&self) -> Self {
-        Self { buffer: self.buffer.clone(), offset: self.offset, shape: self.shape.clone(), dtype: self.dtype }
+        let Self { buffer, offset, shape, dtype, ready } = self;
+        Self { buffer: buffer.clone(), offset: *offset, shape: shape.clone(), dtype: *dtype, ready: ready.clone() }
     }
 }
 
@@ -29,14 +32,36 @@ impl<D: Device> Tensor<D> {
             EngineError::OutOfMemory { wanted, .. } => EngineError::OutOfMemory { op, wanted },
             other => other,
         })?;
-        Ok(Self { buffer: Arc::new(buffer), offset: 0, shape: shape.to_vec(), dtype })
+        Ok(Self { buffer: Arc::new(buffer), offset: 0, shape: shape.to_vec(), dtype, ready: None })
     }
 
     /// What lies at `offset` bytes of a buffer. Panics if it goes beyond the end.
     pub fn within(buffer: &Arc<Buffer<D>>, offset: usize, shape: &[usize], dtype: Dtype) -> Self {
-        let tensor = Self { buffer: buffer.clone(), offset, shape: shape.to_vec(), dtype };
+        let tensor = Self { buffer: buffer.clone(), offset, shape: shape.to_vec(), dtype, ready: None };
         assert!(offset + tensor.len() * dtype.bytes() <= buffer.bytes(), "a tensor beyond the end of its memory");
         tensor
+    }
+
+    /// The same tensor for a rank whose device may be another, as the work so far leaves it.
+    pub fn handed(&self) -> Result<Self> {
+        let ready = Some(Arc::new(self.buffer.device().mark()?));
+        Ok(Self { ready, ..self.clone() })
+    }
+
+    /// A tensor that was handed to the rank on `device`: copied into its memory, or as it is if it lies there.
+    pub fn taken(self, device: &Arc<D>) -> Result<Self> {
+        const OP: &str = "take";
+        if Arc::ptr_eq(self.buffer.device(), device) {
+            return Ok(Self { ready: None, ..self });
+        }
+        if self.is_empty() {
+            return Self::new(OP, device, &self.shape, self.dtype);
+        }
+        let unready =
+            || EngineError::Backend { op: OP, message: "a tensor of another device that was not handed over".into() };
+        let ready = self.ready.as_ref().ok_or_else(unready)?;
+        let copy = Buffer::pulled(device, &self.buffer, self.address(), self.byte_len(), ready)?;
+        Ok(Self { buffer: Arc::new(copy), offset: 0, ready: None, ..self })
     }
 
     pub fn dims(&self) -> &[usize] {

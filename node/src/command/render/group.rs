@@ -14,7 +14,7 @@ use farm_core::job::spec::RenderSpec;
 use farm_core::job::state::Progress;
 use farm_core::model::ModelError;
 use farm_core::model::config::DitConfig;
-use farm_core::model::pipeline::{Pipeline, RenderObserver, Start};
+use farm_core::model::pipeline::{RenderObserver, Start};
 use farm_core::parallel::cost::{self, ClipShape};
 use farm_core::parallel::group::RankGroup;
 use farm_core::parallel::topology::Topology;
@@ -22,6 +22,7 @@ use farm_core::parallel::topology::Topology;
 use crate::command::plan::Degrees;
 use crate::devices::{Compute, Devices, Placing};
 use crate::engine::DeviceEngine;
+use crate::models::Copies;
 
 /// What a group waits for its last member to be started.
 const FORMING: Duration = Duration::from_secs(120);
@@ -31,16 +32,16 @@ const FORMING: Duration = Duration::from_secs(120);
 #[group(skip)]
 #[command(next_help_heading = "Several devices")]
 pub struct GroupArgs {
-    /// Devices that render the clip together: cpu:K makes K ranks of this process, cuda:1 is a GPU
-    #[arg(long, value_name = "cpu:K", default_value = "cpu:1")]
+    /// Devices that render the clip together, as ranks of this process: cpu:K or, for GPUs, cuda:K
+    #[arg(long, value_name = "cpu:K|cuda:K", default_value = "cpu:1")]
     pub devices: Devices,
     #[command(flatten)]
     degrees: Degrees,
     /// Rates that `farm-node calibrate` has measured here, to choose degrees by [default: typical ones]
     #[arg(long, value_name = "FILE")]
     devices_file: Option<PathBuf>,
-    /// This process is one rank of a group of processes, and the first of them writes the clip
-    #[arg(long, value_name = "R", requires_all = ["world", "peers"], conflicts_with = "devices")]
+    /// This process is one rank, with one device, of a group of processes, and the first of them writes the clip
+    #[arg(long, value_name = "R", requires_all = ["world", "peers"])]
     pub rank: Option<usize>,
     /// Processes of the group
     #[arg(long, value_name = "W", requires = "rank")]
@@ -80,6 +81,11 @@ impl GroupArgs {
         let world = self.world.unwrap_or(self.devices.count);
         if let Some(rank) = self.rank {
             ensure!(rank < world, "--rank {rank} of --world {world}; ranks count from 0");
+            let devices = self.devices;
+            ensure!(
+                devices.count == 1,
+                "--rank {rank} with --devices {devices}: a rank has one, the group as many as ranks"
+            );
             let peers = self.peers.len();
             ensure!(peers == world, "--peers lists {peers} addresses for --world {world}; every rank has one");
         }
@@ -107,7 +113,7 @@ const TYPICAL_TEXT: usize = 48;
 
 /// What a group renders.
 pub struct Clip<'a> {
-    pub pipeline: &'a Pipeline<DeviceEngine>,
+    pub networks: &'a Copies,
     pub topology: Topology,
     pub spec: &'a RenderSpec,
     /// Says what has to be the same on every rank of a group of processes.
@@ -152,7 +158,7 @@ impl Clip<'_> {
         let group = RankGroup::new(self.topology, Arc::new(end))?;
         Ok(match rank {
             0 => lead(&engine, &group),
-            _ => self.pipeline.denoise(&engine, &group, self.spec, &Start::Seed, follower).map(drop),
+            _ => self.networks.first().denoise(&engine, &group, self.spec, &Start::Seed, follower).map(drop),
         })
     }
 
@@ -175,7 +181,8 @@ impl Clip<'_> {
                         self.compute.settle(i + 1).map_err(|error| ModelError::Input(format!("{error:#}")))?;
                         let group = RankGroup::new(self.topology, Arc::new(end))?;
                         let mut follower = Follower { stop: self.stop.clone() };
-                        self.pipeline.denoise(engine, &group, self.spec, &Start::Seed, &mut follower).map(drop)
+                        let pipeline = self.networks.of(self.compute, i + 1);
+                        pipeline.denoise(engine, &group, self.spec, &Start::Seed, &mut follower).map(drop)
                     })
                 })
                 .collect();

@@ -12,12 +12,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, bail};
-use farm_core::engine::Engine;
 use farm_core::job::spec::{GuidanceScale, RenderRequest, RenderSpec};
 use farm_core::job::state::Progress;
 use farm_core::model::ModelError;
 use farm_core::model::latent::{LATENT_KEY, LatentCheckpoint, NOISE_KEY, from_safetensors, to_safetensors};
-use farm_core::model::pipeline::{Pipeline, RenderObserver, Residency, Start};
+use farm_core::model::pipeline::{RenderObserver, Residency, Start};
 use farm_core::model::weights::checkpoint::Checkpoint;
 use farm_core::parallel::group::RankGroup;
 use farm_core::parallel::topology::Topology;
@@ -29,12 +28,13 @@ use crate::command::ClipSize;
 use crate::command::decode;
 use crate::command::target::{Kind, Target};
 use crate::command::watch::{Show, progress_bar, stop_on_signals};
-use crate::decode::local::LocalDecode;
+use crate::decode::local::{LocalDecode, decoders};
 use crate::decode::shape;
 use crate::devices::{ThreadArgs, parse_bytes};
 use crate::encode::FrameSink;
 use crate::engine::DeviceEngine;
 use crate::fit::{Fit, fit};
+use crate::models::Copies;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -105,10 +105,9 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let compute = args.threads.compute_within(args.group.devices, args.memory)?;
     let dit = checkpoint.dit().with_context(|| format!("{} has no transformer", args.model.display()))?;
     let (topology, sharded) = args.group.plan(dit.config(), &spec, &compute)?;
-    let engine = compute.engine(0)?;
     // Only of use, and only worth reading every byte, if it is shared or stored.
     let identity = if args.group.rank.is_some() || args.resume.wanted() {
-        Identity::of(&checkpoint, &spec, engine.precision())?
+        Identity::of(&checkpoint, &spec, compute.precision())?
     } else {
         Identity::default()
     };
@@ -126,8 +125,8 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         Some(Fit { residency: streamed @ Residency::Streamed(_), .. }) => *streamed,
         _ => Residency::WhileUsed,
     };
-    let pipeline = Pipeline::open(&engine, checkpoint, residency)?;
-    drop(engine);
+    let networks = Copies::open(&compute, checkpoint, residency)?;
+    let pipeline = networks.first();
     pipeline.check_group(topology, &spec)?;
 
     // Before anything is computed.
@@ -150,7 +149,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         None => noise.map_or(Start::Seed, Start::Noise),
     };
     let identity = identity.to_string();
-    let clip = Clip { pipeline: &pipeline, topology, spec: &spec, identity, compute: &compute, stop: &stop };
+    let clip = Clip { networks: &networks, topology, spec: &spec, identity, compute: &compute, stop: &stop };
     let bar = progress_bar();
     let mut follower = Follower { stop: stop.clone() };
     let mut in_tiles = None;
@@ -180,9 +179,10 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     };
     let outcome = match (outcome, in_tiles, tiles, &target) {
         (Ok(()), Some(values), Some(shape), Some(target)) => {
-            let decoder = pipeline.decoder(&compute.engine(0)?)?;
+            let decoder = |device, engine: &_| Ok(networks.of(&compute, device).decoder(engine)?);
+            let decoders = decoders(&compute, decoder)?;
             let (size, devices) = (spec.latent_shape(), args.group.devices.count);
-            let work = LocalDecode { decoder, latent: &values, size, shape, devices, compute, stop: stop.clone() };
+            let work = LocalDecode { decoders, latent: &values, size, shape, devices, compute, stop: stop.clone() };
             decode::in_tiles(work, target, &mut Show::new(bar.clone()))?
         }
         (outcome, ..) => outcome,

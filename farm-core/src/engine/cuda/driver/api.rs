@@ -3,7 +3,9 @@
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::sync::OnceLock;
 
-use cudarc::driver::sys::{CUcontext, CUdevice, CUdeviceptr, CUevent, CUfunction, CUmemoryPool, CUmodule, CUstream};
+use cudarc::driver::sys::{
+    CUcontext, CUdevice, CUdeviceptr, CUevent, CUfunction, CUmemAccessDesc, CUmemoryPool, CUmodule, CUstream,
+};
 
 use super::libraries::{self, Kind, Opened, functions, reason};
 use crate::engine::{EngineError, Result};
@@ -12,6 +14,8 @@ use crate::engine::{EngineError, Result};
 pub(super) const SUCCESS: c_int = 0;
 /// `CUDA_ERROR_OUT_OF_MEMORY`
 pub(super) const OUT_OF_MEMORY: c_int = 2;
+/// `CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED`
+pub(super) const PEER_ACCESS_ALREADY_ENABLED: c_int = 704;
 /// `CUDA_ERROR_NO_DEVICE`
 const NO_DEVICE: c_int = 100;
 
@@ -29,6 +33,9 @@ functions! {
         cuDeviceGetDefaultMemPool = b"cuDeviceGetDefaultMemPool\0": fn(*mut CUmemoryPool, CUdevice) -> c_int;
         cuDevicePrimaryCtxRetain = b"cuDevicePrimaryCtxRetain\0": fn(*mut CUcontext, CUdevice) -> c_int;
         cuDevicePrimaryCtxRelease = b"cuDevicePrimaryCtxRelease_v2\0": fn(CUdevice) -> c_int;
+        cuDeviceCanAccessPeer = b"cuDeviceCanAccessPeer\0": fn(*mut c_int, CUdevice, CUdevice) -> c_int;
+        cuDeviceGetP2PAttribute = b"cuDeviceGetP2PAttribute\0": fn(*mut c_int, c_int, CUdevice, CUdevice) -> c_int;
+        cuCtxEnablePeerAccess = b"cuCtxEnablePeerAccess\0": fn(CUcontext, c_uint) -> c_int;
         cuCtxSetCurrent = b"cuCtxSetCurrent\0": fn(CUcontext) -> c_int;
         cuStreamCreate = b"cuStreamCreate\0": fn(*mut CUstream, c_uint) -> c_int;
         cuStreamDestroy = b"cuStreamDestroy_v2\0": fn(CUstream) -> c_int;
@@ -43,6 +50,7 @@ functions! {
         cuMemPoolSetAttribute = b"cuMemPoolSetAttribute\0": fn(CUmemoryPool, c_int, *mut c_void) -> c_int;
         cuMemPoolGetAttribute = b"cuMemPoolGetAttribute\0": fn(CUmemoryPool, c_int, *mut c_void) -> c_int;
         cuMemPoolTrimTo = b"cuMemPoolTrimTo\0": fn(CUmemoryPool, usize) -> c_int;
+        cuMemPoolSetAccess = b"cuMemPoolSetAccess\0": fn(CUmemoryPool, *const CUmemAccessDesc, usize) -> c_int;
         cuMemAllocAsync = b"cuMemAllocAsync\0": fn(*mut CUdeviceptr, usize, CUstream) -> c_int;
         cuMemFreeAsync = b"cuMemFreeAsync\0": fn(CUdeviceptr, CUstream) -> c_int;
         cuMemAllocHost = b"cuMemAllocHost_v2\0": fn(*mut *mut c_void, usize) -> c_int;
@@ -50,6 +58,9 @@ functions! {
         cuMemcpyHtoDAsync = b"cuMemcpyHtoDAsync_v2\0": fn(CUdeviceptr, *const c_void, usize, CUstream) -> c_int;
         cuMemcpyDtoHAsync = b"cuMemcpyDtoHAsync_v2\0": fn(*mut c_void, CUdeviceptr, usize, CUstream) -> c_int;
         cuMemcpyDtoDAsync = b"cuMemcpyDtoDAsync_v2\0": fn(CUdeviceptr, CUdeviceptr, usize, CUstream) -> c_int;
+        cuMemcpyPeerAsync = b"cuMemcpyPeerAsync\0": fn(
+            CUdeviceptr, CUcontext, CUdeviceptr, CUcontext, usize, CUstream
+        ) -> c_int;
         cuModuleLoadData = b"cuModuleLoadData\0": fn(*mut CUmodule, *const c_void) -> c_int;
         cuModuleUnload = b"cuModuleUnload\0": fn(CUmodule) -> c_int;
         cuModuleGetFunction = b"cuModuleGetFunction\0": fn(*mut CUfunction, CUmodule, *const c_char) -> c_int;

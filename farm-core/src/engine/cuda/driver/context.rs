@@ -25,7 +25,7 @@ const SHARED_UNASKED: u32 = 48 << 10;
 pub(super) struct Context {
     pub(super) driver: &'static Driver,
     pub(super) device: CUdevice,
-    raw: CUcontext,
+    pub(super) raw: CUcontext,
 }
 
 // SAFETY: any thread may use a context; `enter` makes it the thread's own.

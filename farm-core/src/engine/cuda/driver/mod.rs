@@ -22,9 +22,11 @@ use std::ffi::{CStr, c_char, c_int, c_void};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
-use cudarc::driver::sys::{CUdevice, CUmemoryPool};
+use cudarc::driver::sys::{
+    CUdevice, CUmemAccess_flags, CUmemAccessDesc, CUmemLocation, CUmemLocationType, CUmemoryPool,
+};
 
-use self::api::{Driver, OUT_OF_MEMORY, call};
+use self::api::{Driver, OUT_OF_MEMORY, PEER_ACCESS_ALREADY_ENABLED, call};
 use self::context::{Context, Event, Function, Module, Pinned, Stream};
 use self::matmul::{CublasLt, WORKSPACE};
 use self::staging::Staging;
@@ -42,6 +44,8 @@ const POOLS_SUPPORTED: c_int = 115;
 const RELEASE_THRESHOLD: c_int = 4;
 const RESERVED_NOW: c_int = 5;
 const USED_NOW: c_int = 7;
+/// `CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED`
+const NATIVE_ATOMICS: c_int = 3;
 
 /// What a GPU is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -83,6 +87,18 @@ pub struct CudaDevice {
     stream: Arc<Stream>,
     /// Beside the other.
     fetches: Arc<Stream>,
+    /// Copies from other GPUs.
+    pulls: Arc<Stream>,
+}
+
+/// What is between two GPUs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Between {
+    /// Neither reaches the other's memory: copies go through the host's.
+    Host,
+    /// PCI Express.
+    Bus,
+    NvLink,
 }
 
 /// Memory of the host that fetches read.
@@ -139,8 +155,58 @@ pub struct Loaded {
 impl CudaDevice {
     /// The GPU of a number below [`count`]. Its kernels are compiled when they are used first.
     pub fn open(index: usize) -> Result<Self> {
-        let driver = api::driver().map_err(|message| EngineError::Backend { op: "open", message })?;
-        Self::of(driver, index)
+        Self::of(found()?, index)
+    }
+
+    /// The first `gpus` of this machine, which copy from each other's memory directly where they can.
+    pub fn open_several(gpus: usize) -> Result<Vec<Arc<Self>>> {
+        Self::several(found()?, gpus)
+    }
+
+    fn several(driver: &'static Driver, gpus: usize) -> Result<Vec<Arc<Self>>> {
+        let all = (0..gpus).map(|index| Self::of(driver, index).map(Arc::new)).collect::<Result<Vec<_>>>()?;
+        for reader in &all {
+            for owner in all.iter().filter(|owner| !Arc::ptr_eq(owner, reader)) {
+                reader.reach(owner)?;
+            }
+        }
+        Ok(all)
+    }
+
+    /// Gives this one access to the memory of `owner`, if the machine lets it.
+    fn reach(&self, owner: &Self) -> Result<()> {
+        if self.between(owner)? == Between::Host {
+            return Ok(());
+        }
+        let driver = self.stream.context.enter()?;
+        // SAFETY: both contexts are alive.
+        let enabled = unsafe { (driver.functions.cuCtxEnablePeerAccess)(owner.stream.context.raw, 0) };
+        if enabled != PEER_ACCESS_ALREADY_ENABLED {
+            driver.check("cuCtxEnablePeerAccess", enabled)?;
+        }
+        let location =
+            CUmemLocation { type_: CUmemLocationType::CU_MEM_LOCATION_TYPE_DEVICE, id: self.stream.context.device };
+        let access = CUmemAccessDesc { location, flags: CUmemAccess_flags::CU_MEM_ACCESS_FLAGS_PROT_READWRITE };
+        // SAFETY: it reads one description.
+        unsafe { call!(driver, cuMemPoolSetAccess(owner.pool.0, &access, 1)) }
+    }
+
+    pub fn between(&self, other: &Self) -> Result<Between> {
+        let (driver, ours, theirs) = (self.driver, self.stream.context.device, other.stream.context.device);
+        let (mut reaches, mut atomics) = (0, 0);
+        // SAFETY: they write a number each.
+        unsafe {
+            call!(driver, cuDeviceCanAccessPeer(&mut reaches, ours, theirs))?;
+            if reaches != 0 {
+                // Over PCI Express no GPU has them.
+                call!(driver, cuDeviceGetP2PAttribute(&mut atomics, NATIVE_ATOMICS, ours, theirs))?;
+            }
+        }
+        Ok(match (reaches, atomics) {
+            (0, _) => Between::Host,
+            (_, 0) => Between::Bus,
+            _ => Between::NvLink,
+        })
     }
 
     fn of(driver: &'static Driver, index: usize) -> Result<Self> {
@@ -166,6 +232,7 @@ impl CudaDevice {
         }
         let stream = Stream::new(&context)?;
         let fetches = Stream::new(&context)?;
+        let pulls = Stream::new(&context)?;
         Ok(Self {
             properties,
             driver,
@@ -175,6 +242,7 @@ impl CudaDevice {
             staging: Mutex::new(Staging::new(&stream)?),
             stream,
             fetches,
+            pulls,
         })
     }
 
@@ -253,6 +321,27 @@ impl CudaDevice {
         Ok(function)
     }
 
+    /// Memory for work on `stream`.
+    fn alloc_on(&self, stream: &Stream, bytes: usize) -> Result<Address> {
+        let driver = stream.context.enter()?;
+        let mut address = 0;
+        // SAFETY: it writes an address.
+        let mut ask = || unsafe { (driver.functions.cuMemAllocAsync)(&mut address, bytes, stream.raw) };
+        let mut asked = ask();
+        if asked == OUT_OF_MEMORY {
+            // What is kept for the next tensors may be in pieces that are too small, and what was freed not yet free.
+            self.synchronize()?;
+            // SAFETY: the pool is the driver's own.
+            unsafe { call!(driver, cuMemPoolTrimTo(self.pool.0, 0)) }?;
+            asked = ask();
+        }
+        if asked == OUT_OF_MEMORY {
+            return Err(EngineError::OutOfMemory { op: "alloc", wanted: bytes });
+        }
+        driver.check("cuMemAllocAsync", asked)?;
+        Ok(address)
+    }
+
     /// None if this machine has no cuBLASLt.
     fn cublas(&self) -> Result<Option<&(CublasLt, Address)>> {
         if let Some(cublas) = self.cublas.get() {
@@ -279,23 +368,7 @@ impl Device for CudaDevice {
     }
 
     fn alloc(&self, bytes: usize) -> Result<Address> {
-        let driver = self.stream.context.enter()?;
-        let mut address = 0;
-        // SAFETY: it writes an address.
-        let mut ask = || unsafe { (driver.functions.cuMemAllocAsync)(&mut address, bytes, self.stream.raw) };
-        let mut asked = ask();
-        if asked == OUT_OF_MEMORY {
-            // What is kept for the next tensors may be in pieces that are too small, and what was freed not yet free.
-            self.synchronize()?;
-            // SAFETY: the pool is the driver's own.
-            unsafe { call!(driver, cuMemPoolTrimTo(self.pool.0, 0)) }?;
-            asked = ask();
-        }
-        if asked == OUT_OF_MEMORY {
-            return Err(EngineError::OutOfMemory { op: "alloc", wanted: bytes });
-        }
-        driver.check("cuMemAllocAsync", asked)?;
-        Ok(address)
+        self.alloc_on(&self.stream, bytes)
     }
 
     fn free(&self, address: Address, _bytes: usize) {
@@ -354,6 +427,26 @@ impl Device for CudaDevice {
         mark.0.precede(&self.stream)
     }
 
+    fn pull(&self, peer: &Self, from: Address, bytes: usize, after: &Mark) -> Result<(Address, Mark)> {
+        let arrived = Event::new(&self.pulls)?;
+        let to = self.alloc_on(&self.pulls, bytes)?;
+        let (ours, theirs) = (&self.pulls.context, &peer.stream.context);
+        let copied = || {
+            after.0.precede(&self.pulls)?;
+            let driver = ours.enter()?;
+            // SAFETY: `to` has room; what is at `from` is there after the event, and is kept until the other has passed.
+            unsafe { call!(driver, cuMemcpyPeerAsync(to, ours.raw, from, theirs.raw, bytes, self.pulls.raw)) }?;
+            arrived.record()
+        };
+        match copied() {
+            Ok(()) => Ok((to, Mark(arrived))),
+            Err(error) => {
+                self.free(to, bytes);
+                Err(error)
+            }
+        }
+    }
+
     fn launch(&self, launch: &Launch<'_>) -> Result<()> {
         let Launch { kernel, grid, block, shared, args } = *launch;
         let function = self.function(kernel)?;
@@ -378,6 +471,7 @@ impl Drop for CudaDevice {
     fn drop(&mut self) {
         // Kernels may still run. There is nobody to tell of an error.
         let _ = self.fetches.synchronize();
+        let _ = self.pulls.synchronize();
         let _ = self.stream.synchronize();
         if let Some(Some((cublas, workspace))) = self.cublas.take() {
             drop(cublas);
@@ -400,6 +494,10 @@ impl Timer {
         let milliseconds = self.end.since(&self.start)?;
         Ok(Duration::from_secs_f32(milliseconds.max(0.0) / 1e3))
     }
+}
+
+fn found() -> Result<&'static Driver> {
+    api::driver().map_err(|message| EngineError::Backend { op: "open", message })
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

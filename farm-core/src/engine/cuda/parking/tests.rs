@@ -194,6 +194,10 @@ impl Device for Recording {
         Ok(())
     }
 
+    fn pull(&self, _peer: &Self, _from: Address, _bytes: usize, _after: &usize) -> Result<(Address, usize)> {
+        unreachable!("there is no other device")
+    }
+
     fn launch(&self, launch: &Launch<'_>) -> Result<()> {
         let pointer = |arg: &Arg| if let Arg::Pointer(address) = arg { Some(*address) } else { None };
         self.push(Event::Launch(launch.args.iter().filter_map(pointer).collect()));

@@ -1,6 +1,6 @@
 // A driver without a GPU, for tests of what the driver is asked for. It is as lazy as a driver may be: what is put on a stream
-// happens when somebody waits for it and not before. It refuses calls on a thread that has not made the context its own,
-// and addresses that it has not given out. Memory is the host's.
+// happens when somebody waits for it, be it another stream, and not before. It refuses calls on a thread that has not made
+// the context its own, and addresses that it has not given out. Memory is the host's.
 #include <cstddef>
 #include <cstdio>
 #include <cstdlib>
@@ -12,11 +12,13 @@
 #include <mutex>
 #include <set>
 #include <string>
+#include <tuple>
 
 namespace {
 
+constexpr int FIRST = 40;
 constexpr int SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NO_DEVICE = 100, INVALID_CONTEXT = 201, INVALID_HANDLE = 400,
-              NOT_FOUND = 500;
+              NOT_FOUND = 500, PEER_ACCESS_ALREADY_ENABLED = 704;
 constexpr size_t MEMORY = 64 << 20;
 constexpr unsigned ROOM = 48 << 10, DECLARED = 1 << 10, OPT_IN = 100 << 10;
 
@@ -24,49 +26,87 @@ struct Function {
     std::string name;
     unsigned room = ROOM - DECLARED;
 };
+struct Gpu {
+    int contexts = 0;
+    // What was freed and not given back to the system.
+    std::multiset<size_t> kept;
+    // GPUs that reach this one's memory.
+    std::set<int> readers;
+    unsigned long long threshold = 0;
+
+    int number() const;
+};
+struct Stream {
+    Gpu* gpu;
+    std::deque<std::function<void()>> queue;
+    unsigned long queued = 0, done = 0;
+};
 struct Event {
+    Gpu* gpu;
     bool timed = false;
-    unsigned long at = 0;  // what is on the stream before it
+    // What is on the stream before it.
+    Stream* stream = nullptr;
+    unsigned long at = 0;
+};
+struct Memory {
+    size_t bytes;
+    Gpu* gpu;
 };
 
 std::mutex mutex;
-std::map<unsigned long long, size_t> memory;
+Gpu gpus[DEVICES + 1];
+std::set<Stream*> streams;
+std::map<unsigned long long, Memory> memory;
 std::map<void*, size_t> pinned;
-// What was freed and not given back to the system.
-std::multiset<size_t> kept;
 std::set<Event*> events;
 std::map<void*, std::map<std::string, Function>> modules;
-std::deque<std::function<void()>> queue;
-unsigned long queued = 0, done = 0, waits = 0;
-int contexts = 0, streams = 0;
-unsigned long long threshold = 0;
+unsigned long waits = 0;
 std::string last_launch;
-thread_local bool current = false;
+thread_local Gpu* current = nullptr;
 
-size_t reserved() {
+int Gpu::number() const { return FIRST + (int)(this - gpus); }
+
+size_t used(Gpu* gpu) {
     size_t sum = 0;
-    for (auto [_, bytes] : memory) sum += bytes;
-    for (size_t bytes : kept) sum += bytes;
+    for (auto& [_, one] : memory) sum += one.gpu == gpu ? one.bytes : 0;
     return sum;
 }
 
-void put(std::function<void()> work) {
-    queue.push_back(std::move(work));
-    queued += 1;
+size_t reserved(Gpu* gpu) {
+    size_t sum = used(gpu);
+    for (size_t bytes : gpu->kept) sum += bytes;
+    return sum;
 }
 
-void run_to(unsigned long end) {
-    for (; done < end; done++) {
-        queue.front()();
-        queue.pop_front();
+void put(Stream* stream, std::function<void()> work) {
+    stream->queue.push_back(std::move(work));
+    stream->queued += 1;
+}
+
+// Nothing of another stream but what this one waits for.
+void run_to(Stream* stream, unsigned long end) {
+    while (stream->done < end) {
+        auto work = std::move(stream->queue.front());
+        stream->queue.pop_front();
+        work();
+        stream->done += 1;
     }
 }
 
-bool holds(unsigned long long address, size_t bytes) {
+bool holds(Gpu* gpu, unsigned long long address, size_t bytes) {
     auto next = memory.upper_bound(address);
     if (next == memory.begin()) return false;
-    auto [start, size] = *std::prev(next);
-    return address + bytes <= start + size;
+    auto& [start, one] = *std::prev(next);
+    return one.gpu == gpu && address + bytes <= start + one.bytes;
+}
+
+// Between GPUs, or within one.
+void copy(Gpu* to_gpu, unsigned long long to, Gpu* from_gpu, unsigned long long from, size_t bytes) {
+    if (!holds(to_gpu, to, bytes) || !holds(from_gpu, from, bytes)) {
+        fprintf(stderr, "fake driver: a copy of memory that is freed\n");
+        abort();
+    }
+    memmove((void*)to, (void*)from, bytes);
 }
 
 }  // namespace
@@ -75,6 +115,9 @@ bool holds(unsigned long long address, size_t bytes) {
 #define ENTER                                   \
     std::lock_guard<std::mutex> lock(mutex);    \
     if (!current) return INVALID_CONTEXT;
+#define ENTER_WITH(stream)                                                                     \
+    ENTER                                                                                      \
+    if (!streams.count(stream) || (stream)->gpu != current) return INVALID_HANDLE;
 
 CALL cuInit(unsigned) { return DEVICES == 0 ? NO_DEVICE : SUCCESS; }
 CALL cuDriverGetVersion(int* version) { return *version = 13000, SUCCESS; }
@@ -93,7 +136,7 @@ CALL cuGetErrorString(int code, const char** text) {
     return *text = "invalid argument", SUCCESS;
 }
 CALL cuDeviceGetCount(int* count) { return *count = DEVICES, SUCCESS; }
-CALL cuDeviceGet(int* device, int index) { return *device = 40 + index, SUCCESS; }
+CALL cuDeviceGet(int* device, int index) { return *device = FIRST + index, SUCCESS; }
 CALL cuDeviceGetName(char* text, int len, int) { return snprintf(text, len, "No GPU at all"), SUCCESS; }
 CALL cuDeviceGetPCIBusId(char* text, int len, int) { return snprintf(text, len, "0000:3B:00.0"), SUCCESS; }
 CALL cuDeviceGetAttribute(int* value, int which, int) {
@@ -107,41 +150,64 @@ CALL cuDeviceGetAttribute(int* value, int which, int) {
     }
     return SUCCESS;
 }
-CALL cuDeviceGetDefaultMemPool(void** pool, int) { return *pool = &memory, SUCCESS; }
-CALL cuDevicePrimaryCtxRetain(void** context, int) { return *context = &contexts, contexts += 1, SUCCESS; }
-CALL cuDevicePrimaryCtxRelease_v2(int) { return contexts -= 1, SUCCESS; }
-CALL cuCtxSetCurrent(void* context) { return current = context == &contexts, SUCCESS; }
+CALL cuDeviceGetDefaultMemPool(Gpu** pool, int device) { return *pool = &gpus[device - FIRST], SUCCESS; }
+CALL cuDevicePrimaryCtxRetain(Gpu** context, int device) {
+    std::lock_guard<std::mutex> lock(mutex);
+    *context = &gpus[device - FIRST];
+    return (*context)->contexts += 1, SUCCESS;
+}
+CALL cuDevicePrimaryCtxRelease_v2(int device) {
+    std::lock_guard<std::mutex> lock(mutex);
+    return gpus[device - FIRST].contexts -= 1, SUCCESS;
+}
+CALL cuCtxSetCurrent(Gpu* context) { return current = context, SUCCESS; }
+// Neighbours reach each other, and the first two over NVLink.
+CALL cuDeviceCanAccessPeer(int* can, int reader, int owner) { return *can = abs(reader - owner) == 1, SUCCESS; }
+CALL cuDeviceGetP2PAttribute(int* value, int which, int reader, int owner) {
+    if (which != 3 || abs(reader - owner) != 1) return INVALID_VALUE;
+    return *value = reader + owner == 2 * FIRST + 1, SUCCESS;
+}
+CALL cuCtxEnablePeerAccess(Gpu* owner, unsigned flags) {
+    ENTER
+    if (flags != 0 || abs(current->number() - owner->number()) != 1) return INVALID_VALUE;
+    // As if somebody else in the process had been here.
+    return PEER_ACCESS_ALREADY_ENABLED;
+}
+CALL cuMemPoolSetAccess(Gpu* pool, const int* description, size_t count) {
+    ENTER
+    auto [kind, reader, flags] = std::tuple(description[0], description[1], description[2]);
+    if (count != 1 || kind != 1 || flags != 3 || abs(reader - pool->number()) != 1) return INVALID_VALUE;
+    return pool->readers.insert(reader), SUCCESS;
+}
 
-CALL cuStreamCreate(void** stream, unsigned flags) {
+CALL cuStreamCreate(Stream** stream, unsigned flags) {
     ENTER
     if (flags != 1) return INVALID_VALUE;
-    return *stream = &queue, streams += 1, SUCCESS;
+    *stream = new Stream{current, {}};
+    return streams.insert(*stream), SUCCESS;
 }
-CALL cuStreamDestroy_v2(void*) {
-    ENTER
-    run_to(queued);
-    return streams -= 1, SUCCESS;
+CALL cuStreamDestroy_v2(Stream* stream) {
+    ENTER_WITH(stream)
+    run_to(stream, stream->queued);
+    // Others may still wait for it: to them it is one on which all is done.
+    return streams.erase(stream), SUCCESS;
 }
-CALL cuStreamSynchronize(void* stream) {
-    ENTER
-    if (stream != &queue) return INVALID_HANDLE;
+CALL cuStreamSynchronize(Stream* stream) {
+    ENTER_WITH(stream)
     waits += 1;
-    run_to(queued);
-    return SUCCESS;
+    return run_to(stream, stream->queued), SUCCESS;
 }
-// There is one queue for all streams.
-CALL cuStreamWaitEvent(void* stream, Event* event, unsigned flags) {
-    ENTER
-    if (stream != &queue || !events.count(event) || flags != 0) return INVALID_HANDLE;
+CALL cuStreamWaitEvent(Stream* stream, Event* event, unsigned flags) {
+    ENTER_WITH(stream)
+    if (!events.count(event) || flags != 0) return INVALID_HANDLE;
+    if (Stream* other = event->stream) put(stream, [other, at = event->at] { run_to(other, at); });
     return SUCCESS;
 }
 
-CALL cuEventCreate(void** event, unsigned flags) {
+CALL cuEventCreate(Event** event, unsigned flags) {
     ENTER
-    Event* made = new Event;
-    made->timed = flags == 0;
-    events.insert(made);
-    return *event = made, SUCCESS;
+    *event = new Event{current, flags == 0};
+    return events.insert(*event), SUCCESS;
 }
 CALL cuEventDestroy_v2(Event* event) {
     ENTER
@@ -149,59 +215,61 @@ CALL cuEventDestroy_v2(Event* event) {
     delete event;
     return SUCCESS;
 }
-CALL cuEventRecord(Event* event, void* stream) {
-    ENTER
-    if (!events.count(event) || stream != &queue) return INVALID_HANDLE;
-    return event->at = queued, SUCCESS;
+CALL cuEventRecord(Event* event, Stream* stream) {
+    ENTER_WITH(stream)
+    if (!events.count(event) || event->gpu != stream->gpu) return INVALID_HANDLE;
+    event->stream = stream;
+    return event->at = stream->queued, SUCCESS;
 }
 CALL cuEventSynchronize(Event* event) {
     ENTER
     if (!events.count(event)) return INVALID_HANDLE;
     waits += 1;
-    run_to(event->at);
+    if (event->stream) run_to(event->stream, event->at);
     return SUCCESS;
 }
 // A millisecond for everything that was on the stream between them.
 CALL cuEventElapsedTime(float* milliseconds, Event* start, Event* end) {
     ENTER
-    if (!start->timed || !end->timed || done < end->at) return INVALID_HANDLE;
+    if (!start->timed || !end->timed || !end->stream || end->stream->done < end->at) return INVALID_HANDLE;
     return *milliseconds = (float)(end->at - start->at), SUCCESS;
 }
 
 CALL cuMemGetInfo_v2(size_t* free, size_t* total) {
     ENTER
-    return *free = MEMORY - reserved(), *total = MEMORY, SUCCESS;
+    return *free = MEMORY - reserved(current), *total = MEMORY, SUCCESS;
 }
-CALL cuMemPoolSetAttribute(void* pool, int which, void* value) {
-    if (pool != &memory || which != 4) return INVALID_VALUE;
-    return memcpy(&threshold, value, 8), SUCCESS;
+CALL cuMemPoolSetAttribute(Gpu* pool, int which, void* value) {
+    if (which != 4) return INVALID_VALUE;
+    return memcpy(&pool->threshold, value, 8), SUCCESS;
 }
-CALL cuMemPoolGetAttribute(void* pool, int which, void* value) {
+CALL cuMemPoolGetAttribute(Gpu* pool, int which, void* value) {
     ENTER
-    unsigned long long used = 0, all = reserved();
-    for (auto [_, bytes] : memory) used += bytes;
-    if (pool != &memory || (which != 5 && which != 7)) return INVALID_VALUE;
-    return memcpy(value, which == 5 ? &all : &used, 8), SUCCESS;
+    if (which != 5 && which != 7) return INVALID_VALUE;
+    unsigned long long bytes = which == 5 ? reserved(pool) : used(pool);
+    return memcpy(value, &bytes, 8), SUCCESS;
 }
-CALL cuMemPoolTrimTo(void* pool, size_t keep) {
+CALL cuMemPoolTrimTo(Gpu* pool, size_t keep) {
     ENTER
-    if (pool != &memory || keep != 0) return INVALID_VALUE;
-    return kept.clear(), SUCCESS;
+    if (keep != 0) return INVALID_VALUE;
+    return pool->kept.clear(), SUCCESS;
 }
-CALL cuMemAllocAsync(unsigned long long* address, size_t bytes, void* stream) {
-    ENTER
-    if (stream != &queue || bytes == 0) return INVALID_VALUE;
-    auto fitting = kept.find(bytes);
-    if (fitting != kept.end()) kept.erase(fitting);
-    else if (reserved() + bytes > MEMORY) return OUT_OF_MEMORY;
+CALL cuMemAllocAsync(unsigned long long* address, size_t bytes, Stream* stream) {
+    ENTER_WITH(stream)
+    if (bytes == 0) return INVALID_VALUE;
+    Gpu* gpu = stream->gpu;
+    auto fitting = gpu->kept.find(bytes);
+    if (fitting != gpu->kept.end()) gpu->kept.erase(fitting);
+    else if (reserved(gpu) + bytes > MEMORY) return OUT_OF_MEMORY;
     *address = (unsigned long long)aligned_alloc(256, (bytes + 255) / 256 * 256);
-    return memory[*address] = bytes, SUCCESS;
+    return memory[*address] = {bytes, gpu}, SUCCESS;
 }
-CALL cuMemFreeAsync(unsigned long long address, void* stream) {
-    ENTER
-    if (stream != &queue || !memory.count(address)) return INVALID_VALUE;
-    put([address] {
-        if (threshold > 0) kept.insert(memory[address]);
+CALL cuMemFreeAsync(unsigned long long address, Stream* stream) {
+    ENTER_WITH(stream)
+    if (!memory.count(address) || memory[address].gpu != stream->gpu) return INVALID_VALUE;
+    put(stream, [address] {
+        auto [bytes, gpu] = memory[address];
+        if (gpu->threshold > 0) gpu->kept.insert(bytes);
         memory.erase(address);
         free((void*)address);
     });
@@ -219,24 +287,31 @@ CALL cuMemFreeHost(void* address) {
 }
 
 // Reads pinned memory late, as a GPU does; what is not pinned is staged at once.
-CALL cuMemcpyHtoDAsync_v2(unsigned long long to, const void* from, size_t bytes, void* stream) {
-    ENTER
-    if (stream != &queue || !holds(to, bytes)) return INVALID_VALUE;
+CALL cuMemcpyHtoDAsync_v2(unsigned long long to, const void* from, size_t bytes, Stream* stream) {
+    ENTER_WITH(stream)
+    if (!holds(stream->gpu, to, bytes)) return INVALID_VALUE;
     bool late = false;
     for (auto [start, size] : pinned) late = late || (from >= start && (char*)from + bytes <= (char*)start + size);
-    if (late) return put([=] { memcpy((void*)to, from, bytes); }), SUCCESS;
+    if (late) return put(stream, [=] { memcpy((void*)to, from, bytes); }), SUCCESS;
     std::string staged((const char*)from, bytes);
-    return put([=] { memcpy((void*)to, staged.data(), bytes); }), SUCCESS;
+    return put(stream, [=] { memcpy((void*)to, staged.data(), bytes); }), SUCCESS;
 }
-CALL cuMemcpyDtoHAsync_v2(void* to, unsigned long long from, size_t bytes, void* stream) {
-    ENTER
-    if (stream != &queue || !holds(from, bytes)) return INVALID_VALUE;
-    return put([=] { memcpy(to, (void*)from, bytes); }), SUCCESS;
+CALL cuMemcpyDtoHAsync_v2(void* to, unsigned long long from, size_t bytes, Stream* stream) {
+    ENTER_WITH(stream)
+    if (!holds(stream->gpu, from, bytes)) return INVALID_VALUE;
+    return put(stream, [=] { memcpy(to, (void*)from, bytes); }), SUCCESS;
 }
-CALL cuMemcpyDtoDAsync_v2(unsigned long long to, unsigned long long from, size_t bytes, void* stream) {
-    ENTER
-    if (stream != &queue || !holds(from, bytes) || !holds(to, bytes)) return INVALID_VALUE;
-    return put([=] { memcpy((void*)to, (void*)from, bytes); }), SUCCESS;
+CALL cuMemcpyDtoDAsync_v2(unsigned long long to, unsigned long long from, size_t bytes, Stream* stream) {
+    ENTER_WITH(stream)
+    Gpu* gpu = stream->gpu;
+    if (!holds(gpu, from, bytes) || !holds(gpu, to, bytes)) return INVALID_VALUE;
+    return put(stream, [=] { copy(gpu, to, gpu, from, bytes); }), SUCCESS;
+}
+CALL cuMemcpyPeerAsync(unsigned long long to, Gpu* to_gpu, unsigned long long from, Gpu* from_gpu, size_t bytes,
+                       Stream* stream) {
+    ENTER_WITH(stream)
+    if (!holds(from_gpu, from, bytes) || !holds(to_gpu, to, bytes)) return INVALID_VALUE;
+    return put(stream, [=] { copy(to_gpu, to, from_gpu, from, bytes); }), SUCCESS;
 }
 
 // Machine code, an ELF file, for the GPU that this is not.
@@ -270,9 +345,9 @@ CALL cuFuncSetAttribute(Function* function, int which, int value) {
 }
 // out = a + b, of all that there is whatever the grid.
 CALL cuLaunchKernel(Function* function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned threads_y,
-                    unsigned threads_z, unsigned shared, void* stream, void** args, void** extra) {
-    ENTER
-    if (stream != &queue || extra || x * y * z == 0 || threads_y * threads_z != 1) return INVALID_VALUE;
+                    unsigned threads_z, unsigned shared, Stream* stream, void** args, void** extra) {
+    ENTER_WITH(stream)
+    if (extra || x * y * z == 0 || threads_y * threads_z != 1) return INVALID_VALUE;
     if (shared > function->room) return INVALID_VALUE;
     char text[200];
     snprintf(text, sizeof text, "%s %u %u %u %u %u", function->name.c_str(), x, y, z, threads, shared);
@@ -283,7 +358,7 @@ CALL cuLaunchKernel(Function* function, unsigned x, unsigned y, unsigned z, unsi
     memcpy(&b, args[1], 8);
     memcpy(&out, args[2], 8);
     memcpy(&count, args[3], 8);
-    put([=] {
+    put(stream, [=] {
         for (long long i = 0; i < count; i++) out[i] = a[i] + b[i];
     });
     return SUCCESS;
@@ -292,7 +367,13 @@ CALL cuLaunchKernel(Function* function, unsigned x, unsigned y, unsigned z, unsi
 // What is not given back, how often somebody waited, and the last launch.
 extern "C" __attribute__((visibility("default"))) const char* fake_report() {
     static char text[300];
-    snprintf(text, sizeof text, "%zu memory %zu pinned %zu events %zu modules %d streams %d contexts %lu waits %s", memory.size(),
-             pinned.size(), events.size(), modules.size(), streams, contexts, waits, last_launch.c_str());
+    int contexts = 0;
+    for (Gpu& gpu : gpus) contexts += gpu.contexts;
+    snprintf(text, sizeof text, "%zu memory %zu pinned %zu events %zu modules %zu streams %d contexts %lu waits %s", memory.size(),
+             pinned.size(), events.size(), modules.size(), streams.size(), contexts, waits, last_launch.c_str());
     return text;
+}
+// Whether one GPU has access to the memory of another.
+extern "C" __attribute__((visibility("default"))) bool fake_reaches(int reader, int owner) {
+    return gpus[owner].readers.count(FIRST + reader);
 }

@@ -10,6 +10,7 @@ use super::*;
 use crate::engine::cuda::cache;
 use crate::engine::cuda::device::{Arg, Buffer, Dtype};
 use crate::engine::cuda::kernels;
+use crate::engine::cuda::tensor::Tensor;
 
 /// A driver of the test's own, with its state.
 struct Fake {
@@ -19,7 +20,11 @@ struct Fake {
 
 impl Fake {
     fn new() -> Self {
-        let opened: &Opened = Box::leak(Box::new(opened(1)));
+        Self::with(1)
+    }
+
+    fn with(devices: usize) -> Self {
+        let opened: &Opened = Box::leak(Box::new(opened(devices)));
         Self { driver: Box::leak(Box::new(Driver::start(opened).unwrap())), opened }
     }
 
@@ -33,6 +38,15 @@ impl Fake {
             let report: libloading::Symbol<'_, unsafe extern "C" fn() -> *const c_char> =
                 self.opened.library.get(b"fake_report\0").unwrap();
             CStr::from_ptr(report()).to_str().unwrap().to_owned()
+        }
+    }
+
+    fn reaches(&self, reader: i32, owner: i32) -> bool {
+        // SAFETY: as above.
+        unsafe {
+            let reaches: libloading::Symbol<'_, unsafe extern "C" fn(i32, i32) -> bool> =
+                self.opened.library.get(b"fake_reaches\0").unwrap();
+            reaches(reader, owner)
         }
     }
 
@@ -172,6 +186,76 @@ fn a_launch_has_its_arguments_and_asks_for_its_shared_memory() {
     assert!(error.starts_with(
         "launch: pointwise::add_f32, [3, 2, 1] blocks of 64 threads and 102400 bytes: cuFuncSetAttribute: "
     ));
+}
+
+#[test]
+fn gpus_reach_each_others_memory_where_the_machine_lets_them() {
+    let fake = Fake::with(3);
+    let gpus = CudaDevice::several(fake.driver, 3).unwrap();
+    let between = |a: usize, b: usize| gpus[a].between(&gpus[b]).unwrap();
+    assert_eq!([between(0, 1), between(1, 2), between(2, 0)], [Between::NvLink, Between::Bus, Between::Host]);
+    for (reader, owner) in (0..3).flat_map(|reader| (0..3).map(move |owner| (reader, owner))) {
+        assert_eq!(fake.reaches(reader, owner), (reader - owner).abs() == 1, "{reader} from {owner}");
+    }
+    assert!(CudaDevice::several(fake.driver, 4).is_err());
+}
+
+/// The stand-in does nothing that nobody waits for, and ends the process when it copies from freed memory: whatever is not
+/// ordered comes out wrong here.
+#[test]
+fn what_another_gpu_takes_is_there_when_it_is_used_and_is_kept_until_it_has_been_copied() {
+    let fake = Fake::with(3);
+    let gpus = CudaDevice::several(fake.driver, 3).unwrap();
+    // Access or not makes no difference but in time; nor does who is waited for first.
+    for (from, to, sender_first) in [(0, 1, true), (0, 1, false), (2, 0, true), (2, 0, false)] {
+        let (theirs, ours, waits) = (&gpus[from], &gpus[to], fake.waits());
+        let handed = Tensor::new("test", theirs, &[250], Dtype::F32).unwrap();
+        theirs.copy_in(handed.address(), &values(1000)).unwrap();
+        let part = handed.part(50, &[100]).handed().unwrap();
+        let later = Tensor::new("test", theirs, &[100], Dtype::F32).unwrap();
+        theirs.copy(later.address(), handed.address(), 400).unwrap();
+        drop(handed);
+        let taken = part.taken(ours).unwrap();
+        assert_eq!((taken.dims(), fake.waits()), (&[100][..], waits), "nobody waits");
+        if sender_first {
+            // The memory that was handed over has no user left: it goes when it has been copied.
+            theirs.synchronize().unwrap();
+        }
+        let mut got = vec![0; 400];
+        ours.copy_out(taken.address(), &mut got).unwrap();
+        assert_eq!(got, values(1000)[200..600], "{from} to {to}, the sender first: {sender_first}");
+        theirs.copy_out(later.address(), &mut got).unwrap();
+        assert_eq!(got, values(1000)[..400]);
+        drop((later, taken));
+        for gpu in &gpus {
+            gpu.synchronize().unwrap();
+            assert_eq!(gpu.memory().unwrap().free, 64 << 20);
+        }
+    }
+}
+
+#[test]
+fn a_tensor_that_was_not_handed_over_is_not_taken_from_another_gpu() {
+    let fake = Fake::with(2);
+    let gpus = CudaDevice::several(fake.driver, 2).unwrap();
+    let tensor = Tensor::new("test", &gpus[0], &[4], Dtype::F32).unwrap();
+    assert!(tensor.clone().taken(&gpus[1]).map(drop).unwrap_err().to_string().contains("was not handed over"));
+    let same = tensor.handed().unwrap().taken(&gpus[0]).unwrap();
+    assert_eq!(same.address(), tensor.address());
+    let none = Tensor::new("test", &gpus[0], &[0, 4], Dtype::F32).unwrap().handed().unwrap();
+    assert_eq!(none.taken(&gpus[1]).unwrap().dims(), [0, 4]);
+}
+
+#[test]
+fn a_copy_that_finds_no_room_is_out_of_memory_and_takes_none() {
+    let fake = Fake::with(2);
+    let gpus = CudaDevice::several(fake.driver, 2).unwrap();
+    let handed = Tensor::new("test", &gpus[0], &[5 << 20], Dtype::F32).unwrap().handed().unwrap();
+    let full = Buffer::new(&gpus[1], 50 << 20).unwrap();
+    let error = handed.clone().taken(&gpus[1]).map(drop).unwrap_err();
+    assert!(matches!(error, EngineError::OutOfMemory { wanted, .. } if wanted == 20 << 20), "{error}");
+    drop(full);
+    assert_eq!(handed.taken(&gpus[1]).unwrap().dims(), [5 << 20]);
 }
 
 #[test]
