@@ -8,7 +8,7 @@ use std::process::Command;
 use super::libraries::{Kind, Opened, Place, open_in};
 use super::*;
 use crate::engine::cuda::cache;
-use crate::engine::cuda::device::{Arg, Buffer, Dtype};
+use crate::engine::cuda::device::{Arg, Buffer, Dtype, TensorMap};
 use crate::engine::cuda::kernels;
 
 /// A driver of the test's own, with its state.
@@ -19,7 +19,15 @@ struct Fake {
 
 impl Fake {
     fn new() -> Self {
-        let opened: &Opened = Box::leak(Box::new(opened(1)));
+        Self::of(opened(1, 89))
+    }
+
+    fn hopper() -> Self {
+        Self::of(opened(1, 90))
+    }
+
+    fn of(opened: Opened) -> Self {
+        let opened: &Opened = Box::leak(Box::new(opened));
         Self { driver: Box::leak(Box::new(Driver::start(opened).unwrap())), opened }
     }
 
@@ -43,8 +51,9 @@ impl Fake {
     }
 }
 
-fn opened(devices: usize) -> Opened {
-    let text = format!("#define DEVICES {devices}\n{}", include_str!("fake_driver.cpp"));
+fn opened(devices: usize, capability: usize) -> Opened {
+    let defines = format!("#define DEVICES {devices}\n#define CAPABILITY {capability}\n");
+    let text = defines + include_str!("fake_driver.cpp");
     let flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-gnu-unique", "-x", "c++"];
     let built = cache::file("fake_driver.so", &[text.as_bytes(), flags.join(" ").as_bytes()], |out| {
         let input = out.with_extension("cpp");
@@ -83,7 +92,7 @@ fn a_gpu_tells_what_it_is() {
 
 #[test]
 fn a_driver_without_a_gpu_says_so() {
-    let error = Driver::start(&opened(0)).map(drop).unwrap_err();
+    let error = Driver::start(&opened(0, 89)).map(drop).unwrap_err();
     assert_eq!(error, "the driver for CUDA 13.0 finds no GPU");
 }
 
@@ -175,6 +184,34 @@ fn a_launch_has_its_arguments_and_asks_for_its_shared_memory() {
 }
 
 #[test]
+fn only_a_hopper_runs_what_is_for_hopper() {
+    for (fake, runs) in [(Fake::new(), false), (Fake::hopper(), true)] {
+        let device = fake.device();
+        assert!(device.runs(Source::Attention));
+        assert_eq!(device.runs(Source::AttentionHopper), runs);
+    }
+}
+
+#[test]
+fn a_launch_has_what_the_driver_makes_of_a_tensor_map() {
+    let fake = Fake::hopper();
+    let device = Arc::new(fake.device());
+    let memory = Buffer::new(&device, 64).unwrap();
+    let map =
+        TensorMap { address: memory.address(), sizes: [128, 24, 3000], strides: [256, 6144], region: [64, 1, 176] };
+    let launch = |map| {
+        let args = [Arg::Map(map), Arg::Int(7)];
+        let kernel = kernels::attention_hopper_128;
+        device.launch(&Launch { kernel, grid: [3, 2, 1], block: 384, shared: 200 << 10, args: &args })
+    };
+    launch(map).unwrap();
+    let made = format!("{}: 128 24 3000, 256 6144, 64 1 176; 7", memory.address());
+    assert!(fake.report().ends_with(&format!("attention_hopper_128 3 2 1 384 204800 {made}")), "{}", fake.report());
+    let error = launch(TensorMap { address: map.address + 8, ..map }).unwrap_err().to_string();
+    assert!(error.contains("cuTensorMapEncodeTiled: CUDA_ERROR_INVALID_VALUE"), "{error}");
+}
+
+#[test]
 fn errors_have_the_names_of_the_call_and_of_what_is_wrong() {
     let fake = Fake::new();
     let device = fake.device();
@@ -221,7 +258,7 @@ fn all_is_given_back_at_the_end() {
     let fake = Fake::new();
     let device = Arc::new(fake.device());
     let loaded = device.load().unwrap();
-    assert_eq!(loaded.compiled + loaded.cached, Source::ALL.len());
+    assert_eq!(loaded.compiled + loaded.cached, Source::ALL.iter().filter(|source| !source.wants_hopper()).count());
     assert_eq!(device.load().unwrap(), Loaded::default());
     let memory = Buffer::new(&device, 100).unwrap();
     device.copy_in(memory.address(), &values(100)).unwrap();
