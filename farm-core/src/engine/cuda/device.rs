@@ -5,7 +5,7 @@
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::kernels::Kernel;
+use super::kernels::{Kernel, Source};
 use super::parking::Lease;
 use crate::engine::Result;
 
@@ -29,6 +29,8 @@ pub trait Device: Send + Sync + 'static {
 
     /// What a person calls it, for example `NVIDIA H100 80GB HBM3`.
     fn name(&self) -> String;
+    /// Whether the kernels of this file can run on it.
+    fn runs(&self, source: Source) -> bool;
 
     /// `bytes` of memory, more than 0, aligned to 256; what it holds is undefined. Errors with
     /// [`OutOfMemory`](crate::engine::EngineError::OutOfMemory) if the device has no room.
@@ -89,19 +91,40 @@ pub enum Arg {
     /// `long long`
     Long(i64),
     Float(f32),
+    /// `const __grid_constant__ TensorMap`, of 128 bytes that the device makes of this.
+    Map(TensorMap),
 }
 
+/// A tensor of bf16 of which a kernel lets boxes be copied into shared memory (TMA), with the swizzle of 128 bytes. What a box
+/// has beyond the tensor is 0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TensorMap {
+    /// A multiple of 16.
+    pub address: Address,
+    /// The first is of the dimension whose values lie side by side.
+    pub sizes: [u64; 3],
+    /// Bytes from one to the next in the other dimensions, multiples of 16.
+    pub strides: [u64; 2],
+    /// Values of a box: 64 in the first dimension, at most 256 in the others.
+    pub region: [u32; 3],
+}
+
+/// An argument as a kernel reads it, in the first bytes; aligned for every type.
+#[repr(C, align(64))]
+pub struct Value(pub [u8; 128]);
+
 impl Arg {
-    /// The value as the kernel reads it, in the first bytes.
-    pub fn bytes(self) -> [u8; 8] {
-        let mut bytes = [0; 8];
+    /// `encode` writes a tensor map.
+    pub fn value(&self, encode: impl FnOnce(&TensorMap, &mut Value) -> Result<()>) -> Result<Value> {
+        let mut value = Value([0; 128]);
         match self {
-            Self::Pointer(address) => bytes = address.to_ne_bytes(),
-            Self::Int(value) => bytes[..4].copy_from_slice(&value.to_ne_bytes()),
-            Self::Long(value) => bytes = value.to_ne_bytes(),
-            Self::Float(value) => bytes[..4].copy_from_slice(&value.to_ne_bytes()),
+            Self::Pointer(address) => value.0[..8].copy_from_slice(&address.to_ne_bytes()),
+            Self::Int(number) => value.0[..4].copy_from_slice(&number.to_ne_bytes()),
+            Self::Long(number) => value.0[..8].copy_from_slice(&number.to_ne_bytes()),
+            Self::Float(number) => value.0[..4].copy_from_slice(&number.to_ne_bytes()),
+            Self::Map(map) => encode(map, &mut value)?,
         }
-        bytes
+        Ok(value)
     }
 }
 

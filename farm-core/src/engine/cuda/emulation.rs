@@ -5,17 +5,23 @@ use std::collections::BTreeMap;
 use std::ffi::{CStr, c_char, c_uint, c_void};
 use std::fmt::Write as _;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Mutex;
 use std::sync::{OnceLock, PoisonError};
 
 use super::cache;
-use super::device::{Address, Arg, Device, Launch, Matmul};
+use super::device::{Address, Arg, Device, Launch, Matmul, TensorMap, Value};
 use super::kernels::{self, Kernel, Source};
 use crate::engine::{EngineError, Result};
 
+#[cfg(test)]
+mod tests;
+
 const PAGE: usize = 4096;
+
+/// What stands before a source.
+const HEADERS: &str = concat!(include_str!("kernels/emulation.h"), "\n", include_str!("kernels/emulation_hopper.h"));
 
 /// A GPU that is not there.
 #[derive(Default)]
@@ -66,7 +72,7 @@ fn failed(message: String) -> EngineError {
 }
 
 fn compiled(source: Source) -> std::io::Result<libloading::Library> {
-    let mut text = format!("{}\n{}", include_str!("kernels/emulation.h"), source.text());
+    let mut text = format!("{HEADERS}\n{}", source.text());
     for kernel in kernels::all().filter(|kernel| kernel.source == source) {
         let name = kernel.name();
         // Writing to a string does not fail.
@@ -77,14 +83,21 @@ fn compiled(source: Source) -> std::io::Result<libloading::Library> {
              extern \"C\" const char* signature_{name}() {{ return emulated::signature({name}); }}\n"
         );
     }
+    let path = built("emulated.so", &text, &["-fPIC", "-shared"])?;
+    // SAFETY: it was compiled from the sources of this program; loading it runs nothing of its own.
+    unsafe { libloading::Library::new(path) }.map_err(std::io::Error::other)
+}
+
+/// The file that a C++ compiler makes of the text, by an earlier run if there was one.
+fn built(name: &str, text: &str, flags: &[&str]) -> std::io::Result<PathBuf> {
     // Contraction would round once where the source rounds twice.
-    let flags =
-        ["-std=c++20", "-O2", "-march=native", "-ffp-contract=off", "-fPIC", "-shared", "-pthread", "-x", "c++"];
-    let path = cache::file("emulated.so", &[text.as_bytes(), flags.join(" ").as_bytes()], |out| {
+    let common = ["-std=c++20", "-O2", "-march=native", "-ffp-contract=off", "-pthread", "-x", "c++"];
+    let flags = [&common[..], flags].concat();
+    cache::file(name, &[text.as_bytes(), flags.join(" ").as_bytes()], |out| {
         let input = out.with_extension("cpp");
-        fs::write(&input, &text)?;
+        fs::write(&input, text)?;
         let compiler = std::env::var_os("CXX").unwrap_or_else(|| "c++".into());
-        let run = Command::new(&compiler).args(flags).arg(&input).arg("-o").arg(out).output();
+        let run = Command::new(&compiler).args(&flags).arg(&input).arg("-o").arg(out).output();
         let run = run.map_err(|error| {
             std::io::Error::new(
                 error.kind(),
@@ -97,9 +110,7 @@ fn compiled(source: Source) -> std::io::Result<libloading::Library> {
             return Err(std::io::Error::other(String::from_utf8_lossy(&run.stderr).into_owned()));
         }
         Ok(())
-    })?;
-    // SAFETY: it was compiled from the sources of this program; loading it runs nothing of its own.
-    unsafe { libloading::Library::new(path) }.map_err(std::io::Error::other)
+    })
 }
 
 /// Whatever is asked for is done at once, so there is nothing to mark or to wait for.
@@ -109,6 +120,11 @@ impl Device for Emulation {
 
     fn name(&self) -> String {
         "emulated gpu".into()
+    }
+
+    /// Whatever it is.
+    fn runs(&self, _source: Source) -> bool {
+        true
     }
 
     /// Filled with NaN; the bytes behind it are not mapped, so a kernel that goes beyond ends the process.
@@ -197,10 +213,9 @@ impl Device for Emulation {
         let Launch { kernel, grid, block, shared, args } = launch;
         check(kernel, grid, *block)?;
         for arg in *args {
-            if let Arg::Pointer(address) = arg
-                && *address != 0
-            {
-                self.check_own(*address, 0)?;
+            match arg {
+                Arg::Pointer(0) | Arg::Int(_) | Arg::Long(_) | Arg::Float(_) => {}
+                Arg::Pointer(address) | Arg::Map(TensorMap { address, .. }) => self.check_own(*address, 0)?,
             }
         }
         let library = self.library(kernel.source)?;
@@ -218,13 +233,14 @@ impl Device for Emulation {
             Arg::Int(_) => 'i',
             Arg::Long(_) => 'l',
             Arg::Float(_) => 'f',
+            Arg::Map(_) => 't',
         };
         let given: String = args.iter().map(letter).collect();
         if signature.to_bytes() != given.as_bytes() {
             return Err(failed(format!("{kernel:?} takes {}, not {given}", signature.to_string_lossy())));
         }
-        let mut values: Vec<[u8; 8]> = args.iter().map(|arg| arg.bytes()).collect();
-        let mut pointers: Vec<*mut c_void> = values.iter_mut().map(|value| value.as_mut_ptr().cast()).collect();
+        let mut values = args.iter().map(|arg| arg.value(encode)).collect::<Result<Vec<_>>>()?;
+        let mut pointers: Vec<*mut c_void> = values.iter_mut().map(|value| value.0.as_mut_ptr().cast()).collect();
         // SAFETY: the arguments are of the types that the kernel takes, which was checked; pointers are the caller's.
         unsafe { run(grid.as_ptr(), *block, *shared, pointers.as_mut_ptr()) };
         Ok(())
@@ -233,6 +249,21 @@ impl Device for Emulation {
     fn matmul(&self, _matmul: &Matmul) -> Result<bool> {
         Ok(false)
     }
+}
+
+/// As `Map` in `kernels/emulation_hopper.h` has it. Refuses what a driver would.
+fn encode(map: &TensorMap, to: &mut Value) -> Result<()> {
+    let TensorMap { address, sizes, strides, region } = *map;
+    let aligned = [address, strides[0], strides[1]].iter().all(|bytes| bytes.is_multiple_of(16));
+    let sized = sizes.iter().all(|size| (1..=1 << 32).contains(size)) && strides.iter().all(|bytes| *bytes < 1 << 40);
+    if !aligned || !sized || region[0] != 64 || region[1..].iter().any(|values| !(1..=256).contains(values)) {
+        return Err(failed(format!("there is no such tensor map: {map:?}")));
+    }
+    let fields = [[u64::from_ne_bytes(*b"TensorMp"), address].as_slice(), &sizes, &strides].concat();
+    let bytes = fields.iter().flat_map(|field| field.to_ne_bytes());
+    let bytes = bytes.chain(region.iter().flat_map(|values| values.to_ne_bytes()));
+    to.0.iter_mut().zip(bytes).for_each(|(to, byte)| *to = byte);
+    Ok(())
 }
 
 /// What a driver would refuse.

@@ -19,7 +19,7 @@ pub struct CudaEngine<D: Device> {
 
 impl<D: Device> CudaEngine<D> {
     pub fn new(device: Arc<D>, precision: Precision) -> Self {
-        Self { gpu: Gpu { device, precision } }
+        Self { gpu: Gpu::new(device, precision) }
     }
 
     pub fn device(&self) -> &Arc<D> {

@@ -1,6 +1,6 @@
 //! A device with what every operation needs of it: tensors, launches of a usual form, conversions.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use super::device::{Arg, Device, Dtype, Launch};
 use super::kernels::{self, Kernel};
@@ -17,9 +17,15 @@ const MOST_BLOCKS: usize = 1 << 16;
 pub struct Gpu<D: Device> {
     pub device: Arc<D>,
     pub precision: Precision,
+    /// Whether attention takes the kernel of Hopper's own instructions, which its first use finds out.
+    pub hopper: OnceLock<bool>,
 }
 
 impl<D: Device> Gpu<D> {
+    pub fn new(device: Arc<D>, precision: Precision) -> Self {
+        Self { device, precision, hopper: OnceLock::new() }
+    }
+
     /// Of weights, and of what is computed from them.
     pub fn dtype(&self) -> Dtype {
         match self.precision {

@@ -7,7 +7,7 @@ use std::fmt;
 
 use super::device::Dtype;
 
-/// A file of kernels. Every file begins with `common.cuh`, those with matrix products with `tensor_core.cuh` behind it.
+/// A file of kernels. Every file begins with `common.cuh`; behind it is what it shares with some of the others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Source {
     /// Values one by one, and the moving of values.
@@ -15,6 +15,8 @@ pub enum Source {
     /// Norms, gates and rotations of rows.
     Rows,
     Attention,
+    /// By instructions that only Hopper has: compiled for `sm_90a` and for nothing else.
+    AttentionHopper,
     /// Matrix products and convolutions.
     Product,
     /// Frames: group norms, depth to space, pixels.
@@ -22,13 +24,15 @@ pub enum Source {
 }
 
 impl Source {
-    pub const ALL: [Self; 5] = [Self::Pointwise, Self::Rows, Self::Attention, Self::Product, Self::Volume];
+    pub const ALL: [Self; 6] =
+        [Self::Pointwise, Self::Rows, Self::Attention, Self::AttentionHopper, Self::Product, Self::Volume];
 
     pub fn name(self) -> &'static str {
         match self {
             Self::Pointwise => "pointwise",
             Self::Rows => "rows",
             Self::Attention => "attention",
+            Self::AttentionHopper => "attention_hopper",
             Self::Product => "product",
             Self::Volume => "volume",
         }
@@ -40,14 +44,27 @@ impl Source {
             Self::Pointwise => include_str!("kernels/pointwise.cu"),
             Self::Rows => include_str!("kernels/rows.cu"),
             Self::Attention => include_str!("kernels/attention.cu"),
+            Self::AttentionHopper => include_str!("kernels/attention_hopper.cu"),
             Self::Product => include_str!("kernels/product.cu"),
             Self::Volume => include_str!("kernels/volume.cu"),
         };
-        let tensor_core = match self {
-            Self::Attention | Self::Product => include_str!("kernels/tensor_core.cuh"),
-            Self::Pointwise | Self::Rows | Self::Volume => "",
+        let (tensor_core, hopper, segments) = (
+            include_str!("kernels/tensor_core.cuh"),
+            include_str!("kernels/hopper.cuh"),
+            include_str!("kernels/segments.cuh"),
+        );
+        let shared: &[&str] = match self {
+            Self::Attention => &[tensor_core, segments],
+            Self::AttentionHopper => &[tensor_core, hopper, segments],
+            Self::Product => &[tensor_core],
+            Self::Pointwise | Self::Rows | Self::Volume => &[],
         };
-        format!("{}\n{tensor_core}\n{own}", include_str!("kernels/common.cuh"))
+        [&[include_str!("kernels/common.cuh")], shared, &[own]].concat().join("\n")
+    }
+
+    /// Whether its kernels run on machine code for Hopper alone.
+    pub fn wants_hopper(self) -> bool {
+        self == Self::AttentionHopper
     }
 }
 
@@ -114,6 +131,7 @@ kernels! {
     Pointwise: [add gelu_gated swiglu silu copy_runs unpatchify] [to_f32_of_bf16 to_bf16_of_f32 euler_step patchify];
     Rows: [rms_norm gated_residual layer_norm tanh split_qkv] [rope_table merge_attention];
     Attention: [attention attention_mma_32 attention_mma_64 attention_mma_128] [];
+    AttentionHopper: [attention_hopper_128] [];
     Product: [product product_scalar convolution convolution_scalar] [];
     Volume: [denormalize_latent group_sums group_norm_silu depth_to_space_time to_rgb8 to_rgb16]
         [group_moments group_totals group_scales];

@@ -33,7 +33,7 @@ mod tests {
     use crate::precision::Precision;
 
     fn gpu() -> Gpu<Emulation> {
-        Gpu { device: Arc::new(Emulation::default()), precision: Precision::Bf16 }
+        Gpu::new(Arc::new(Emulation::default()), Precision::Bf16)
     }
 
     #[test]
@@ -71,7 +71,7 @@ mod tests {
 
     #[test]
     fn memory_has_an_end_and_comes_back() {
-        let gpu = Gpu { device: Arc::new(Emulation::with_memory(8192)), precision: Precision::F32 };
+        let gpu = Gpu::new(Arc::new(Emulation::with_memory(8192)), Precision::F32);
         let x = gpu.empty("test", &[1024], Dtype::F32).unwrap();
         let wanted = gpu.empty("large", &[2048], Dtype::F32).map(drop);
         assert!(matches!(wanted, Err(EngineError::OutOfMemory { op: "large", wanted: 8192 })));

@@ -66,6 +66,10 @@ functions! {
         cuModuleGetFunction = b"cuModuleGetFunction\0": fn(*mut CUfunction, CUmodule, *const c_char) -> c_int;
         cuFuncGetAttribute = b"cuFuncGetAttribute\0": fn(*mut c_int, c_int, CUfunction) -> c_int;
         cuFuncSetAttribute = b"cuFuncSetAttribute\0": fn(CUfunction, c_int, c_int) -> c_int;
+        cuTensorMapEncodeTiled = b"cuTensorMapEncodeTiled\0": fn(
+            *mut c_void, c_int, c_uint, CUdeviceptr, *const u64, *const u64, *const c_uint, *const c_uint, c_int, c_int, c_int,
+            c_int
+        ) -> c_int;
         cuLaunchKernel = b"cuLaunchKernel\0": fn(
             CUfunction, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, CUstream, *mut *mut c_void, *mut *mut c_void
         ) -> c_int;

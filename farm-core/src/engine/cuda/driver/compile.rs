@@ -34,6 +34,8 @@ functions! {
     }
 }
 
+const HOPPER: &str = "sm_90a";
+
 /// What kernels are compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Target {
@@ -43,6 +45,13 @@ pub enum Target {
     Plain(c_int),
     /// For a GPU that is newer than NVRTC: an assembly language that the driver compiles when it is loaded.
     Portable(c_int),
+}
+
+impl Target {
+    /// Whether it has the instructions that only Hopper has.
+    pub fn has_hopper(self) -> bool {
+        self == Self::Machine(HOPPER)
+    }
 }
 
 impl fmt::Display for Target {
@@ -63,7 +72,7 @@ fn target(capability: (c_int, c_int), known: &[c_int], nvrtc: (c_int, c_int)) ->
     if !known.contains(&arch) {
         return known.iter().copied().filter(|known| *known < arch).max().map(Target::Portable);
     }
-    Some(if arch == 90 && nvrtc.0 >= 12 { Target::Machine("sm_90a") } else { Target::Plain(arch) })
+    Some(if arch == 90 && nvrtc.0 >= 12 { Target::Machine(HOPPER) } else { Target::Plain(arch) })
 }
 
 /// The compiler.
@@ -147,9 +156,18 @@ impl Compiler {
 
     /// Errors have the compiler's words.
     pub fn compile(&self, name: &str, text: &str, target: Target) -> Result<Vec<u8>, String> {
+        let (image, remarks) = self.build(name, text, target, &options(target))?;
+        if !remarks.is_empty() {
+            tracing::warn!(source = name, %target, remarks, "the compiler has remarks on a kernel");
+        }
+        Ok(image)
+    }
+
+    /// The code, and what the compiler remarks on it.
+    fn build(&self, name: &str, text: &str, target: Target, options: &[String]) -> Result<(Vec<u8>, String), String> {
         let _alone = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
         let (text, file) = (c_string(text)?, c_string(&format!("{name}.cu"))?);
-        let options = options(target).iter().map(|option| c_string(option)).collect::<Result<Vec<_>, _>>()?;
+        let options = options.iter().map(|option| c_string(option)).collect::<Result<Vec<_>, _>>()?;
         let options: Vec<*const c_char> = options.iter().map(|option| option.as_ptr()).collect();
         let functions = &self.functions;
         let mut program = std::ptr::null_mut();
@@ -162,9 +180,9 @@ impl Compiler {
         let result =
             unsafe { (functions.nvrtcCompileProgram)(program.program, options.len() as c_int, options.as_ptr()) };
         let program = &mut program;
+        let log = program.bytes(functions.nvrtcGetProgramLogSize, functions.nvrtcGetProgramLog).unwrap_or_default();
+        let log = String::from_utf8_lossy(&log).trim_end_matches(['\0', '\n']).to_owned();
         if result != SUCCESS {
-            let log = program.bytes(functions.nvrtcGetProgramLogSize, functions.nvrtcGetProgramLog).unwrap_or_default();
-            let log = String::from_utf8_lossy(&log).trim_end_matches(['\0', '\n']).to_owned();
             let why = self.check("nvrtcCompileProgram", result).err().unwrap_or_default();
             return Err(format!("{name} for {target}: {why}\n{log}"));
         }
@@ -173,7 +191,7 @@ impl Compiler {
             _ => program.bytes(functions.nvrtcGetCUBINSize, functions.nvrtcGetCUBIN)?,
         };
         image.push(0);
-        Ok(image)
+        Ok((image, log))
     }
 
     fn check(&self, call: &str, result: c_int) -> Result<(), String> {
@@ -241,7 +259,7 @@ mod tests {
         for (capability, expected) in [((8, 0), "sm_80"), ((8, 9), "sm_89"), ((9, 0), "sm_90a")] {
             let target = nvrtc().target(capability).unwrap();
             assert_eq!(target.to_string(), expected);
-            for source in Source::ALL {
+            for source in Source::ALL.into_iter().filter(|source| !source.wants_hopper() || target.has_hopper()) {
                 let image =
                     nvrtc().compile(source.name(), &source.text(), target).unwrap_or_else(|error| panic!("{error}"));
                 for kernel in kernels::all().filter(|kernel| kernel.source == source) {
@@ -252,6 +270,19 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn hoppers_products_run_beside_other_work_and_all_is_in_registers() {
+        let (source, target) = (Source::AttentionHopper, nvrtc().target((9, 0)).unwrap());
+        let mut options = options(target).to_vec();
+        options.extend(["spills", "local-memory-usage"].map(|what| format!("--ptxas-options=--warn-on-{what}")));
+        let build = |text: &str| nvrtc().build(source.name(), text, target, &options).unwrap().1;
+        // A remark without being asked: that products wait for each other, or for registers.
+        assert_eq!(build(&source.text()), "");
+        let few = source.text().replace("more_registers<240>", "more_registers<200>");
+        let remarks = build(&few);
+        assert!(remarks.contains("serialized") && remarks.contains("spilled"), "{remarks}");
     }
 
     #[test]

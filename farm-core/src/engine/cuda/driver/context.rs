@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use cudarc::driver::sys::{CUcontext, CUdevice, CUevent, CUfunction, CUmodule, CUstream};
 
 use super::api::{Driver, OUT_OF_MEMORY, call};
-use crate::engine::cuda::device::Arg;
+use crate::engine::cuda::device::{Arg, TensorMap, Value};
 use crate::engine::{EngineError, Result};
 
 /// `CU_STREAM_NON_BLOCKING`: it does not wait for what others do on the default stream.
@@ -18,6 +18,11 @@ const UNTIMED: c_uint = 2;
 const SHARED_SIZE: c_int = 1;
 /// `CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES`
 const MAX_DYNAMIC_SHARED_SIZE: c_int = 8;
+/// `CU_TENSOR_MAP_DATA_TYPE_BFLOAT16`, `CU_TENSOR_MAP_SWIZZLE_128B` and `CU_TENSOR_MAP_L2_PROMOTION_L2_256B`: what a box wants
+/// of the GPU's memory comes in pieces of 256 bytes, which is a row of 128 channels.
+const BFLOAT16: c_int = 9;
+const SWIZZLE_128B: c_int = 3;
+const PROMOTION_256B: c_int = 3;
 /// Bytes of shared memory that a block may have without asking.
 const SHARED_UNASKED: u32 = 48 << 10;
 
@@ -256,6 +261,33 @@ impl Drop for Module {
     }
 }
 
+/// Makes what the GPU reads of a tensor map.
+fn encode(driver: &Driver, map: &TensorMap, to: &mut Value) -> Result<()> {
+    let TensorMap { address, sizes, strides, region } = map;
+    let (to, every) = (to.0.as_mut_ptr().cast(), [1; 3]);
+    // SAFETY: it writes 128 bytes, which are aligned to 64, and reads as many numbers as there are dimensions, of the strides
+    // one less. 0 is: values are not interleaved, and what is beyond the tensor is 0.
+    unsafe {
+        call!(
+            driver,
+            cuTensorMapEncodeTiled(
+                to,
+                BFLOAT16,
+                3,
+                *address,
+                sizes.as_ptr(),
+                strides.as_ptr(),
+                region.as_ptr(),
+                every.as_ptr(),
+                0,
+                SWIZZLE_128B,
+                PROMOTION_256B,
+                0,
+            )
+        )
+    }
+}
+
 /// A kernel on the GPU.
 pub(super) struct Function {
     raw: CUfunction,
@@ -290,9 +322,10 @@ impl Function {
             *room = shared;
         }
         drop(room);
-        // As numbers of 64 bits, so that they are aligned for every type; the driver copies them before it returns.
-        let mut values: Vec<u64> = args.iter().map(|arg| u64::from_ne_bytes(arg.bytes())).collect();
-        let mut values: Vec<*mut c_void> = values.iter_mut().map(|value| std::ptr::from_mut(value).cast()).collect();
+        // The driver copies them before it returns.
+        let encode = |map: &TensorMap, to: &mut Value| encode(driver, map, to);
+        let mut values = args.iter().map(|arg| arg.value(encode)).collect::<Result<Vec<_>>>()?;
+        let mut values: Vec<*mut c_void> = values.iter_mut().map(|value| value.0.as_mut_ptr().cast()).collect();
         let [x, y, z] = grid;
         let none = std::ptr::null_mut();
         // SAFETY: see above; there is a pointer for each parameter.

@@ -27,6 +27,7 @@ use cudarc::driver::sys::{
 };
 
 use self::api::{Driver, OUT_OF_MEMORY, PEER_ACCESS_ALREADY_ENABLED, call};
+use self::compile::Target;
 use self::context::{Context, Event, Function, Module, Pinned, Stream};
 use self::matmul::{CublasLt, WORKSPACE};
 use self::staging::Staging;
@@ -279,7 +280,7 @@ impl CudaDevice {
     pub fn load(&self) -> Result<Loaded> {
         let mut kernels = lock(&self.kernels);
         let mut loaded = Loaded::default();
-        for source in Source::ALL {
+        for source in Source::ALL.into_iter().filter(|source| self.runs(*source)) {
             if let Entry::Vacant(place) = kernels.modules.entry(source) {
                 let (module, fresh) = self.module(source)?;
                 place.insert(module);
@@ -289,11 +290,16 @@ impl CudaDevice {
         Ok(loaded)
     }
 
+    /// What its kernels are compiled for.
+    fn target(&self) -> std::result::Result<Target, String> {
+        compile::compiler()?.target(self.properties.capability)
+    }
+
     /// True with it if it was compiled now.
     fn module(&self, source: Source) -> Result<(Module, bool)> {
         let fail = |message| EngineError::Backend { op: "compile", message };
         let compiler = compile::compiler().map_err(fail)?;
-        let target = compiler.target(self.properties.capability).map_err(fail)?;
+        let target = self.target().map_err(fail)?;
         let compiled = compiler.compiled(source, target, &self.driver.version).map_err(fail)?;
         let module = Module::load(&self.stream.context, &compiled.image).map_err(|error| {
             let (name, nvrtc, cuda) = (source.name(), compiler.version(), &self.driver.version);
@@ -365,6 +371,10 @@ impl Device for CudaDevice {
 
     fn name(&self) -> String {
         self.properties.name.clone()
+    }
+
+    fn runs(&self, source: Source) -> bool {
+        !source.wants_hopper() || self.target().is_ok_and(Target::has_hopper)
     }
 
     fn alloc(&self, bytes: usize) -> Result<Address> {

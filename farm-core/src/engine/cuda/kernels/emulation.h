@@ -29,6 +29,7 @@
 #define __forceinline__ inline
 #define __restrict__
 #define __launch_bounds__(...)
+#define __grid_constant__
 // A block runs on one thread of the system from its start to its end.
 #define __shared__ static thread_local
 #define __align__(bytes) alignas(bytes)
@@ -133,6 +134,9 @@ __attribute__((noinline)) inline void resume(Fiber& fiber) {
     setcontext(&fiber.first);
 }
 
+// What a block leaves behind that it has to wait for; in `emulation_hopper.h`.
+void check_end();
+
 inline void run_block(unsigned threads) {
     block->barrier.begin(threads);
     for (unsigned w = 0; w < (threads + 31) / 32; w++) {
@@ -167,6 +171,7 @@ inline void run_block(unsigned threads) {
         }
         if (left > 0 && block->progress == before) die("threads wait at different barriers");
     }
+    check_end();
 }
 
 // Which threads a block has, and nothing of them is kept between launches but stacks.
@@ -207,13 +212,14 @@ void launch(void (*kernel)(A...), const unsigned* grid, unsigned threads, unsign
     launch(kernel, std::index_sequence_for<A...>{}, grid, threads, shared, args);
 }
 
-// One letter for each parameter: pointer, int, long or float.
+// One letter for each parameter: pointer, int, long, float or tensor map.
 template <class A> constexpr char letter() {
     if constexpr (std::is_pointer_v<A>) return 'p';
+    else if constexpr (sizeof(A) == 128) return 't';
     else if constexpr (std::is_same_v<A, float>) return 'f';
     else if constexpr (std::is_same_v<A, int>) return 'i';
     else if constexpr (std::is_same_v<A, long long>) return 'l';
-    else static_assert(!sizeof(A), "a kernel takes pointers, int, i64 and float");
+    else static_assert(!sizeof(A), "a kernel takes pointers, int, i64, float and tensor maps");
 }
 
 template <class... A> const char* signature(void (*)(A...)) {

@@ -6,6 +6,7 @@ use crate::engine::cuda::kernels::{self, Kernel};
 use crate::engine::cuda::tensor::Tensor;
 use crate::engine::{AttentionOut, Result};
 
+mod hopper;
 #[cfg(test)]
 mod tests;
 
@@ -20,7 +21,8 @@ const MMA_KEYS: usize = 64;
 const MMA_RING: usize = 3;
 
 /// bf16 with 32, 64 or 128 channels a head goes to the tensor cores, which round the softmax's weights to bf16 before they
-/// meet the values; all else is computed in f32. If types differ, everything is read as f32.
+/// meet the values; all else is computed in f32. If types differ, everything is read as f32. On Hopper 128 channels a head have
+/// a kernel of their own, with the same roundings.
 ///
 /// `out` is rounded once to q's type, or, if it is a `part` that is to be merged, left in f32.
 pub fn attention<D: Device>(
@@ -135,8 +137,9 @@ impl<D: Device> Softmax<'_, D> {
             return Ok(AttentionOut { out, lse });
         }
         let lse = gpu.empty(self.op, &[queries, heads], Dtype::F32)?;
-        let results = [out.pointer(), lse.pointer(), int(self.op, queries)?, int(self.op, heads)?];
+        let results = self.results(&out, &lse)?;
         match on_tensor_cores(self.to, dtype, d) {
+            Some(_) if d == hopper::CHANNELS && hopper::usable(gpu)? => self.on_hopper(gpu, results)?,
             Some(kernel) => self.run_on_tensor_cores(gpu, kernel, results)?,
             None => {
                 let [block, channels, threads] = PLAIN;
@@ -155,13 +158,22 @@ impl<D: Device> Softmax<'_, D> {
     fn run_on_tensor_cores(&self, gpu: &Gpu<D>, kernel: Kernel, results: [Arg; 4]) -> Result<()> {
         let [queries, heads, d] = self.sizes;
         let [block, threads] = MMA;
-        let all = |parts: &[Tensor<D>]| parts.iter().map(|x| aligned(gpu, self.op, x)).collect::<Result<Vec<_>>>();
-        let (q, keys, values) = (aligned(gpu, self.op, self.q)?, all(self.keys)?, all(self.values)?);
+        let (q, keys, values) = (
+            aligned(gpu, self.op, self.q)?,
+            all_aligned(gpu, self.op, self.keys)?,
+            all_aligned(gpu, self.op, self.values)?,
+        );
         let mut args = self.operands(&q, &keys, &values)?;
         args.extend(results);
         args.push(Arg::Float(self.scale));
         let shared = (block + MMA_RING * MMA_KEYS) * d * Dtype::Bf16.bytes();
         gpu.launch(kernel, [queries.div_ceil(block) as u32, heads as u32, 1], threads as u32, shared as u32, &args)
+    }
+
+    /// The arguments that every kernel has behind the operands.
+    fn results(&self, out: &Tensor<D>, lse: &Tensor<D>) -> Result<[Arg; 4]> {
+        let [queries, heads, _] = self.sizes;
+        Ok([out.pointer(), lse.pointer(), int(self.op, queries)?, int(self.op, heads)?])
     }
 
     /// The arguments with which a kernel begins.
@@ -203,4 +215,8 @@ fn aligned<D: Device>(gpu: &Gpu<D>, op: &'static str, x: &Tensor<D>) -> Result<T
     let copy = gpu.empty(op, x.dims(), x.dtype())?;
     gpu.device.copy(copy.address(), x.address(), x.len() * x.dtype().bytes())?;
     Ok(copy)
+}
+
+fn all_aligned<D: Device>(gpu: &Gpu<D>, op: &'static str, parts: &[Tensor<D>]) -> Result<Vec<Tensor<D>>> {
+    parts.iter().map(|x| aligned(gpu, op, x)).collect()
 }

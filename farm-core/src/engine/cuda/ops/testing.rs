@@ -5,7 +5,7 @@ use std::sync::Arc;
 use candle_core::Tensor as CpuTensor;
 
 use crate::engine::cpu::CpuEngine;
-use crate::engine::cuda::device::Dtype;
+use crate::engine::cuda::device::{Device, Dtype};
 use crate::engine::cuda::emulation::Emulation;
 use crate::engine::cuda::gpu::Gpu;
 use crate::engine::cuda::tensor::Tensor;
@@ -15,7 +15,7 @@ use crate::precision::Precision;
 pub const BOTH: [Dtype; 2] = [Dtype::F32, Dtype::Bf16];
 
 pub fn gpu() -> Gpu<Emulation> {
-    Gpu { device: Arc::new(Emulation::default()), precision: Precision::Bf16 }
+    Gpu::new(Arc::new(Emulation::default()), Precision::Bf16)
 }
 
 pub fn cpu() -> CpuEngine {
@@ -55,7 +55,7 @@ pub fn twin_of(gpu: &Gpu<Emulation>, values: &[f32], shape: &[usize], dtype: Dty
 }
 
 /// As a part of a larger tensor, `offset` values behind its beginning.
-pub fn at(gpu: &Gpu<Emulation>, values: &[f32], shape: &[usize], dtype: Dtype, offset: usize) -> Tensor<Emulation> {
+pub fn at<D: Device>(gpu: &Gpu<D>, values: &[f32], shape: &[usize], dtype: Dtype, offset: usize) -> Tensor<D> {
     let all: Vec<f32> = std::iter::repeat_n(f32::NAN, offset).chain(values.iter().copied()).collect();
     let all = gpu.upload("test", &all, &[all.len()]).unwrap();
     gpu.cast(&all, dtype).unwrap().part(offset, shape)

@@ -26,7 +26,7 @@ enum Place<D: Device> {
 }
 
 fn gpu<D: Device>(device: D) -> Gpu<D> {
-    Gpu { device: Arc::new(device), precision: Precision::F32 }
+    Gpu::new(Arc::new(device), Precision::F32)
 }
 
 fn shapes(block: usize) -> &'static [[usize; 2]] {
@@ -148,6 +148,10 @@ impl Device for Recording {
 
     fn name(&self) -> String {
         "recording".into()
+    }
+
+    fn runs(&self, _source: kernels::Source) -> bool {
+        true
     }
 
     fn alloc(&self, bytes: usize) -> Result<Address> {

@@ -8,7 +8,7 @@ use std::process::Command;
 use super::libraries::{Kind, Opened, Place, open_in};
 use super::*;
 use crate::engine::cuda::cache;
-use crate::engine::cuda::device::{Arg, Buffer, Dtype};
+use crate::engine::cuda::device::{Arg, Buffer, Dtype, TensorMap};
 use crate::engine::cuda::kernels;
 use crate::engine::cuda::tensor::Tensor;
 
@@ -20,11 +20,19 @@ struct Fake {
 
 impl Fake {
     fn new() -> Self {
-        Self::with(1)
+        Self::of(opened(1, 89))
     }
 
-    fn with(devices: usize) -> Self {
-        let opened: &Opened = Box::leak(Box::new(opened(devices)));
+    fn hopper() -> Self {
+        Self::of(opened(1, 90))
+    }
+
+    fn several(devices: usize) -> Self {
+        Self::of(opened(devices, 89))
+    }
+
+    fn of(opened: Opened) -> Self {
+        let opened: &Opened = Box::leak(Box::new(opened));
         Self { driver: Box::leak(Box::new(Driver::start(opened).unwrap())), opened }
     }
 
@@ -57,8 +65,9 @@ impl Fake {
     }
 }
 
-fn opened(devices: usize) -> Opened {
-    let text = format!("#define DEVICES {devices}\n{}", include_str!("fake_driver.cpp"));
+fn opened(devices: usize, capability: usize) -> Opened {
+    let defines = format!("#define DEVICES {devices}\n#define CAPABILITY {capability}\n");
+    let text = defines + include_str!("fake_driver.cpp");
     let flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-gnu-unique", "-x", "c++"];
     let built = cache::file("fake_driver.so", &[text.as_bytes(), flags.join(" ").as_bytes()], |out| {
         let input = out.with_extension("cpp");
@@ -97,7 +106,7 @@ fn a_gpu_tells_what_it_is() {
 
 #[test]
 fn a_driver_without_a_gpu_says_so() {
-    let error = Driver::start(&opened(0)).map(drop).unwrap_err();
+    let error = Driver::start(&opened(0, 89)).map(drop).unwrap_err();
     assert_eq!(error, "the driver for CUDA 13.0 finds no GPU");
 }
 
@@ -190,7 +199,7 @@ fn a_launch_has_its_arguments_and_asks_for_its_shared_memory() {
 
 #[test]
 fn gpus_reach_each_others_memory_where_the_machine_lets_them() {
-    let fake = Fake::with(3);
+    let fake = Fake::several(3);
     let gpus = CudaDevice::several(fake.driver, 3).unwrap();
     let between = |a: usize, b: usize| gpus[a].between(&gpus[b]).unwrap();
     assert_eq!([between(0, 1), between(1, 2), between(2, 0)], [Between::NvLink, Between::Bus, Between::Host]);
@@ -204,7 +213,7 @@ fn gpus_reach_each_others_memory_where_the_machine_lets_them() {
 /// ordered comes out wrong here.
 #[test]
 fn what_another_gpu_takes_is_there_when_it_is_used_and_is_kept_until_it_has_been_copied() {
-    let fake = Fake::with(3);
+    let fake = Fake::several(3);
     let gpus = CudaDevice::several(fake.driver, 3).unwrap();
     // Access or not makes no difference but in time; nor does who is waited for first.
     for (from, to, sender_first) in [(0, 1, true), (0, 1, false), (2, 0, true), (2, 0, false)] {
@@ -236,7 +245,7 @@ fn what_another_gpu_takes_is_there_when_it_is_used_and_is_kept_until_it_has_been
 
 #[test]
 fn a_tensor_that_was_not_handed_over_is_not_taken_from_another_gpu() {
-    let fake = Fake::with(2);
+    let fake = Fake::several(2);
     let gpus = CudaDevice::several(fake.driver, 2).unwrap();
     let tensor = Tensor::new("test", &gpus[0], &[4], Dtype::F32).unwrap();
     assert!(tensor.clone().taken(&gpus[1]).map(drop).unwrap_err().to_string().contains("was not handed over"));
@@ -248,7 +257,7 @@ fn a_tensor_that_was_not_handed_over_is_not_taken_from_another_gpu() {
 
 #[test]
 fn a_copy_that_finds_no_room_is_out_of_memory_and_takes_none() {
-    let fake = Fake::with(2);
+    let fake = Fake::several(2);
     let gpus = CudaDevice::several(fake.driver, 2).unwrap();
     let handed = Tensor::new("test", &gpus[0], &[5 << 20], Dtype::F32).unwrap().handed().unwrap();
     let full = Buffer::new(&gpus[1], 50 << 20).unwrap();
@@ -256,6 +265,38 @@ fn a_copy_that_finds_no_room_is_out_of_memory_and_takes_none() {
     assert!(matches!(error, EngineError::OutOfMemory { wanted, .. } if wanted == 20 << 20), "{error}");
     drop(full);
     assert_eq!(handed.taken(&gpus[1]).unwrap().dims(), [5 << 20]);
+}
+
+#[test]
+fn only_a_hopper_runs_what_is_for_hopper() {
+    for (fake, runs) in [(Fake::new(), false), (Fake::hopper(), true)] {
+        let device = fake.device();
+        assert!(device.runs(Source::Attention));
+        assert_eq!(device.runs(Source::AttentionHopper), runs);
+    }
+}
+
+#[test]
+fn a_launch_has_what_the_driver_makes_of_a_tensor_map() {
+    let fake = Fake::hopper();
+    let device = Arc::new(fake.device());
+    let memory = Buffer::new(&device, 64).unwrap();
+    let map =
+        TensorMap { address: memory.address(), sizes: [128, 24, 3000], strides: [256, 6144], region: [64, 1, 176] };
+    let launch = |map| {
+        let args = [Arg::Map(map), Arg::Int(7)];
+        let kernel = kernels::attention_hopper_128.of(Dtype::Bf16);
+        device.launch(&Launch { kernel, grid: [3, 2, 1], block: 384, shared: 200 << 10, args: &args })
+    };
+    launch(map).unwrap();
+    let made = format!("{}: 128 24 3000, 256 6144, 64 1 176; 7", memory.address());
+    assert!(
+        fake.report().ends_with(&format!("attention_hopper_128_bf16 3 2 1 384 204800 {made}")),
+        "{}",
+        fake.report()
+    );
+    let error = launch(TensorMap { address: map.address + 8, ..map }).unwrap_err().to_string();
+    assert!(error.contains("cuTensorMapEncodeTiled: CUDA_ERROR_INVALID_VALUE"), "{error}");
 }
 
 #[test]
@@ -305,7 +346,7 @@ fn all_is_given_back_at_the_end() {
     let fake = Fake::new();
     let device = Arc::new(fake.device());
     let loaded = device.load().unwrap();
-    assert_eq!(loaded.compiled + loaded.cached, Source::ALL.len());
+    assert_eq!(loaded.compiled + loaded.cached, Source::ALL.iter().filter(|source| !source.wants_hopper()).count());
     assert_eq!(device.load().unwrap(), Loaded::default());
     let memory = Buffer::new(&device, 100).unwrap();
     device.copy_in(memory.address(), &values(100)).unwrap();

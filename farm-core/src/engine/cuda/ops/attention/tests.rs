@@ -1,6 +1,8 @@
+mod varied;
+
+use self::varied::{Hopper, varied};
 use super::{attention, t5_attention};
-use crate::engine::cuda::device::Dtype;
-use crate::engine::cuda::emulation::Emulation;
+use crate::engine::cuda::device::{Device, Dtype};
 use crate::engine::cuda::gpu::Gpu;
 use crate::engine::cuda::ops::testing::{self, at, cpu, gpu};
 use crate::engine::cuda::tensor::Tensor;
@@ -23,6 +25,11 @@ fn assert_close(what: &str, got: &[f32], expected: &[f32], tolerance: f32) {
 
 /// Output and log-sum-exp.
 type Pair = [Vec<f32>; 2];
+
+/// A Hopper, and any other.
+fn gpus() -> [Gpu<varied::Varied>; 2] {
+    [varied(Hopper::Right), varied(Hopper::Absent)]
+}
 
 /// Rows, keys, values.
 type Segment = (usize, Vec<f32>, Vec<f32>);
@@ -60,11 +67,11 @@ impl Problem {
     }
 
     /// With queries, keys and values of these types, all of them parts of tensors.
-    fn on_gpu(&self, gpu: &Gpu<Emulation>, dtypes: [Dtype; 3], skip: usize) -> Pair {
+    fn on_gpu<D: Device>(&self, gpu: &Gpu<D>, dtypes: [Dtype; 3], skip: usize) -> Pair {
         self.attended(gpu, dtypes, skip, false)
     }
 
-    fn attended(&self, gpu: &Gpu<Emulation>, [q, k, v]: [Dtype; 3], skip: usize, part: bool) -> Pair {
+    fn attended<D: Device>(&self, gpu: &Gpu<D>, [q, k, v]: [Dtype; 3], skip: usize, part: bool) -> Pair {
         let Self { queries, heads, d, .. } = *self;
         let q = at(gpu, &self.q, &[queries, heads, d], q, skip);
         let tensors = |of: fn(&Segment) -> &Vec<f32>, dtype| -> Vec<_> {
@@ -109,7 +116,6 @@ fn attention_in_f32_is_the_processors() {
 
 #[test]
 fn attention_in_bf16_is_the_processors_but_for_two_roundings() {
-    let gpu = gpu();
     let cases: [([usize; 3], &[usize]); 8] = [
         // On tensor cores.
         ([130, 2, 32], &[64, 129]),
@@ -122,23 +128,37 @@ fn attention_in_bf16_is_the_processors_but_for_two_roundings() {
         ([3, 2, 1], &[5]),
         ([2, 2, 512], &[9]),
     ];
-    for (sizes, keys) in cases {
+    // Blocks of one tile of keys, and of several; whole ones, and one key more or less.
+    let on_hopper: [([usize; 3], &[usize]); 5] = [
+        ([161, 2, 128], &[257, 9]),
+        ([1, 1, 128], &[1]),
+        ([128, 1, 128], &[176]),
+        ([64, 3, 128], &[352, 176, 175, 177]),
+        ([130, 1, 128], &[1, 530, 3]),
+    ];
+    let [hopper, other] = gpus();
+    for (gpu, (sizes, keys)) in
+        cases.map(|case| (&other, case)).into_iter().chain(on_hopper.map(|case| (&hopper, case)))
+    {
         for skip in [8, 1] {
             let problem = Problem::new(sizes, keys);
-            let [[out, lse], [expected_out, expected_lse]] = [problem.on_gpu(&gpu, BF16, skip), problem.on_cpu()];
-            assert_close(&format!("{sizes:?} over {keys:?}"), &out, &expected_out, TWO_ROUNDINGS);
-            assert_close(&format!("{sizes:?} over {keys:?}, lse"), &lse, &expected_lse, 1e-5);
+            let [[out, lse], [expected_out, expected_lse]] = [problem.on_gpu(gpu, BF16, skip), problem.on_cpu()];
+            let case = format!("{sizes:?} over {keys:?} on a {}", gpu.device.name());
+            assert_close(&case, &out, &expected_out, TWO_ROUNDINGS);
+            assert_close(&format!("{case}, lse"), &lse, &expected_lse, 1e-5);
         }
     }
+    assert_eq!([hopper, other].map(|gpu| gpu.hopper.get().copied()), [Some(true), None]);
 }
 
 #[test]
 fn a_part_is_the_whole_before_it_is_rounded() {
-    let gpu = gpu();
-    for (d, dtypes) in [(32, BF16), (64, BF16), (128, BF16), (40, BF16), (40, F32)] {
+    let [hopper, other] = gpus();
+    let others = [(32, BF16), (64, BF16), (128, BF16), (40, BF16), (40, F32)].map(|case| (&other, case));
+    for (gpu, (d, dtypes)) in others.into_iter().chain([(&hopper, (128, BF16))]) {
         let problem = Problem::new([161, 2, d], &[65, 9]);
-        let [part, part_lse] = problem.attended(&gpu, dtypes, 8, true);
-        let [whole, lse] = problem.on_gpu(&gpu, dtypes, 8);
+        let [part, part_lse] = problem.attended(gpu, dtypes, 8, true);
+        let [whole, lse] = problem.on_gpu(gpu, dtypes, 8);
         let rounded: Vec<f32> = part.iter().map(|x| testing::rounded(*x, dtypes[0])).collect();
         assert!(rounded == whole && part_lse == lse, "{d} in {dtypes:?}");
         assert!(dtypes == F32 || part != whole, "{d}: a part is rounded");
@@ -147,16 +167,18 @@ fn a_part_is_the_whole_before_it_is_rounded() {
 
 #[test]
 fn a_sum_over_many_blocks_follows_the_highest_score() {
-    let gpu = gpu();
     // Keys that grow or shrink from block to block: each block takes over, or none does after the first.
-    for (d, dtypes, tolerance) in [(32, F32, 1e-5), (128, BF16, TWO_ROUNDINGS)] {
+    let [hopper, other] = gpus();
+    for (gpu, d, dtypes, block, tolerance) in
+        [(&other, 32, F32, 64, 1e-5), (&other, 128, BF16, 64, TWO_ROUNDINGS), (&hopper, 128, BF16, 176, TWO_ROUNDINGS)]
+    {
         for rising in [true, false] {
-            let mut problem = Problem::new([40, 1, d], &[300]);
+            let mut problem = Problem::new([40, 1, d], &[5 * block - 20]);
             for (i, row) in problem.segments[0].1.chunks_exact_mut(d).enumerate() {
-                let power = if rising { i / 64 } else { 4 - i / 64 };
+                let power = if rising { i / block } else { 4 - i / block };
                 row.iter_mut().for_each(|k| *k *= (power as f32 - 2.0).exp2());
             }
-            let [[out, lse], [expected_out, expected_lse]] = [problem.on_gpu(&gpu, dtypes, 8), problem.on_cpu()];
+            let [[out, lse], [expected_out, expected_lse]] = [problem.on_gpu(gpu, dtypes, 8), problem.on_cpu()];
             assert_close(&format!("{d}, rising {rising}"), &out, &expected_out, tolerance);
             assert_close(&format!("{d}, rising {rising}, lse"), &lse, &expected_lse, 1e-5);
         }
@@ -165,10 +187,12 @@ fn a_sum_over_many_blocks_follows_the_highest_score() {
 
 #[test]
 fn a_query_gets_the_same_bits_among_any_others() {
-    let gpu = gpu();
-    for (d, dtypes) in [(40, F32), (32, BF16), (128, BF16), (24, BF16)] {
-        let problem = Problem::new([150, 2, d], &[100, 70]);
-        let [out, lse] = problem.on_gpu(&gpu, dtypes, 0);
+    let [hopper, other] = gpus();
+    for (gpu, d, dtypes) in
+        [(&other, 40, F32), (&other, 32, BF16), (&other, 128, BF16), (&other, 24, BF16), (&hopper, 128, BF16)]
+    {
+        let problem = Problem::new([150, 2, d], &[200, 70]);
+        let [out, lse] = problem.on_gpu(gpu, dtypes, 0);
         for (start, rows) in [(0, 1), (149, 1), (1, 2), (63, 66), (21, 128), (5, 0)] {
             let some = Problem {
                 queries: rows,
@@ -176,7 +200,7 @@ fn a_query_gets_the_same_bits_among_any_others() {
                 segments: problem.segments.clone(),
                 ..problem
             };
-            let [some_out, some_lse] = some.on_gpu(&gpu, dtypes, 0);
+            let [some_out, some_lse] = some.on_gpu(gpu, dtypes, 0);
             assert!(some_out == out[start * 2 * d..][..rows * 2 * d], "{d}: rows {start}.. of {rows}");
             assert!(some_lse == lse[start * 2..][..rows * 2], "{d}: log-sum-exps {start}.. of {rows}");
         }
@@ -186,7 +210,7 @@ fn a_query_gets_the_same_bits_among_any_others() {
 #[test]
 fn segments_without_keys_change_nothing_and_any_number_of_others_is_taken() {
     let gpu = gpu();
-    for (d, dtypes, tolerance) in [(40, F32, 1e-5), (64, BF16, TWO_ROUNDINGS)] {
+    for (d, dtypes, tolerance) in [(40, F32, 1e-5), (64, BF16, TWO_ROUNDINGS), (128, BF16, TWO_ROUNDINGS)] {
         let few = Problem::new([20, 2, d], &[70, 5]).on_gpu(&gpu, dtypes, 8);
         let mut with_empty = Problem::new([20, 2, d], &[70, 5]);
         for at in [2, 1, 0, 0, 0] {
@@ -203,7 +227,7 @@ fn segments_without_keys_change_nothing_and_any_number_of_others_is_taken() {
 #[test]
 fn attention_without_keys_is_neutral_and_without_queries_empty() {
     let gpu = gpu();
-    for (d, dtypes) in [(40, F32), (64, BF16), (24, BF16)] {
+    for (d, dtypes) in [(40, F32), (64, BF16), (24, BF16), (128, BF16)] {
         for keys in [&[][..], &[0], &[0, 0]] {
             let [out, lse] = Problem::new([3, 2, d], keys).on_gpu(&gpu, dtypes, 0);
             assert_eq!((out, lse), (vec![0.0; 3 * 2 * d], vec![f32::NEG_INFINITY; 6]), "{keys:?}");
@@ -220,7 +244,7 @@ fn attention_without_keys_is_neutral_and_without_queries_empty() {
 #[test]
 fn attention_shows_what_is_no_number() {
     let gpu = gpu();
-    for (d, dtypes) in [(40, F32), (64, BF16)] {
+    for (d, dtypes) in [(40, F32), (64, BF16), (128, BF16)] {
         for of_keys in [true, false] {
             let mut problem = Problem::new([4, 1, d], &[70, 3]);
             let segment = &mut problem.segments[0];
@@ -279,6 +303,47 @@ fn t5_attention_adds_the_bias_and_does_not_scale() {
             assert_close(&format!("{rows} × {heads} × {d}"), &gpu.download(&got).unwrap(), &expected, 1e-5);
         }
     }
+}
+
+#[test]
+fn a_hopper_uses_its_own_kernel_after_one_trial_of_it() {
+    let problem = Problem::new([40, 2, 128], &[70, 3]);
+    let [hopper, other] = gpus();
+    let names = ["attention_hopper_128_bf16", "attention_mma_128_bf16"];
+    for (gpu, expected) in [(&hopper, [3, 1]), (&other, [0, 2])] {
+        let results = [(); 2].map(|()| problem.on_gpu(gpu, BF16, 8));
+        assert!(results[0] == results[1]);
+        assert_eq!(names.map(|name| gpu.device.launches(name)), expected);
+    }
+    // Heads of other sizes have no kernel for Hopper.
+    Problem::new([40, 2, 64], &[70]).on_gpu(&hopper, BF16, 8);
+    assert_eq!(names.map(|name| hopper.device.launches(name)), [3, 1]);
+}
+
+#[test]
+fn a_kernel_that_is_wrong_on_this_hopper_is_tried_once_and_not_used() {
+    let problem = Problem::new([40, 2, 128], &[70, 3]);
+    let expected = problem.on_gpu(&varied(Hopper::Absent), BF16, 8);
+    for flaw in [Hopper::Wrong, Hopper::Silent, Hopper::Refused] {
+        let gpu = varied(flaw);
+        for _ in 0..2 {
+            assert!(problem.on_gpu(&gpu, BF16, 8) == expected, "{flaw:?}");
+        }
+        assert_eq!(gpu.device.launches("attention_hopper_128_bf16"), 1, "{flaw:?}");
+    }
+}
+
+#[test]
+fn without_memory_for_a_trial_nothing_is_decided() {
+    let gpu = varied(Hopper::Right);
+    gpu.device.limit(200 << 10);
+    let q = at(&gpu, &[1.0; 128], &[1, 1, 128], Dtype::Bf16, 0);
+    let tried = attention(&gpu, &q, &[&q], &[&q], false).map(drop);
+    assert!(matches!(tried, Err(EngineError::OutOfMemory { .. })), "{tried:?}");
+    assert_eq!(gpu.hopper.get(), None);
+    gpu.device.limit(usize::MAX);
+    attention(&gpu, &q, &[&q], &[&q], false).unwrap();
+    assert_eq!(gpu.hopper.get(), Some(&true));
 }
 
 #[test]

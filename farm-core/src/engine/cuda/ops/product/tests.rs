@@ -15,7 +15,7 @@ use crate::precision::Precision;
 const PRECISIONS: [Precision; 2] = [Precision::F32, Precision::Bf16];
 
 fn gpu(precision: Precision) -> Gpu<Emulation> {
-    Gpu { device: Arc::new(Emulation::default()), precision }
+    Gpu::new(Arc::new(Emulation::default()), precision)
 }
 
 /// Values that both types hold.
