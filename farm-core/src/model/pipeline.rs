@@ -484,8 +484,10 @@ impl<E: Engine> Pipeline<E> {
             Ok(TextStage {
                 tokenizer: Tokenizer::open(tokenizer).map_err(|error| ModelError::Input(error.to_string()))?,
                 t5: match self.residency {
-                    Residency::Kept => T5Encoder::load(engine, t5)?,
-                    Residency::WhileUsed | Residency::Sharded | Residency::Streamed(_) => T5Encoder::open(engine, t5)?,
+                    Residency::Kept => T5Encoder::load(engine, t5.clone(), t5.config())?,
+                    Residency::WhileUsed | Residency::Sharded | Residency::Streamed(_) => {
+                        T5Encoder::open(engine, t5.clone(), t5.config())?
+                    }
                 },
             })
         })

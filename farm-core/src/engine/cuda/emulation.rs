@@ -9,10 +9,12 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::Mutex;
 use std::sync::{OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use super::cache;
 use super::device::{Address, Arg, Device, Launch, Matmul};
 use super::kernels::{self, Kernel, Source};
+use super::profile::Timed;
 use crate::engine::{EngineError, Result};
 
 const PAGE: usize = 4096;
@@ -172,7 +174,7 @@ impl Device for Emulation {
     }
 
     fn launch(&self, launch: &Launch<'_>) -> Result<()> {
-        let Launch { kernel, grid, block, shared, args } = launch;
+        let Launch { kernel, grid, block, shared, args, .. } = launch;
         check(kernel, grid, *block)?;
         let library = self.library(kernel.source)?;
         let missing = |error| failed(format!("{kernel:?}: {error}"));
@@ -203,6 +205,25 @@ impl Device for Emulation {
 
     fn matmul(&self, _matmul: &Matmul) -> Result<bool> {
         Ok(false)
+    }
+}
+
+/// By the clock, since everything is done when it is asked for.
+impl Timed for Emulation {
+    type Tick = Instant;
+
+    fn tick(&self) -> Result<Instant> {
+        Ok(Instant::now())
+    }
+
+    fn timed_fetch(&self, to: Address, from: &Vec<u8>, after: &()) -> Result<((), [Instant; 2])> {
+        let start = Instant::now();
+        self.fetch(to, from, after)?;
+        Ok(((), [start, Instant::now()]))
+    }
+
+    fn between(&self, start: &Instant, end: &Instant) -> Result<Duration> {
+        Ok(end.duration_since(*start))
     }
 }
 

@@ -69,6 +69,11 @@ impl Kernel {
             None => self.stem.to_owned(),
         }
     }
+
+    /// Of its tensors, if there is a kernel for each type.
+    pub fn dtype(self) -> Option<Dtype> {
+        self.dtype
+    }
 }
 
 impl fmt::Debug for Kernel {
@@ -111,7 +116,7 @@ macro_rules! kernels {
 }
 
 kernels! {
-    Pointwise: [add gelu_gated swiglu silu copy_runs unpatchify] [to_f32_of_bf16 to_bf16_of_f32 euler_step patchify];
+    Pointwise: [add gelu_gated swiglu silu copy_runs unpatchify] [to_f32_of_bf16 to_bf16_of_f32 euler_step patchify draw];
     Rows: [rms_norm gated_residual layer_norm tanh split_qkv merge_attention] [rope_table];
     Attention: [attention] [attention_mma_32 attention_mma_64 attention_mma_128];
     Product: [product product_scalar convolution convolution_scalar] [];

@@ -30,6 +30,7 @@ use self::matmul::{CublasLt, WORKSPACE};
 use self::staging::Staging;
 use super::device::{Address, Device, Launch, Matmul};
 use super::kernels::{Kernel, Source};
+use super::profile::Timed;
 use crate::engine::{EngineError, Result};
 
 /// `CU_DEVICE_ATTRIBUTE_*`
@@ -83,6 +84,8 @@ pub struct CudaDevice {
     stream: Arc<Stream>,
     /// Beside the other.
     fetches: Arc<Stream>,
+    work_ticks: Arc<Ticks>,
+    fetch_ticks: Arc<Ticks>,
 }
 
 /// Memory of the host that fetches read.
@@ -173,6 +176,8 @@ impl CudaDevice {
             cublas: OnceLock::new(),
             kernels: Mutex::default(),
             staging: Mutex::new(Staging::new(&stream)?),
+            work_ticks: Ticks::new(&stream),
+            fetch_ticks: Ticks::new(&fetches),
             stream,
             fetches,
         })
@@ -198,13 +203,6 @@ impl CudaDevice {
     /// Waits for all work that was started, and tells of its errors.
     pub fn synchronize(&self) -> Result<()> {
         self.stream.synchronize()
-    }
-
-    /// Begins to measure the time that the GPU takes for what is asked of it from now on.
-    pub fn timer(&self) -> Result<Timer> {
-        let (start, end) = (Event::timed(&self.stream)?, Event::timed(&self.stream)?);
-        start.record()?;
-        Ok(Timer { start, end })
     }
 
     /// Loads all kernels, which are compiled if no earlier run has done so.
@@ -251,6 +249,21 @@ impl CudaDevice {
         let function = Arc::new(function);
         kernels.functions.insert(kernel, function.clone());
         Ok(function)
+    }
+
+    /// Calls `begun` where the copy is next on the stream of fetches.
+    fn fetch_behind(&self, to: Address, from: &Host, after: &Mark, begun: impl FnOnce() -> Result<()>) -> Result<Mark> {
+        // Before the copy is asked for: none is under way then that no mark tells of.
+        let arrived = Event::new(&self.fetches)?;
+        after.0.precede(&self.fetches)?;
+        begun()?;
+        let driver = self.fetches.context.enter()?;
+        let (bytes, stream) = (from.memory.bytes(), self.fetches.raw);
+        // SAFETY: the slot has room, and nothing of earlier work that uses it is left by then; `from` waits for this stream
+        // before it is given back.
+        unsafe { call!(driver, cuMemcpyHtoDAsync(to, bytes.as_ptr().cast(), bytes.len(), stream)) }?;
+        arrived.record()?;
+        Ok(Mark(arrived))
     }
 
     /// None if this machine has no cuBLASLt.
@@ -338,16 +351,7 @@ impl Device for CudaDevice {
     }
 
     fn fetch(&self, to: Address, from: &Host, after: &Mark) -> Result<Mark> {
-        // Before the copy is asked for: none is under way then that no mark tells of.
-        let arrived = Event::new(&self.fetches)?;
-        after.0.precede(&self.fetches)?;
-        let driver = self.fetches.context.enter()?;
-        let (bytes, stream) = (from.memory.bytes(), self.fetches.raw);
-        // SAFETY: the slot has room, and nothing of earlier work that uses it is left by then; `from` waits for this stream
-        // before it is given back.
-        unsafe { call!(driver, cuMemcpyHtoDAsync(to, bytes.as_ptr().cast(), bytes.len(), stream)) }?;
-        arrived.record()?;
-        Ok(Mark(arrived))
+        self.fetch_behind(to, from, after, || Ok(()))
     }
 
     fn wait(&self, mark: &Mark) -> Result<()> {
@@ -355,7 +359,7 @@ impl Device for CudaDevice {
     }
 
     fn launch(&self, launch: &Launch<'_>) -> Result<()> {
-        let Launch { kernel, grid, block, shared, args } = *launch;
+        let Launch { kernel, grid, block, shared, args, .. } = *launch;
         let function = self.function(kernel)?;
         // SAFETY: the arguments are of the kernel's types, which the emulation checks for the same launches; modules are
         // unloaded only when this is dropped.
@@ -386,19 +390,69 @@ impl Drop for CudaDevice {
     }
 }
 
-/// Measures the time of work on a GPU, without what the host does meanwhile.
-pub struct Timer {
-    start: Event,
-    end: Event,
+impl Timed for CudaDevice {
+    type Tick = Tick;
+
+    fn tick(&self) -> Result<Tick> {
+        self.work_ticks.record()
+    }
+
+    fn timed_fetch(&self, to: Address, from: &Host, after: &Mark) -> Result<(Mark, [Tick; 2])> {
+        let mut start = None;
+        let mark = self.fetch_behind(to, from, after, || {
+            start = Some(self.fetch_ticks.record()?);
+            Ok(())
+        })?;
+        let end = self.fetch_ticks.record()?;
+        // It was recorded on the way.
+        let start =
+            start.ok_or_else(|| EngineError::Backend { op: "fetch", message: "its start was not timed".into() })?;
+        Ok((mark, [start, end]))
+    }
+
+    fn between(&self, start: &Tick, end: &Tick) -> Result<Duration> {
+        let (start, end) = (start.event()?, end.event()?);
+        end.wait()?;
+        Ok(Duration::from_secs_f32(end.since(start)?.max(0.0) / 1e3))
+    }
 }
 
-impl Timer {
-    /// Waits for what was asked for since the timer began, and gives its time.
-    pub fn stop(self) -> Result<Duration> {
-        self.end.record()?;
-        self.end.wait()?;
-        let milliseconds = self.end.since(&self.start)?;
-        Ok(Duration::from_secs_f32(milliseconds.max(0.0) / 1e3))
+/// A point in a stream with its time. Dropped, its event is used again.
+pub struct Tick {
+    event: Option<Event>,
+    of: Arc<Ticks>,
+}
+
+/// The timed events of a stream that are free.
+struct Ticks {
+    stream: Arc<Stream>,
+    free: Mutex<Vec<Event>>,
+}
+
+impl Ticks {
+    fn new(stream: &Arc<Stream>) -> Arc<Self> {
+        Arc::new(Self { stream: stream.clone(), free: Mutex::default() })
+    }
+
+    /// A tick behind all that is on the stream now.
+    fn record(self: &Arc<Self>) -> Result<Tick> {
+        let free = lock(&self.free).pop();
+        let event = free.map_or_else(|| Event::timed(&self.stream), Ok)?;
+        event.record()?;
+        Ok(Tick { event: Some(event), of: self.clone() })
+    }
+}
+
+impl Tick {
+    fn event(&self) -> Result<&Event> {
+        // Only a drop takes it.
+        self.event.as_ref().ok_or_else(|| EngineError::Backend { op: "tick", message: "its event is gone".into() })
+    }
+}
+
+impl Drop for Tick {
+    fn drop(&mut self) {
+        lock(&self.of.free).extend(self.event.take());
     }
 }
 

@@ -8,7 +8,7 @@ use std::process::Command;
 use super::libraries::{Kind, Opened, Place, open_in};
 use super::*;
 use crate::engine::cuda::cache;
-use crate::engine::cuda::device::{Arg, Buffer, Dtype};
+use crate::engine::cuda::device::{Arg, Buffer, Dtype, Work};
 use crate::engine::cuda::kernels;
 
 /// A driver of the test's own, with its state.
@@ -157,7 +157,14 @@ fn a_launch_has_its_arguments_and_asks_for_its_shared_memory() {
     device.copy_in(tensors[1].address(), &floats([10.0, 20.0, 30.0])).unwrap();
     let mut args: Vec<Arg> = tensors.iter().map(|tensor| Arg::Pointer(tensor.address())).collect();
     args.push(Arg::Long(3));
-    let launch = Launch { kernel: kernels::add.of(Dtype::F32), grid: [3, 2, 1], block: 64, shared: 0, args: &args };
+    let launch = Launch {
+        kernel: kernels::add.of(Dtype::F32),
+        grid: [3, 2, 1],
+        block: 64,
+        shared: 0,
+        args: &args,
+        work: Work::moving(36),
+    };
     device.launch(&launch).unwrap();
     assert!(fake.report().ends_with("add_f32 3 2 1 64 0"), "{}", fake.report());
     let mut got = vec![0; 12];
@@ -204,16 +211,17 @@ fn any_thread_may_use_a_device() {
 }
 
 #[test]
-fn a_timer_measures_what_was_started_after_it() {
+fn two_ticks_have_the_time_of_what_was_started_between_them() {
     let fake = Fake::new();
     let device = Arc::new(fake.device());
     let memory = Buffer::new(&device, 100).unwrap();
     device.copy(memory.address(), memory.address() + 50, 50).unwrap();
-    let timer = device.timer().unwrap();
+    let start = device.tick().unwrap();
     for _ in 0..3 {
         device.copy(memory.address(), memory.address() + 50, 50).unwrap();
     }
-    assert_eq!(timer.stop().unwrap(), Duration::from_millis(3));
+    let end = device.tick().unwrap();
+    assert_eq!(device.between(&start, &end).unwrap(), Duration::from_millis(3));
 }
 
 #[test]
