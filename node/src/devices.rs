@@ -285,9 +285,16 @@ impl Compute {
 /// The known device that a GPU of this name is most like. Rates decide how clips are spread, not what they look like, so one
 /// that is not known counts as the slowest.
 #[cfg(feature = "cuda")]
-fn gpu_like(name: &str) -> &'static str {
+pub fn gpu_like(name: &str) -> &'static str {
+    known_gpu(name).unwrap_or("l4")
+}
+
+/// The known device that a GPU of this name is.
+#[cfg(feature = "cuda")]
+pub fn known_gpu(name: &str) -> Option<&'static str> {
     let known = [("H200", "h200"), ("H100", "h100"), ("A100", "a100"), ("L40", "l40"), ("RTX 4090", "rtx4090")];
-    known.into_iter().find(|(part, _)| name.contains(part)).map_or("l4", |(_, like)| like)
+    let named = known.into_iter().find(|(part, _)| name.contains(part)).map(|(_, known)| known);
+    named.or_else(|| name.split(' ').any(|word| word == "L4").then_some("l4"))
 }
 
 /// Of this machine.
@@ -366,5 +373,6 @@ mod tests {
         let names = ["NVIDIA H100 80GB HBM3", "NVIDIA L40S", "NVIDIA GeForce RTX 4090", "NVIDIA L4", "Tesla T4"];
         assert_eq!(names.map(gpu_like), ["h100", "l40", "rtx4090", "l4", "l4"]);
         assert!(names.iter().all(|name| known.device(gpu_like(name)).is_ok()));
+        assert_eq!([known_gpu(names[3]), known_gpu(names[4])], [Some("l4"), None]);
     }
 }

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::{Context, bail, ensure};
+use farm_core::engine::Engine;
 use farm_core::job::state::{Progress, Stage};
 use farm_core::model::ModelError;
 use farm_core::model::latent::read_latent;
@@ -70,8 +71,8 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         latent: &latent.values,
         size: latent.size,
         shape,
-        devices: args.devices.count,
-        compute,
+        engines: (0..args.devices.count).map(|device| compute.engine(device)).collect::<anyhow::Result<_>>()?,
+        settle: &|device| compute.settle(device),
         stop,
     };
     let outcome = in_tiles(work, &target, &mut Show::new(bar.clone()))?;
@@ -85,7 +86,11 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
 }
 
 /// Decodes into the target.
-pub fn in_tiles(work: LocalDecode<'_>, target: &Target, show: &mut Show) -> anyhow::Result<Result<(), ModelError>> {
+pub fn in_tiles<E: Engine>(
+    work: LocalDecode<'_, E>,
+    target: &Target,
+    show: &mut Show,
+) -> anyhow::Result<Result<(), ModelError>> {
     let [height, width] = work.shape.frame_size();
     let (kind, path) = (target.kind, target.unfinished.path().to_owned());
     let sink = Box::new(move || {

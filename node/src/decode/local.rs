@@ -12,46 +12,44 @@ use tokio::sync::mpsc;
 
 use super::hand;
 use super::stitcher::{Arrival, OpenSink, StitchError, Stitched, Surroundings, stitch};
-use crate::devices::Compute;
-use crate::engine::DeviceEngine;
 use crate::link;
 
 /// Messages that wait for a hand, or from it.
 pub const DEPTH: usize = 16;
 
 /// A latent `[C, T, h, w]` and what decodes it.
-pub struct LocalDecode<'a> {
-    pub decoder: Arc<VaeDecoder<DeviceEngine>>,
+pub struct LocalDecode<'a, E: Engine> {
+    pub decoder: Arc<VaeDecoder<E>>,
     pub latent: &'a [f32],
     pub size: [usize; 4],
     pub shape: Arc<Shape>,
-    pub devices: usize,
-    pub compute: Compute,
+    /// Of the devices. More of them than tiles have nothing to do.
+    pub engines: Vec<E>,
+    /// Called by the thread of each device before it begins.
+    pub settle: &'a (dyn Fn(usize) -> anyhow::Result<()> + Sync),
     pub stop: Arc<AtomicBool>,
 }
 
 /// Decodes into a file. `progress` is told how many frames are encoded.
-pub fn decode(
-    work: LocalDecode<'_>,
+pub fn decode<E: Engine>(
+    work: LocalDecode<'_, E>,
     sink: OpenSink,
     progress: Box<dyn FnMut(u32) + Send + '_>,
 ) -> anyhow::Result<Result<Stitched, StitchError>> {
-    let LocalDecode { decoder, latent, size, shape, devices, compute, stop } = work;
+    let LocalDecode { decoder, latent, size, shape, engines, settle, stop } = work;
     let stop = &stop;
-    // More hands than tiles would have nothing to do.
-    let devices = devices.min(shape.plan.tiles.len());
+    let devices = engines.len().min(shape.plan.tiles.len());
     let (expect, expected) = mpsc::channel(1);
     let (arrive, arrivals) = mpsc::channel(devices.max(1));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     std::thread::scope(|scope| {
-        for device in 0..devices {
+        for (device, engine) in engines.into_iter().take(devices).enumerate() {
             let (crew, link) = link::pair(DEPTH);
-            let engine = compute.engine(device)?;
             let latent = DitLatent(engine.upload(latent, &size)?);
             let decoder = decoder.clone();
-            let (name, compute) = (format!("device {device}"), compute.clone());
+            let name = format!("device {device}");
             std::thread::Builder::new().name(name.clone()).spawn_scoped(scope, move || {
-                if let Err(error) = compute.settle(device) {
+                if let Err(error) = settle(device) {
                     tracing::warn!("device {device} computes on any core: {error:#}");
                 }
                 // The crew is told what goes wrong.

@@ -82,7 +82,7 @@ pub struct Work {
     /// Of matrix products, convolutions and attention; a multiplication and an addition are two. Other kernels have none
     /// to speak of: their time is that of their bytes.
     pub flops: u64,
-    /// Read and written, of every tensor once.
+    /// Read and written, of every tensor once. Never 0: nothing is started for nothing.
     pub bytes: u64,
     /// Rows, columns, and products that are summed for each value, where there are FLOPs.
     pub sizes: Option<[usize; 3]>,

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use super::cache;
 use super::device::{Address, Arg, Device, Launch, Matmul};
-use super::kernels::{self, Kernel, Source};
+use super::kernels::{self, Source};
 use super::profile::Timed;
 use crate::engine::{EngineError, Result};
 
@@ -175,7 +175,7 @@ impl Device for Emulation {
 
     fn launch(&self, launch: &Launch<'_>) -> Result<()> {
         let Launch { kernel, grid, block, shared, args, .. } = launch;
-        check(kernel, grid, *block)?;
+        check(launch)?;
         let library = self.library(kernel.source)?;
         let missing = |error| failed(format!("{kernel:?}: {error}"));
         // SAFETY: these are the declarations of what `compiled` has written.
@@ -227,11 +227,15 @@ impl Timed for Emulation {
     }
 }
 
-/// What a driver would refuse.
-fn check(kernel: &Kernel, grid: &[u32; 3], block: u32) -> Result<()> {
+/// Refuses what a driver would, and what says nothing of its work.
+fn check(launch: &Launch<'_>) -> Result<()> {
+    let Launch { kernel, grid, block, work, .. } = *launch;
     let fits = grid[0] > 0 && grid[0] < 1 << 31 && grid[1..].iter().all(|blocks| (1..1 << 16).contains(blocks));
     if !fits || !block.is_multiple_of(32) || !(32..=1024).contains(&block) {
         return Err(failed(format!("{kernel:?}: a grid of {grid:?} blocks of {block} threads")));
+    }
+    if work.bytes == 0 || (work.flops > 0) != work.sizes.is_some() {
+        return Err(failed(format!("{kernel:?} does not say what it reads and writes: {work:?}")));
     }
     Ok(())
 }

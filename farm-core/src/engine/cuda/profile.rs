@@ -6,7 +6,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::device::{Address, Device, Dtype, Launch, Matmul, Work};
@@ -109,7 +109,7 @@ impl Profile {
 
 /// A device and a record of what it does.
 pub struct Profiled<D: Timed> {
-    device: D,
+    device: Arc<D>,
     log: Mutex<Log<D>>,
     /// Bytes that are allocated.
     used: AtomicUsize,
@@ -127,13 +127,9 @@ struct Log<D: Timed> {
 }
 
 impl<D: Timed> Profiled<D> {
-    pub fn new(device: D) -> Self {
+    pub fn new(device: Arc<D>) -> Self {
         let log = Log { since: None, open: VecDeque::new(), records: Vec::new(), places: HashMap::new() };
         Self { device, log: Mutex::new(log), used: AtomicUsize::new(0), peak: AtomicUsize::new(0) }
-    }
-
-    pub fn device(&self) -> &D {
-        &self.device
     }
 
     /// Waits for all work so far.
@@ -142,15 +138,10 @@ impl<D: Timed> Profiled<D> {
         self.device.between(&tick, &tick).map(drop)
     }
 
-    /// Bytes that tensors have had at the most since the last call of this, or of [`Profiled::begin`].
-    pub fn take_peak(&self) -> usize {
-        self.peak.swap(self.used.load(Ordering::Relaxed), Ordering::Relaxed)
-    }
-
     /// Waits for all work so far, and begins a stage.
     pub fn begin(&self) -> Result<()> {
         self.settle()?;
-        self.take_peak();
+        self.peak.store(self.used.load(Ordering::Relaxed), Ordering::Relaxed);
         let mut log = self.log();
         log.records.clear();
         log.places.clear();

@@ -181,8 +181,16 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let outcome = match (outcome, in_tiles, tiles, &target) {
         (Ok(()), Some(values), Some(shape), Some(target)) => {
             let decoder = pipeline.decoder(&compute.engine(0)?)?;
-            let (size, devices) = (spec.latent_shape(), args.group.devices.count);
-            let work = LocalDecode { decoder, latent: &values, size, shape, devices, compute, stop: stop.clone() };
+            let engines = (0..args.group.devices.count).map(|device| compute.engine(device));
+            let work = LocalDecode {
+                decoder,
+                latent: &values,
+                size: spec.latent_shape(),
+                shape,
+                engines: engines.collect::<anyhow::Result<_>>()?,
+                settle: &|device| compute.settle(device),
+                stop: stop.clone(),
+            };
             decode::in_tiles(work, target, &mut Show::new(bar.clone()))?
         }
         (outcome, ..) => outcome,

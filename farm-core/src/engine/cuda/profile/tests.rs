@@ -1,5 +1,4 @@
 use std::path::Path;
-use std::sync::Arc;
 
 use super::*;
 use crate::engine::cpu::CpuEngine;
@@ -22,7 +21,7 @@ use crate::precision::Precision;
 type Watched = CudaEngine<Profiled<Emulation>>;
 
 fn engine(precision: Precision) -> Watched {
-    CudaEngine::new(Arc::new(Profiled::new(Emulation::default())), precision)
+    CudaEngine::new(Arc::new(Profiled::new(Arc::new(Emulation::default()))), precision)
 }
 
 fn profile(engine: &Watched, work: impl FnOnce()) -> Profile {
