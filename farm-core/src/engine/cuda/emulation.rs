@@ -234,7 +234,7 @@ fn check(launch: &Launch<'_>) -> Result<()> {
     if !fits || !block.is_multiple_of(32) || !(32..=1024).contains(&block) {
         return Err(failed(format!("{kernel:?}: a grid of {grid:?} blocks of {block} threads")));
     }
-    if work.bytes == 0 || (work.flops > 0) != work.sizes.is_some() {
+    if work.bytes == 0 || work.flops > 0 && work.sizes.is_none() {
         return Err(failed(format!("{kernel:?} does not say what it reads and writes: {work:?}")));
     }
     Ok(())
