@@ -514,13 +514,16 @@ impl<E: Engine> Pipeline<E> {
     }
 }
 
-/// Decodes a latent chunk by chunk, each of whole frames, which `hand_over` gets: RGB24, and how many. Its error ends the
+/// Gets frames, RGB24, and how many.
+pub type HandOver<'a> = &'a mut dyn FnMut(&[u8], usize) -> Result<(), ModelError>;
+
+/// Decodes a latent chunk by chunk, each of whole frames, which `hand_over` gets. Its error ends the
 /// decode.
 pub fn decode_whole<E: Engine>(
     engine: &E,
     vae: &VaeDecoder<E>,
     latent: &DitLatent<E::Tensor>,
-    hand_over: &mut dyn FnMut(&[u8], usize) -> Result<(), ModelError>,
+    hand_over: HandOver<'_>,
 ) -> Result<(), ModelError> {
     let latent = vae.denormalize(engine, latent)?.0;
     let latent_frames = engine.shape(&latent)[0];

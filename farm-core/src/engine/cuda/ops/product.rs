@@ -131,7 +131,7 @@ pub fn own_product<D: Device>(
         int(op, inner)?,
     ];
     let forms = [kernels::product, kernels::product_scalar];
-    tiled(op, gpu, forms, [rows, columns], &[x, &weight.0], inner, &args, matmul.work())
+    tiled(op, gpu, forms, [rows, columns, inner], &[x, &weight.0], &args, matmul.work())
 }
 
 /// Starts the form of a kernel that fits its inputs, of one type and in rows, or taps, of `width` values each.
@@ -139,9 +139,8 @@ fn tiled<D: Device>(
     op: &'static str,
     gpu: &Gpu<D>,
     [vectors, scalar]: [Typed; 2],
-    [rows, columns]: [usize; 2],
+    [rows, columns, width]: [usize; 3],
     inputs: &[&Tensor<D>],
-    width: usize,
     args: &[Arg],
     work: Work,
 ) -> Result<()> {
@@ -200,7 +199,7 @@ pub fn causal_conv3d<D: Device>(
     let read = moving(&[&x, &weight.taps, &weight.bias, &out]);
     let cached = cache.as_ref().map_or(0, |cache| moving(&[cache]).bytes);
     let work = Work { bytes: read.bytes + cached, ..read.products(1, [pixels, columns, TAPS * channels]) };
-    tiled(OP, gpu, forms, [pixels, columns], &[&x, past, &weight.taps], channels, &args, work)?;
+    tiled(OP, gpu, forms, [pixels, columns, channels], &[&x, past, &weight.taps], &args, work)?;
 
     let next = gpu.empty(OP, &of_cache, dtype)?;
     for i in 0..2 {

@@ -81,7 +81,7 @@ struct Model {
 }
 
 enum Weights {
-    Stored(Checkpoint),
+    Stored(Box<Checkpoint>),
     Drawn { dit: DrawnWeights, t5: Arc<DrawnWeights>, vae: DrawnWeights },
 }
 
@@ -102,7 +102,7 @@ impl Model {
             t5: checkpoint.t5().context("the checkpoint has no text encoder")?.config().clone(),
             vae: checkpoint.vae().context("the checkpoint has no vae decoder")?.config().clone(),
             defaults: checkpoint.generation_defaults().clone(),
-            weights: Weights::Stored(checkpoint),
+            weights: Weights::Stored(Box::new(checkpoint)),
         })
     }
 
