@@ -5,7 +5,7 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 BIN := $(TARGET)/release
 
 .PHONY: setup build demo test nvrtc lint alone chaos sim bench peer bench-peer bench-onednn bench-compare bench-usp \
-  bench-tiles bench-decode bench-overhead bench-sched clean
+  bench-gpu bench-tiles bench-decode bench-overhead bench-sched clean
 
 setup:
 	@tools/setup.sh
@@ -88,6 +88,11 @@ bench-usp: build
 # How far decodes in tiles are from the decode of the whole frame, in every mode. Some minutes; ends with PASS or FAIL.
 bench-tiles: build
 	$(BIN)/farm-node bench tiles --model assets/mochi-tiny
+
+# What a GPU does with its time, at the published size with weights that are drawn on it: what it can do at most, and every
+# kernel of each stage of a clip. Some minutes on a GPU. Options: make bench-gpu GPU="--num-frames 49 --steps 5 --json"
+bench-gpu: build
+	$(BIN)/farm-node bench gpu $(GPU)
 
 # A clip's decode in one and in two processes of one thread, and the memory of the one that puts a large clip together.
 bench-decode: build

@@ -22,7 +22,7 @@ use farm_core::model::pipeline::{Pipeline, RenderObserver, Residency, Start};
 use farm_core::model::sampler::Sampler;
 use farm_core::model::schedule::SigmaSchedule;
 use farm_core::model::weights::checkpoint::Checkpoint;
-use farm_core::model::weights::{Loader, StoredTensor, WeightError, WeightSource};
+use farm_core::model::weights::{Loader, StoredTensor, Values, WeightError, WeightSource};
 use farm_core::parallel::group::RankGroup;
 use farm_core::parallel::topology::Topology;
 use sha2::{Digest, Sha256};
@@ -90,7 +90,7 @@ impl WeightSource for RandomWeights {
     fn get(&self, name: &str) -> Result<StoredTensor<'_>, WeightError> {
         let (shape, bytes) = self.0.get(name).ok_or_else(|| WeightError::Missing { name: name.into() })?;
         let raw = RawTensor { dtype: RawDtype::F32, shape, bytes };
-        Ok(StoredTensor { shape: shape.clone(), pieces: vec![raw] })
+        Ok(StoredTensor { shape: shape.clone(), values: Values::Pieces(vec![raw]) })
     }
 }
 

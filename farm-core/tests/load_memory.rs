@@ -77,7 +77,8 @@ fn weights_are_in_memory_once_after_loading_and_the_table_never_is() {
 
     checkpoint.content_hash().unwrap();
     let hashed = part(memory("VmHWM"));
-    let encoder = T5Encoder::load(&engine, checkpoint.t5().unwrap()).unwrap();
+    let t5 = checkpoint.t5().unwrap();
+    let encoder = T5Encoder::load(&engine, t5.clone(), t5.config()).unwrap();
     let loaded = part(memory("VmRSS"));
     let encode = |ids: &[u32]| {
         let features = engine.download(&encoder.encode(&engine, ids).unwrap()).unwrap();

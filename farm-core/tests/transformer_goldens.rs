@@ -120,7 +120,7 @@ fn check_text_encoder(folder: &str, goldens: &Goldens) {
     let engine = engine();
     let checkpoint = open(folder);
     let part = checkpoint.t5().unwrap();
-    let encoder = T5Encoder::load(&engine, part).unwrap();
+    let encoder = T5Encoder::load(&engine, part.clone(), part.config()).unwrap();
     let samples = goldens.shape("t5.ids")[0];
     for i in 0..samples {
         let tokens = goldens.tokens("t5.mask", i);

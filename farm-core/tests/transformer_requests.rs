@@ -34,7 +34,7 @@ impl Model {
         let engine = CpuEngine::new(threads).unwrap();
         let (t5, dit) = (checkpoint.t5().unwrap(), checkpoint.dit().unwrap());
         Model {
-            t5: T5Encoder::load(&engine, t5).unwrap(),
+            t5: T5Encoder::load(&engine, t5.clone(), t5.config()).unwrap(),
             dit: Dit::load(&Loader { engine: &engine, source: dit }, dit.config()).unwrap(),
             vocab: t5.config().vocab_size as u32,
             engine,

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use anyhow::Context;
 use farm_core::engine::cpu::CpuEngine;
 #[cfg(feature = "cuda")]
-use farm_core::engine::cuda::driver::{Between, CudaDevice};
+use farm_core::engine::cuda::driver::{CudaDevice, PeerLink};
 #[cfg(feature = "cuda")]
 use farm_core::engine::cuda::{CudaEngine, emulation::Emulation};
 use farm_core::parallel::cost::Site;
@@ -275,15 +275,15 @@ impl Compute {
                 let mut device = known.device(like)?;
                 device.memory = gpu.memory()?.total as f64;
                 // As slow as the slowest of them.
-                let mut between = Between::NvLink;
+                let mut worst = PeerLink::NvLink;
                 for other in &gpus[1..] {
-                    between = between.min(gpu.between(other)?);
+                    worst = worst.min(gpu.link_to(other)?);
                 }
-                let link = match between {
-                    Between::NvLink if like == "a100" => "nvlink3",
-                    Between::NvLink => "nvlink4",
+                let link = match worst {
+                    PeerLink::NvLink if like == "a100" => "nvlink3",
+                    PeerLink::NvLink => "nvlink4",
                     // Through the host's memory or not, over a bus of which all GPUs have at least the fourth generation.
-                    Between::Bus | Between::Host => "pcie4",
+                    PeerLink::Bus | PeerLink::Host => "pcie4",
                 };
                 (device, known.link(link)?, known.link("10gbe")?)
             }
@@ -314,9 +314,16 @@ impl Compute {
 /// The known device that a GPU of this name is most like. Rates decide how clips are spread, not what they look like, so one
 /// that is not known counts as the slowest.
 #[cfg(feature = "cuda")]
-fn gpu_like(name: &str) -> &'static str {
+pub fn gpu_like(name: &str) -> &'static str {
+    known_gpu(name).unwrap_or("l4")
+}
+
+/// The known device that a GPU of this name is.
+#[cfg(feature = "cuda")]
+pub fn known_gpu(name: &str) -> Option<&'static str> {
     let known = [("H200", "h200"), ("H100", "h100"), ("A100", "a100"), ("L40", "l40"), ("RTX 4090", "rtx4090")];
-    known.into_iter().find(|(part, _)| name.contains(part)).map_or("l4", |(_, like)| like)
+    let named = known.into_iter().find(|(part, _)| name.contains(part)).map(|(_, known)| known);
+    named.or_else(|| name.split(' ').any(|word| word == "L4").then_some("l4"))
 }
 
 /// Of this machine.
@@ -396,5 +403,6 @@ mod tests {
         let names = ["NVIDIA H100 80GB HBM3", "NVIDIA L40S", "NVIDIA GeForce RTX 4090", "NVIDIA L4", "Tesla T4"];
         assert_eq!(names.map(gpu_like), ["h100", "l40", "rtx4090", "l4", "l4"]);
         assert!(names.iter().all(|name| known.device(gpu_like(name)).is_ok()));
+        assert_eq!([known_gpu(names[3]), known_gpu(names[4])], [Some("l4"), None]);
     }
 }

@@ -8,7 +8,8 @@ use farm_core::engine::cpu::CpuEngine;
 #[cfg(feature = "cuda")]
 use farm_core::engine::cuda::{CudaEngine, driver::CudaDevice, emulation::Emulation};
 use farm_core::engine::{
-    AttentionOut, ConvCache, Engine, EngineError, Over, Port, Qkv, RawTensor, Result, RopeTable, SequenceOps, Transfer,
+    AttentionOut, ConvCache, Draw, Engine, EngineError, Over, Port, Qkv, RawTensor, Result, RopeTable, SequenceOps,
+    Transfer,
 };
 use farm_core::precision::Precision;
 use farm_core::tiles::statistics::{Sums, Totals};
@@ -303,6 +304,10 @@ impl Engine for DeviceEngine {
 
     fn upload(&self, values: &[f32], shape: &[usize]) -> Result<Tensor> {
         each!(self, e => e.upload(values, shape).map(wrap))
+    }
+
+    fn draw(&self, draw: Draw, shape: &[usize]) -> Result<Tensor> {
+        each!(self, e => e.draw(draw, shape).map(wrap))
     }
 
     fn download(&self, x: &Tensor) -> Result<Vec<f32>> {

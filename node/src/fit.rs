@@ -1,8 +1,12 @@
 //! How a clip fits into a GPU's memory, decided before anything is loaded.
 
+#[cfg(feature = "cuda")]
+use farm_core::engine::cuda::plan::Target;
 use farm_core::job::spec::RenderSpec;
 use farm_core::model::pipeline::Residency;
 use farm_core::model::weights::checkpoint::Checkpoint;
+#[cfg(feature = "cuda")]
+use farm_core::parallel::cost::{DeviceRates, devices::Devices as Rates};
 use farm_core::parallel::topology::Topology;
 use farm_core::tiles::plan::Tiling;
 
@@ -26,8 +30,7 @@ pub fn fit(
     topology: Topology,
 ) -> anyhow::Result<Option<Fit>> {
     use anyhow::Context;
-    use farm_core::engine::cuda::plan::{Clip, Networks, Target, plan};
-    use farm_core::parallel::cost::devices::Devices as Rates;
+    use farm_core::engine::cuda::plan::{Clip, Networks, plan};
 
     use crate::devices::Placing;
 
@@ -44,11 +47,16 @@ pub fn fit(
     let clip = Clip { width: spec.width, height: spec.height, frames: spec.num_frames, text };
     let mut device = compute.site(1, Placing::Threads, None)?.device;
     device.memory = memory;
-    let target = Target { device, host_link: Rates::embedded()?.link("pcie4")? };
-    let plan = plan(&networks, &clip, compute.precision(), topology, &target)?;
+    let plan = plan(&networks, &clip, compute.precision(), topology, &target(device)?)?;
     let residency = if plan.kept { Residency::Kept } else { Residency::Streamed(plan.streaming) };
     let tiling = (plan.tiling != Tiling::WHOLE).then_some(plan.tiling);
     Ok(Some(Fit { residency, tiling, table: plan.to_string() }))
+}
+
+/// A GPU of this machine to plan for. How it is connected the driver does not say; PCI Express 4 is what most have.
+#[cfg(feature = "cuda")]
+pub fn target(device: DeviceRates) -> anyhow::Result<Target> {
+    Ok(Target { device, host_link: Rates::embedded()?.link("pcie4")? })
 }
 
 #[cfg(not(feature = "cuda"))]

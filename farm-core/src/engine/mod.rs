@@ -70,6 +70,29 @@ impl fmt::Debug for RawTensor<'_> {
     }
 }
 
+/// Values that nobody has stored, for measurements: value `i` is `mean + spread · u`, with u in [-1, 1) made of 24 bits of a
+/// hash of `key` and `first + i`. Product and sum are rounded once each, so it has the same bits on every engine.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Draw {
+    pub key: u64,
+    pub first: u64,
+    pub mean: f32,
+    pub spread: f32,
+}
+
+impl Draw {
+    /// By splitmix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014).
+    pub fn value(&self, i: u64) -> f32 {
+        let at = self.first.wrapping_add(i).wrapping_add(1);
+        let mut bits = self.key.wrapping_add(at.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        bits = (bits ^ bits >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        bits = (bits ^ bits >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        bits ^= bits >> 31;
+        let u = ((bits >> 40) as f32 - 8_388_608.0) / 8_388_608.0;
+        self.mean + self.spread * u
+    }
+}
+
 /// What a linear layer is applied to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Over {
@@ -214,6 +237,11 @@ pub trait Engine: SequenceOps {
     fn conv_weight(&self, weight: RawTensor<'_>, bias: RawTensor<'_>) -> Result<Self::ConvWeight>;
     /// Copies values in. Errors if `values.len()` is not the product of `shape`.
     fn upload(&self, values: &[f32], shape: &[usize]) -> Result<Self::Tensor>;
+    /// Draws values where they are used. An engine with a memory of its own draws there.
+    fn draw(&self, draw: Draw, shape: &[usize]) -> Result<Self::Tensor> {
+        let values: Vec<f32> = (0..shape.iter().product::<usize>() as u64).map(|i| draw.value(i)).collect();
+        self.upload(&values, shape)
+    }
     /// Copies values out, row-major.
     fn download(&self, x: &Self::Tensor) -> Result<Vec<f32>>;
 

@@ -41,6 +41,24 @@ pub struct DitConfig {
 }
 
 impl DitConfig {
+    /// Sizes of the published transformer.
+    pub fn mochi1() -> Self {
+        let shape = ModelShape::mochi1();
+        Self {
+            num_layers: shape.layers,
+            num_heads: shape.heads,
+            head_dim: shape.head_dim,
+            hidden_x: shape.hidden_x,
+            hidden_y: shape.hidden_y,
+            ffn_x: shape.ffn_x,
+            ffn_y: shape.ffn_y,
+            in_channels: shape.channels,
+            text_dim: shape.text_dim,
+            time_dim: shape.time_dim,
+            pool_heads: 8,
+        }
+    }
+
     /// What the cost model has to know.
     pub fn shape(&self) -> ModelShape {
         ModelShape {

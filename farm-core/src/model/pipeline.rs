@@ -407,14 +407,13 @@ impl<E: Engine> Pipeline<E> {
         let started = Instant::now();
         let mut encode_seconds = 0.0;
         let vae = self.vae(engine)?;
-        let latent = vae.denormalize(engine, latent)?.0;
-        let &[latent_frames, height, width, _] = &engine.shape(&latent)[..] else {
+        let &[_, latent_frames, height, width] = &engine.shape(&latent.0)[..] else {
             return Err(ModelError::Input("a latent to decode has four dimensions".into()));
         };
         let total = FRAME_STEP as usize * latent_frames.saturating_sub(1) + 1;
         let pixels = (SPATIAL_FACTOR * height * SPATIAL_FACTOR * width) as f64;
 
-        let (mut stream, mut done, mut pace) = (vae.stream(), 0, Pace::default());
+        let (mut done, mut pace) = (0, Pace::default());
         let mut progress = |done: usize, observer: &mut dyn RenderObserver| {
             let timed = pace.seconds_for(done, total - done);
             let eta = timed.or_else(|| Some(self.decode_seconds_per_pixel()? * pixels * (total - done) as f64));
@@ -427,17 +426,13 @@ impl<E: Engine> Pipeline<E> {
             }))
         };
         progress(0, observer)?;
-        for start in (0..latent_frames).step_by(DECODE_CHUNK) {
-            let chunk = engine.narrow(&latent, 0, start, DECODE_CHUNK.min(latent_frames - start))?;
-            let frames = stream.push(engine, &VaeLatent(chunk), &mut |_, _| ())?;
-            let (count, rgb24) = (engine.shape(&frames)[0], engine.to_rgb8(&frames)?);
-            drop(frames);
+        decode_whole(engine, &vae, latent, &mut |rgb24, count| {
             let handed_over = Instant::now();
-            observer.frames(&rgb24, count).map_err(ModelError::Output)?;
+            observer.frames(rgb24, count).map_err(ModelError::Output)?;
             encode_seconds += handed_over.elapsed().as_secs_f64();
             done += count;
-            progress(done, observer)?;
-        }
+            progress(done, observer)
+        })?;
         let decode_seconds = started.elapsed().as_secs_f64() - encode_seconds;
         let per_pixel = decode_seconds / (pixels * done.max(1) as f64);
         self.decode_pace.store((per_pixel as f32).to_bits(), Ordering::Relaxed);
@@ -485,8 +480,10 @@ impl<E: Engine> Pipeline<E> {
             Ok(TextStage {
                 tokenizer: Tokenizer::open(tokenizer).map_err(|error| ModelError::Input(error.to_string()))?,
                 t5: match self.residency {
-                    Residency::Kept => T5Encoder::load(engine, t5)?,
-                    Residency::WhileUsed | Residency::Sharded | Residency::Streamed(_) => T5Encoder::open(engine, t5)?,
+                    Residency::Kept => T5Encoder::load(engine, t5.clone(), t5.config())?,
+                    Residency::WhileUsed | Residency::Sharded | Residency::Streamed(_) => {
+                        T5Encoder::open(engine, t5.clone(), t5.config())?
+                    }
                 },
             })
         })
@@ -516,6 +513,30 @@ impl<E: Engine> Pipeline<E> {
         let pace = f32::from_bits(self.decode_pace.load(Ordering::Relaxed));
         (pace > 0.0).then_some(f64::from(pace))
     }
+}
+
+/// Gets frames, RGB24, and how many.
+pub type HandOver<'a> = &'a mut dyn FnMut(&[u8], usize) -> Result<(), ModelError>;
+
+/// Decodes a latent chunk by chunk, each of whole frames, which `hand_over` gets. Its error ends the
+/// decode.
+pub fn decode_whole<E: Engine>(
+    engine: &E,
+    vae: &VaeDecoder<E>,
+    latent: &DitLatent<E::Tensor>,
+    hand_over: HandOver<'_>,
+) -> Result<(), ModelError> {
+    let latent = vae.denormalize(engine, latent)?.0;
+    let latent_frames = engine.shape(&latent)[0];
+    let mut stream = vae.stream();
+    for start in (0..latent_frames).step_by(DECODE_CHUNK) {
+        let chunk = engine.narrow(&latent, 0, start, DECODE_CHUNK.min(latent_frames - start))?;
+        let frames = stream.push(engine, &VaeLatent(chunk), &mut |_, _| ())?;
+        let (count, rgb24) = (engine.shape(&frames)[0], engine.to_rgb8(&frames)?);
+        drop(frames);
+        hand_over(&rgb24, count)?;
+    }
+    Ok(())
 }
 
 /// What a denoise starts from.

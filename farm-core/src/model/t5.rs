@@ -9,8 +9,7 @@ use crate::engine::{Engine, Over};
 use crate::model::ModelError;
 use crate::model::config::T5Config;
 use crate::model::layers::{Linear, Observer};
-use crate::model::weights::checkpoint::Part;
-use crate::model::weights::{Loader, Tensors};
+use crate::model::weights::{Loader, Tensors, WeightSource};
 
 /// Buckets that [`bucket`] knows: half for keys after the query, in each half 8 exact distances and 8 growing ranges.
 const BUCKETS: usize = 32;
@@ -18,7 +17,8 @@ const BUCKETS: usize = 32;
 /// Weights of the encoder.
 pub struct T5Encoder<E: Engine> {
     /// Where the embedding table stays: a prompt needs as many of its rows as it has ids, and they are read when it comes.
-    part: Arc<Part<T5Config>>,
+    source: Arc<dyn WeightSource>,
+    config: T5Config,
     /// `[BUCKETS, heads]`, kept on the host: every prompt length has a bias of its own.
     relative_bias: Vec<f32>,
     /// Empty if each is loaded when it is used.
@@ -41,17 +41,17 @@ struct T5Block<E: Engine> {
 }
 
 impl<E: Engine> T5Encoder<E> {
-    /// Loads all but the embedding table; the encoder keeps `part` for that.
-    pub fn load(engine: &E, part: &Arc<Part<T5Config>>) -> Result<Self, ModelError> {
-        let (loader, config) = (&Loader { engine, source: &**part }, part.config());
+    /// Loads all but the embedding table; the encoder keeps `source` for that.
+    pub fn load(engine: &E, source: Arc<dyn WeightSource>, config: &T5Config) -> Result<Self, ModelError> {
+        let loader = &Loader { engine, source: &*source };
         let blocks = (0..config.num_layers).map(|i| T5Block::load(loader, config, i)).collect::<Result<_, _>>()?;
-        Ok(T5Encoder { blocks, ..Self::open(engine, part)? })
+        Ok(T5Encoder { blocks, ..Self::open(engine, source, config)? })
     }
 
     /// Loads nothing large: every [`T5Encoder::encode_all`] loads block by block and drops each after its use. For who has
     /// few prompts, or no memory for all blocks at once.
-    pub fn open(engine: &E, part: &Arc<Part<T5Config>>) -> Result<Self, ModelError> {
-        let (loader, config) = (&Loader { engine, source: &**part }, part.config());
+    pub fn open(engine: &E, source: Arc<dyn WeightSource>, config: &T5Config) -> Result<Self, ModelError> {
+        let loader = &Loader { engine, source: &*source };
         if config.relative_attention_num_buckets != BUCKETS {
             return Err(ModelError::Input(format!(
                 "text encoder has {} relative position buckets, only {BUCKETS} are known",
@@ -61,10 +61,11 @@ impl<E: Engine> T5Encoder<E> {
         let table = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight";
         let relative_bias = loader.tensor(table, &[BUCKETS, config.num_heads])?;
         Ok(T5Encoder {
-            part: part.clone(),
             relative_bias: engine.download(&relative_bias)?,
             blocks: Vec::new(),
             final_norm: loader.tensor("encoder.final_layer_norm.weight", &[config.d_model])?,
+            source: source.clone(),
+            config: config.clone(),
             heads: config.num_heads,
             eps: config.layer_norm_epsilon as f32,
         })
@@ -101,7 +102,7 @@ impl<E: Engine> T5Encoder<E> {
         if prompts.iter().any(|ids| ids.is_empty()) {
             return Err(ModelError::Input("a prompt without any token cannot be encoded".into()));
         }
-        let config = self.part.config();
+        let config = &self.config;
         let &T5Config { vocab_size, d_model, num_layers, .. } = config;
         if let Some(id) = prompts.iter().copied().flatten().find(|id| **id as usize >= vocab_size) {
             return Err(ModelError::Input(format!(
@@ -109,7 +110,7 @@ impl<E: Engine> T5Encoder<E> {
                  another checkpoint"
             )));
         }
-        let loader = Loader { engine, source: &*self.part };
+        let loader = Loader { engine, source: &*self.source };
         let mut streams = Vec::with_capacity(prompts.len());
         for ids in prompts {
             let bias = engine.upload(&self.position_bias(ids.len()), &[self.heads, ids.len(), ids.len()])?;

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::{Context, bail, ensure};
+use farm_core::engine::Engine;
 use farm_core::job::state::{Progress, Stage};
 use farm_core::model::ModelError;
 use farm_core::model::latent::read_latent;
@@ -15,7 +16,7 @@ use farm_core::tiles::plan::Tiling;
 
 use crate::command::target::{Kind, Target, open_sink};
 use crate::command::watch::{Show, progress_bar, stop_on_signals};
-use crate::decode::local::{self, LocalDecode, decoders};
+use crate::decode::local::{self, LocalDecode};
 use crate::decode::shape;
 use crate::decode::stitcher::StitchError;
 use crate::devices::{Devices, ThreadArgs};
@@ -35,7 +36,7 @@ pub struct Args {
     /// or exact:; after it, @BYTES that a tile may take
     #[arg(long, value_name = "TILES", default_value = "auto")]
     pub tiles: Tiling,
-    /// Devices that decode together: cpu:K, or cuda:1
+    /// Devices that decode together: cpu:K or cuda:K
     #[arg(long, value_name = "cpu:K", default_value = "cpu:1")]
     pub devices: Devices,
     #[command(flatten)]
@@ -58,20 +59,23 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     }
     let shape = shape(args.tiles, latent.size, part.config()).map_err(anyhow::Error::msg)?;
     let compute = args.threads.compute(args.devices)?;
-    let load = |_, engine: &_| Ok(Arc::new(VaeDecoder::load(&Loader { engine, source: part }, part.config())?));
-    let decoders = decoders(&compute, load)?;
+    let load = |device| {
+        let engine = compute.engine(device)?;
+        anyhow::Ok(Arc::new(VaeDecoder::load(&Loader { engine: &engine, source: part }, part.config())?))
+    };
+    let decoders = (0..compute.memories()).map(load).collect::<anyhow::Result<Vec<_>>>()?;
+    let hand = |device| anyhow::Ok((compute.engine(device)?, decoders[compute.memory_of(device)].clone()));
 
     let plan = &shape.plan;
     eprintln!("{} in {}x{} tiles", plan.mode.as_str(), plan.grid[0], plan.grid[1]);
     let stop = stop_on_signals()?;
     let bar = progress_bar();
     let work = LocalDecode {
-        decoders,
+        hands: (0..args.devices.count).map(hand).collect::<anyhow::Result<_>>()?,
         latent: &latent.values,
         size: latent.size,
         shape,
-        devices: args.devices.count,
-        compute,
+        settle: &|device| compute.settle(device),
         stop,
     };
     let outcome = in_tiles(work, &target, &mut Show::new(bar.clone()))?;
@@ -85,7 +89,11 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
 }
 
 /// Decodes into the target.
-pub fn in_tiles(work: LocalDecode<'_>, target: &Target, show: &mut Show) -> anyhow::Result<Result<(), ModelError>> {
+pub fn in_tiles<E: Engine>(
+    work: LocalDecode<'_, E>,
+    target: &Target,
+    show: &mut Show,
+) -> anyhow::Result<Result<(), ModelError>> {
     let [height, width] = work.shape.frame_size();
     let (kind, path) = (target.kind, target.unfinished.path().to_owned());
     let sink = Box::new(move || {

@@ -12,57 +12,42 @@ use tokio::sync::mpsc;
 
 use super::hand;
 use super::stitcher::{Arrival, OpenSink, StitchError, Stitched, Surroundings, stitch};
-use crate::devices::Compute;
-use crate::engine::DeviceEngine;
 use crate::link;
 
 /// Messages that wait for a hand, or from it.
 pub const DEPTH: usize = 16;
 
 /// A latent `[C, T, h, w]` and what decodes it.
-pub struct LocalDecode<'a> {
-    /// Of each memory that the devices have, in their order.
-    pub decoders: Decoders,
+pub struct LocalDecode<'a, E: Engine> {
+    /// The devices, and for each the decoder in its memory. More of them than tiles have nothing to do.
+    pub hands: Vec<(E, Arc<VaeDecoder<E>>)>,
     pub latent: &'a [f32],
     pub size: [usize; 4],
     pub shape: Arc<Shape>,
-    pub devices: usize,
-    pub compute: Compute,
+    /// Called by the thread of each device before it begins.
+    pub settle: &'a (dyn Fn(usize) -> anyhow::Result<()> + Sync),
     pub stop: Arc<AtomicBool>,
 }
 
-pub type Decoders = Vec<Arc<VaeDecoder<DeviceEngine>>>;
-
-/// What `load` gives for the device that each memory is that of.
-pub fn decoders(
-    compute: &Compute,
-    load: impl Fn(usize, &DeviceEngine) -> anyhow::Result<Arc<VaeDecoder<DeviceEngine>>>,
-) -> anyhow::Result<Decoders> {
-    (0..compute.memories()).map(|device| load(device, &compute.engine(device)?)).collect()
-}
-
 /// Decodes into a file. `progress` is told how many frames are encoded.
-pub fn decode(
-    work: LocalDecode<'_>,
+pub fn decode<E: Engine>(
+    work: LocalDecode<'_, E>,
     sink: OpenSink,
     progress: Box<dyn FnMut(u32) + Send + '_>,
 ) -> anyhow::Result<Result<Stitched, StitchError>> {
-    let LocalDecode { decoders, latent, size, shape, devices, compute, stop } = work;
+    let LocalDecode { hands, latent, size, shape, settle, stop } = work;
     let stop = &stop;
-    // More hands than tiles would have nothing to do.
-    let devices = devices.min(shape.plan.tiles.len());
+    let devices = hands.len().min(shape.plan.tiles.len());
     let (expect, expected) = mpsc::channel(1);
     let (arrive, arrivals) = mpsc::channel(devices.max(1));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     std::thread::scope(|scope| {
-        for device in 0..devices {
+        for (device, (engine, decoder)) in hands.into_iter().take(devices).enumerate() {
             let (crew, link) = link::pair(DEPTH);
-            let engine = compute.engine(device)?;
             let latent = DitLatent(engine.upload(latent, &size)?);
-            let decoder = decoders[compute.memory_of(device)].clone();
-            let (name, compute) = (format!("device {device}"), compute.clone());
+            let name = format!("device {device}");
             std::thread::Builder::new().name(name.clone()).spawn_scoped(scope, move || {
-                if let Err(error) = compute.settle(device) {
+                if let Err(error) = settle(device) {
                     tracing::warn!("device {device} computes on any core: {error:#}");
                 }
                 // The crew is told what goes wrong.

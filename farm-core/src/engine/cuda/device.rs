@@ -80,6 +80,32 @@ pub struct Launch<'a> {
     pub shared: u32,
     /// In the kernel's order, and of its types: nothing can check them.
     pub args: &'a [Arg],
+    pub work: Work,
+}
+
+/// What a launch does, said by the operation that starts it, for those who measure.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Work {
+    /// Of matrix products, convolutions and attention; a multiplication and an addition are two. Other kernels have none
+    /// to speak of: their time is that of their bytes.
+    pub flops: u64,
+    /// Read and written, of every tensor once. Never 0: nothing is started for nothing.
+    pub bytes: u64,
+    /// Rows, columns, and products that are summed for each value, where there are FLOPs.
+    pub sizes: Option<[usize; 3]>,
+}
+
+impl Work {
+    /// Reads and writes so many bytes.
+    pub fn moving(bytes: usize) -> Self {
+        Self { flops: 0, bytes: bytes as u64, sizes: None }
+    }
+
+    /// `count` matrix products beside it: `[rows, columns]` values, each the sum of `inner` products.
+    pub fn products(self, count: usize, sizes @ [rows, columns, inner]: [usize; 3]) -> Self {
+        let flops = [2 * count, rows, columns, inner].into_iter().map(|size| size as u64).product();
+        Self { flops, sizes: Some(sizes), ..self }
+    }
 }
 
 /// An argument of a kernel.
@@ -141,6 +167,15 @@ pub struct Matmul {
     pub columns: usize,
     pub inner: usize,
     pub dtype: Dtype,
+}
+
+impl Matmul {
+    pub fn work(&self) -> Work {
+        let Self { rows, columns, inner, .. } = *self;
+        let values = rows * inner + columns * inner + rows * columns;
+        let bias = if self.bias.is_some() { Dtype::F32.bytes() * columns } else { 0 };
+        Work::moving(values * self.dtype.bytes() + bias).products(1, [rows, columns, inner])
+    }
 }
 
 /// The type of a tensor's values.

@@ -9,10 +9,12 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Mutex;
 use std::sync::{OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use super::cache;
 use super::device::{Address, Arg, Device, Launch, Matmul, TensorMap, Value};
-use super::kernels::{self, Kernel, Source};
+use super::kernels::{self, Source};
+use super::profile::Timed;
 use crate::engine::{EngineError, Result};
 
 #[cfg(test)]
@@ -210,8 +212,8 @@ impl Device for Emulation {
     }
 
     fn launch(&self, launch: &Launch<'_>) -> Result<()> {
-        let Launch { kernel, grid, block, shared, args } = launch;
-        check(kernel, grid, *block)?;
+        let Launch { kernel, grid, block, shared, args, .. } = launch;
+        check(launch)?;
         for arg in *args {
             match arg {
                 Arg::Pointer(0) | Arg::Int(_) | Arg::Long(_) | Arg::Float(_) => {}
@@ -266,11 +268,34 @@ fn encode(map: &TensorMap, to: &mut Value) -> Result<()> {
     Ok(())
 }
 
-/// What a driver would refuse.
-fn check(kernel: &Kernel, grid: &[u32; 3], block: u32) -> Result<()> {
+/// By the clock, since everything is done when it is asked for.
+impl Timed for Emulation {
+    type Tick = Instant;
+
+    fn tick(&self) -> Result<Instant> {
+        Ok(Instant::now())
+    }
+
+    fn timed_fetch(&self, to: Address, from: &Vec<u8>, after: &()) -> Result<((), [Instant; 2])> {
+        let start = Instant::now();
+        self.fetch(to, from, after)?;
+        Ok(((), [start, Instant::now()]))
+    }
+
+    fn between(&self, start: &Instant, end: &Instant) -> Result<Duration> {
+        Ok(end.duration_since(*start))
+    }
+}
+
+/// Refuses what a driver would, and what says nothing of its work.
+fn check(launch: &Launch<'_>) -> Result<()> {
+    let Launch { kernel, grid, block, work, .. } = *launch;
     let fits = grid[0] > 0 && grid[0] < 1 << 31 && grid[1..].iter().all(|blocks| (1..1 << 16).contains(blocks));
     if !fits || !block.is_multiple_of(32) || !(32..=1024).contains(&block) {
         return Err(failed(format!("{kernel:?}: a grid of {grid:?} blocks of {block} threads")));
+    }
+    if work.bytes == 0 || work.flops > 0 && work.sizes.is_none() {
+        return Err(failed(format!("{kernel:?} does not say what it reads and writes: {work:?}")));
     }
     Ok(())
 }

@@ -8,7 +8,9 @@ use super::gpu::Gpu;
 use super::ops::{attention, pointwise, product, rows, volume, weights};
 use super::parking;
 use super::tensor::Tensor;
-use crate::engine::{AttentionOut, ConvCache, Engine, Over, Port, Qkv, RawTensor, Result, RopeTable, SequenceOps};
+use crate::engine::{
+    AttentionOut, ConvCache, Draw, Engine, Over, Port, Qkv, RawTensor, Result, RopeTable, SequenceOps,
+};
 use crate::precision::Precision;
 use crate::tiles::statistics::{Sums, Totals};
 
@@ -126,6 +128,10 @@ impl<D: Device> Engine for CudaEngine<D> {
 
     fn upload(&self, values: &[f32], shape: &[usize]) -> Result<Tensor<D>> {
         self.gpu.upload("upload", values, shape)
+    }
+
+    fn draw(&self, draw: Draw, shape: &[usize]) -> Result<Tensor<D>> {
+        pointwise::draw(&self.gpu, draw, shape)
     }
 
     fn download(&self, x: &Tensor<D>) -> Result<Vec<f32>> {

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, OnceLock};
 
-use super::device::{Arg, Device, Dtype, Launch};
+use super::device::{Arg, Device, Dtype, Launch, Work};
 use super::kernels::{self, Kernel};
 use super::tensor::Tensor;
 use crate::engine::{EngineError, Result};
@@ -72,23 +72,41 @@ impl<D: Device> Gpu<D> {
             Dtype::Bf16 => kernels::to_bf16_of_f32,
         };
         let out = self.empty("cast", x.dims(), dtype)?;
-        self.over_values(kernel, x.len(), &[x.pointer(), out.pointer(), Arg::Long(x.len() as i64)])?;
+        self.over_values(
+            kernel,
+            x.len(),
+            &[x.pointer(), out.pointer(), Arg::Long(x.len() as i64)],
+            moving(&[x, &out]),
+        )?;
         Ok(out)
     }
 
     /// Starts a kernel whose threads loop over `count` values; none if there are none.
-    pub fn over_values(&self, kernel: Kernel, count: usize, args: &[Arg]) -> Result<()> {
+    pub fn over_values(&self, kernel: Kernel, count: usize, args: &[Arg], work: Work) -> Result<()> {
         let blocks = count.div_ceil(BLOCK as usize).min(MOST_BLOCKS) as u32;
-        self.launch(kernel, [blocks, 1, 1], BLOCK, 0, args)
+        self.launch(kernel, [blocks, 1, 1], BLOCK, 0, args, work)
     }
 
     /// Starts a kernel; none if the grid has no blocks.
-    pub fn launch(&self, kernel: Kernel, grid: [u32; 3], block: u32, shared: u32, args: &[Arg]) -> Result<()> {
+    pub fn launch(
+        &self,
+        kernel: Kernel,
+        grid: [u32; 3],
+        block: u32,
+        shared: u32,
+        args: &[Arg],
+        work: Work,
+    ) -> Result<()> {
         if grid.contains(&0) {
             return Ok(());
         }
-        self.device.launch(&Launch { kernel, grid, block, shared, args })
+        self.device.launch(&Launch { kernel, grid, block, shared, args, work })
     }
+}
+
+/// The work of a kernel that reads or writes each value of these once.
+pub fn moving<D: Device>(tensors: &[&Tensor<D>]) -> Work {
+    Work::moving(tensors.iter().map(|x| x.len() * x.dtype().bytes()).sum())
 }
 
 /// An operation does not take this shape.

@@ -86,6 +86,11 @@ impl Kernel {
             None => self.stem.to_owned(),
         }
     }
+
+    /// Of its tensors, if there is a kernel for each type.
+    pub fn dtype(self) -> Option<Dtype> {
+        self.dtype
+    }
 }
 
 impl fmt::Debug for Kernel {
@@ -128,7 +133,7 @@ macro_rules! kernels {
 }
 
 kernels! {
-    Pointwise: [add gelu_gated swiglu silu copy_runs unpatchify] [to_f32_of_bf16 to_bf16_of_f32 euler_step patchify];
+    Pointwise: [add gelu_gated swiglu silu copy_runs unpatchify] [to_f32_of_bf16 to_bf16_of_f32 euler_step patchify draw];
     Rows: [rms_norm gated_residual layer_norm tanh split_qkv] [rope_table merge_attention];
     Attention: [attention attention_mma_32 attention_mma_64 attention_mma_128] [];
     AttentionHopper: [attention_hopper_128] [];

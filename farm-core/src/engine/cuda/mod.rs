@@ -8,6 +8,7 @@
 //! norms and biases, and statistics.
 
 mod cache;
+pub mod ceiling;
 pub mod device;
 pub mod driver;
 pub mod emulation;
@@ -17,6 +18,7 @@ pub mod kernels;
 mod ops;
 pub mod parking;
 pub mod plan;
+pub mod profile;
 pub mod tensor;
 
 pub use self::engine::CudaEngine;
@@ -43,7 +45,7 @@ mod tests {
         let x = gpu.upload("test", &values, &[1000]).unwrap();
         let out = gpu.empty("test", &[1000], Dtype::F32).unwrap();
         let args = [x.pointer(), x.pointer(), out.pointer(), Arg::Long(1000)];
-        gpu.over_values(kernels::add.of(Dtype::F32), 1000, &args).unwrap();
+        gpu.over_values(kernels::add.of(Dtype::F32), 1000, &args, Work::moving(12000)).unwrap();
         let doubled: Vec<f32> = values.iter().map(|x| x + x).collect();
         assert_eq!(gpu.download(&out).unwrap(), doubled);
     }
@@ -53,7 +55,7 @@ mod tests {
         let gpu = gpu();
         let x = gpu.upload("test", &[1.0], &[1]).unwrap();
         let args = [x.pointer(), x.pointer(), x.pointer(), Arg::Int(1)];
-        let refused = gpu.over_values(kernels::add.of(Dtype::F32), 1, &args);
+        let refused = gpu.over_values(kernels::add.of(Dtype::F32), 1, &args, Work::moving(12));
         assert!(matches!(refused, Err(EngineError::Backend { message, .. }) if message.contains("takes pppl")));
     }
 

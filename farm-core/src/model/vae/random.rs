@@ -7,7 +7,7 @@ use crate::model::ModelError;
 use crate::model::config::VaeConfig;
 use crate::model::noise::normals;
 use crate::model::vae::VaeDecoder;
-use crate::model::weights::{Loader, StoredTensor, WeightError, WeightSource};
+use crate::model::weights::{Loader, StoredTensor, Values, WeightError, WeightSource};
 
 /// A checkpoint's tensors, drawn so that values keep their size on the way through the network. The same for the same
 /// seed, on any machine.
@@ -94,6 +94,7 @@ impl Draw {
 impl WeightSource for RandomWeights {
     fn get(&self, name: &str) -> Result<StoredTensor<'_>, WeightError> {
         let (shape, bytes) = self.tensors.get(name).ok_or_else(|| WeightError::Missing { name: name.into() })?;
-        Ok(StoredTensor { shape: shape.clone(), pieces: vec![RawTensor { dtype: RawDtype::F32, shape, bytes }] })
+        let pieces = vec![RawTensor { dtype: RawDtype::F32, shape, bytes }];
+        Ok(StoredTensor { shape: shape.clone(), values: Values::Pieces(pieces) })
     }
 }

@@ -22,7 +22,7 @@ use super::folder::{self, PartFiles};
 use super::names::{self, Entry, Naming, Rows};
 use super::report::{Inspection, Layout, NameList, PartReport, TensorReport, TensorStatus};
 use super::sizes::{self, ConfigFile, Problem, StoredShapes};
-use super::{StoredTensor, WeightError, WeightSource};
+use super::{StoredTensor, Values, WeightError, WeightSource};
 use crate::engine::{RawDtype, RawTensor};
 use crate::job::spec::{GenerationDefaults, RenderRequest, RenderSpec};
 use crate::model::config::{DitConfig, T5Config, VaeConfig};
@@ -101,7 +101,7 @@ impl<C: Send + Sync> WeightSource for Part<C> {
             shape: &piece.shape,
             bytes: &self.files[piece.file].all_bytes()[piece.bytes.clone()],
         });
-        Ok(StoredTensor { shape: located.shape.clone(), pieces: pieces.collect() })
+        Ok(StoredTensor { shape: located.shape.clone(), values: Values::Pieces(pieces.collect()) })
     }
 
     fn release(&self, name: &str) {

@@ -176,7 +176,7 @@ fn dit<E: Engine>(engine: &E, checkpoint: &Checkpoint, tensors: &TensorFile, wat
 
 fn t5<E: Engine>(engine: &E, checkpoint: &Checkpoint, tensors: &TensorFile, watch: Watch) -> anyhow::Result<Timed> {
     let part = checkpoint.t5().context("the checkpoint has no text encoder")?;
-    let encoder = T5Encoder::load(engine, part)?;
+    let encoder = T5Encoder::load(engine, part.clone(), part.config())?;
     ensure!(matches!(shape(tensors, "t5.ids")?, [1, _]), "t5.ids is not [1, tokens]");
     let ids = tensors.numbers("t5.ids")?;
     let (config, tokens) = (part.config(), ids.len() as f64);

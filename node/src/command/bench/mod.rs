@@ -1,9 +1,12 @@
 //! `farm-node bench`: where the time of one clip goes, and how much memory it takes. `bench usp`: what ranks gain.
 //! `bench tiles`: what decodes in tiles lose. `bench forward`: one network alone, of any checkpoint. `bench kernels`: the
-//! operations of networks. `bench peak`: what a core can do at most.
+//! operations of networks. `bench peak`: what a core can do at most. `bench gpu`: the same questions about a GPU, at the
+//! published size.
 
 mod decode;
 mod forward;
+#[cfg(feature = "cuda")]
+mod gpu;
 mod kernels;
 mod peak;
 mod stitch;
@@ -69,6 +72,9 @@ enum Other {
     Kernels(kernels::Args),
     /// Measure what one core computes and its memory moves at most
     Peak(peak::Args),
+    /// Measure what a GPU does with its time: every kernel of a clip's stages, against what the GPU can do at most
+    #[cfg(feature = "cuda")]
+    Gpu(gpu::Args),
 }
 
 /// Medians in seconds.
@@ -103,6 +109,8 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         Some(Other::Forward(args)) => return forward::run(args),
         Some(Other::Kernels(args)) => return kernels::run(args),
         Some(Other::Peak(args)) => return peak::run(args),
+        #[cfg(feature = "cuda")]
+        Some(Other::Gpu(args)) => return gpu::run(args),
         None => {}
     }
     let compute = args.threads.compute(Devices::CPU)?;

@@ -28,7 +28,7 @@ use crate::command::ClipSize;
 use crate::command::decode;
 use crate::command::target::{Kind, Target};
 use crate::command::watch::{Show, progress_bar, stop_on_signals};
-use crate::decode::local::{LocalDecode, decoders};
+use crate::decode::local::LocalDecode;
 use crate::decode::shape;
 use crate::devices::{ThreadArgs, parse_bytes};
 use crate::encode::FrameSink;
@@ -179,10 +179,19 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     };
     let outcome = match (outcome, in_tiles, tiles, &target) {
         (Ok(()), Some(values), Some(shape), Some(target)) => {
-            let decoder = |device, engine: &_| Ok(networks.of(&compute, device).decoder(engine)?);
-            let decoders = decoders(&compute, decoder)?;
-            let (size, devices) = (spec.latent_shape(), args.group.devices.count);
-            let work = LocalDecode { decoders, latent: &values, size, shape, devices, compute, stop: stop.clone() };
+            let hand = |device| {
+                let engine = compute.engine(device)?;
+                let decoder = networks.of(&compute, device).decoder(&engine)?;
+                anyhow::Ok((engine, decoder))
+            };
+            let work = LocalDecode {
+                hands: (0..args.group.devices.count).map(hand).collect::<anyhow::Result<_>>()?,
+                latent: &values,
+                size: spec.latent_shape(),
+                shape,
+                settle: &|device| compute.settle(device),
+                stop: stop.clone(),
+            };
             decode::in_tiles(work, target, &mut Show::new(bar.clone()))?
         }
         (outcome, ..) => outcome,

@@ -33,6 +33,7 @@ use self::matmul::{CublasLt, WORKSPACE};
 use self::staging::Staging;
 use super::device::{Address, Device, Launch, Matmul};
 use super::kernels::{Kernel, Source};
+use super::profile::Timed;
 use crate::engine::{EngineError, Result};
 
 /// `CU_DEVICE_ATTRIBUTE_*`
@@ -90,11 +91,13 @@ pub struct CudaDevice {
     fetches: Arc<Stream>,
     /// Copies from other GPUs.
     pulls: Arc<Stream>,
+    work_ticks: Arc<Ticks>,
+    fetch_ticks: Arc<Ticks>,
 }
 
 /// What is between two GPUs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Between {
+pub enum PeerLink {
     /// Neither reaches the other's memory: copies go through the host's.
     Host,
     /// PCI Express.
@@ -176,7 +179,7 @@ impl CudaDevice {
 
     /// Gives this one access to the memory of `owner`, if the machine lets it.
     fn reach(&self, owner: &Self) -> Result<()> {
-        if self.between(owner)? == Between::Host {
+        if self.link_to(owner)? == PeerLink::Host {
             return Ok(());
         }
         let driver = self.stream.context.enter()?;
@@ -192,7 +195,7 @@ impl CudaDevice {
         unsafe { call!(driver, cuMemPoolSetAccess(owner.pool.0, &access, 1)) }
     }
 
-    pub fn between(&self, other: &Self) -> Result<Between> {
+    pub fn link_to(&self, other: &Self) -> Result<PeerLink> {
         let (driver, ours, theirs) = (self.driver, self.stream.context.device, other.stream.context.device);
         let (mut reaches, mut atomics) = (0, 0);
         // SAFETY: they write a number each.
@@ -204,9 +207,9 @@ impl CudaDevice {
             }
         }
         Ok(match (reaches, atomics) {
-            (0, _) => Between::Host,
-            (_, 0) => Between::Bus,
-            _ => Between::NvLink,
+            (0, _) => PeerLink::Host,
+            (_, 0) => PeerLink::Bus,
+            _ => PeerLink::NvLink,
         })
     }
 
@@ -241,6 +244,8 @@ impl CudaDevice {
             cublas: OnceLock::new(),
             kernels: Mutex::default(),
             staging: Mutex::new(Staging::new(&stream)?),
+            work_ticks: Ticks::new(&stream),
+            fetch_ticks: Ticks::new(&fetches),
             stream,
             fetches,
             pulls,
@@ -267,13 +272,6 @@ impl CudaDevice {
     /// Waits for all work that was started, and tells of its errors.
     pub fn synchronize(&self) -> Result<()> {
         self.stream.synchronize()
-    }
-
-    /// Begins to measure the time that the GPU takes for what is asked of it from now on.
-    pub fn timer(&self) -> Result<Timer> {
-        let (start, end) = (Event::timed(&self.stream)?, Event::timed(&self.stream)?);
-        start.record()?;
-        Ok(Timer { start, end })
     }
 
     /// Loads all kernels, which are compiled if no earlier run has done so.
@@ -346,6 +344,21 @@ impl CudaDevice {
         }
         driver.check("cuMemAllocAsync", asked)?;
         Ok(address)
+    }
+
+    /// Calls `begun` where the copy is next on the stream of fetches.
+    fn fetch_behind(&self, to: Address, from: &Host, after: &Mark, begun: impl FnOnce() -> Result<()>) -> Result<Mark> {
+        // Before the copy is asked for: none is under way then that no mark tells of.
+        let arrived = Event::new(&self.fetches)?;
+        after.0.precede(&self.fetches)?;
+        begun()?;
+        let driver = self.fetches.context.enter()?;
+        let (bytes, stream) = (from.memory.bytes(), self.fetches.raw);
+        // SAFETY: the slot has room, and nothing of earlier work that uses it is left by then; `from` waits for this stream
+        // before it is given back.
+        unsafe { call!(driver, cuMemcpyHtoDAsync(to, bytes.as_ptr().cast(), bytes.len(), stream)) }?;
+        arrived.record()?;
+        Ok(Mark(arrived))
     }
 
     /// None if this machine has no cuBLASLt.
@@ -421,16 +434,7 @@ impl Device for CudaDevice {
     }
 
     fn fetch(&self, to: Address, from: &Host, after: &Mark) -> Result<Mark> {
-        // Before the copy is asked for: none is under way then that no mark tells of.
-        let arrived = Event::new(&self.fetches)?;
-        after.0.precede(&self.fetches)?;
-        let driver = self.fetches.context.enter()?;
-        let (bytes, stream) = (from.memory.bytes(), self.fetches.raw);
-        // SAFETY: the slot has room, and nothing of earlier work that uses it is left by then; `from` waits for this stream
-        // before it is given back.
-        unsafe { call!(driver, cuMemcpyHtoDAsync(to, bytes.as_ptr().cast(), bytes.len(), stream)) }?;
-        arrived.record()?;
-        Ok(Mark(arrived))
+        self.fetch_behind(to, from, after, || Ok(()))
     }
 
     fn wait(&self, mark: &Mark) -> Result<()> {
@@ -458,7 +462,7 @@ impl Device for CudaDevice {
     }
 
     fn launch(&self, launch: &Launch<'_>) -> Result<()> {
-        let Launch { kernel, grid, block, shared, args } = *launch;
+        let Launch { kernel, grid, block, shared, args, .. } = *launch;
         let function = self.function(kernel)?;
         // SAFETY: the arguments are of the kernel's types, which the emulation checks for the same launches; modules are
         // unloaded only when this is dropped.
@@ -490,19 +494,69 @@ impl Drop for CudaDevice {
     }
 }
 
-/// Measures the time of work on a GPU, without what the host does meanwhile.
-pub struct Timer {
-    start: Event,
-    end: Event,
+impl Timed for CudaDevice {
+    type Tick = Tick;
+
+    fn tick(&self) -> Result<Tick> {
+        self.work_ticks.record()
+    }
+
+    fn timed_fetch(&self, to: Address, from: &Host, after: &Mark) -> Result<(Mark, [Tick; 2])> {
+        let mut start = None;
+        let mark = self.fetch_behind(to, from, after, || {
+            start = Some(self.fetch_ticks.record()?);
+            Ok(())
+        })?;
+        let end = self.fetch_ticks.record()?;
+        // It was recorded on the way.
+        let start =
+            start.ok_or_else(|| EngineError::Backend { op: "fetch", message: "its start was not timed".into() })?;
+        Ok((mark, [start, end]))
+    }
+
+    fn between(&self, start: &Tick, end: &Tick) -> Result<Duration> {
+        let (start, end) = (start.event()?, end.event()?);
+        end.wait()?;
+        Ok(Duration::from_secs_f32(end.since(start)?.max(0.0) / 1e3))
+    }
 }
 
-impl Timer {
-    /// Waits for what was asked for since the timer began, and gives its time.
-    pub fn stop(self) -> Result<Duration> {
-        self.end.record()?;
-        self.end.wait()?;
-        let milliseconds = self.end.since(&self.start)?;
-        Ok(Duration::from_secs_f32(milliseconds.max(0.0) / 1e3))
+/// A point in a stream with its time. Dropped, its event is used again.
+pub struct Tick {
+    event: Option<Event>,
+    of: Arc<Ticks>,
+}
+
+/// The timed events of a stream that are free.
+struct Ticks {
+    stream: Arc<Stream>,
+    free: Mutex<Vec<Event>>,
+}
+
+impl Ticks {
+    fn new(stream: &Arc<Stream>) -> Arc<Self> {
+        Arc::new(Self { stream: stream.clone(), free: Mutex::default() })
+    }
+
+    /// A tick behind all that is on the stream now.
+    fn record(self: &Arc<Self>) -> Result<Tick> {
+        let free = lock(&self.free).pop();
+        let event = free.map_or_else(|| Event::timed(&self.stream), Ok)?;
+        event.record()?;
+        Ok(Tick { event: Some(event), of: self.clone() })
+    }
+}
+
+impl Tick {
+    fn event(&self) -> Result<&Event> {
+        // Only a drop takes it.
+        self.event.as_ref().ok_or_else(|| EngineError::Backend { op: "tick", message: "its event is gone".into() })
+    }
+}
+
+impl Drop for Tick {
+    fn drop(&mut self) {
+        lock(&self.of.free).extend(self.event.take());
     }
 }
 

@@ -162,6 +162,19 @@ __device__ void copy_runs_kernel(const T* from, i64 from_stride, T* to, i64 to_s
 FOR_BOTH(copy_runs, (const T* from, i64 from_stride, T* to, i64 to_stride, i64 runs, i64 length, i64 steps),
          (from, from_stride, to, to_stride, runs, length, steps))
 
+// Value i is mean + spread·u, where u in [-1, 1) is 24 bits of a hash (splitmix64) of `key` and first + i. Product and sum
+// are rounded for themselves.
+extern "C" __global__ void draw(float* out, i64 count, i64 key, i64 first, float mean, float spread) {
+    for (i64 i = first_value(); i < count; i += next_value()) {
+        u64 bits = (u64)key + (u64)(first + i + 1) * 0x9e3779b97f4a7c15ull;
+        bits = (bits ^ bits >> 30) * 0xbf58476d1ce4e5b9ull;
+        bits = (bits ^ bits >> 27) * 0x94d049bb133111ebull;
+        bits ^= bits >> 31;
+        float u = ((float)(bits >> 40) - 8388608.0f) * 0x1p-23f;
+        out[i] = __fadd_rn(mean, __fmul_rn(spread, u));
+    }
+}
+
 // Latent [channels, frames, 2·rows, 2·columns] → patches [frames·rows·columns, 4·channels], inner order (c, di, dj). A
 // thread for a value of the patches: a latent is small.
 extern "C" __global__ void patchify(const float* latent, float* out, int channels, int frames, int rows, int columns) {

@@ -1,7 +1,7 @@
 //! Attention.
 
-use crate::engine::cuda::device::{Arg, Device, Dtype};
-use crate::engine::cuda::gpu::{Gpu, dims, expect, int, shape_error};
+use crate::engine::cuda::device::{Arg, Device, Dtype, Work};
+use crate::engine::cuda::gpu::{Gpu, dims, expect, int, moving, shape_error};
 use crate::engine::cuda::kernels::{self, Kernel};
 use crate::engine::cuda::tensor::Tensor;
 use crate::engine::{AttentionOut, Result};
@@ -137,10 +137,10 @@ impl<D: Device> Softmax<'_, D> {
             return Ok(AttentionOut { out, lse });
         }
         let lse = gpu.empty(self.op, &[queries, heads], Dtype::F32)?;
-        let results = self.results(&out, &lse)?;
+        let (results, work) = (self.results(&out, &lse)?, self.work(&out, &lse));
         match on_tensor_cores(self.to, dtype, d) {
-            Some(_) if d == hopper::CHANNELS && hopper::usable(gpu)? => self.on_hopper(gpu, results)?,
-            Some(kernel) => self.run_on_tensor_cores(gpu, kernel, results)?,
+            Some(_) if d == hopper::CHANNELS && hopper::usable(gpu)? => self.on_hopper(gpu, results, work)?,
+            Some(kernel) => self.run_on_tensor_cores(gpu, kernel, results, work)?,
             None => {
                 let [block, channels, threads] = PLAIN;
                 let grid = [queries.div_ceil(block) as u32, heads as u32, d.div_ceil(channels) as u32];
@@ -149,13 +149,13 @@ impl<D: Device> Softmax<'_, D> {
                 args.push(bias);
                 args.extend(results);
                 args.extend([int(self.op, d)?, Arg::Float(self.scale)]);
-                gpu.launch(kernels::attention.of(dtype), grid, threads as u32, 0, &args)?;
+                gpu.launch(kernels::attention.of(dtype), grid, threads as u32, 0, &args, self.work(&out, &lse))?;
             }
         }
         Ok(AttentionOut { out, lse })
     }
 
-    fn run_on_tensor_cores(&self, gpu: &Gpu<D>, kernel: Kernel, results: [Arg; 4]) -> Result<()> {
+    fn run_on_tensor_cores(&self, gpu: &Gpu<D>, kernel: Kernel, results: [Arg; 4], work: Work) -> Result<()> {
         let [queries, heads, d] = self.sizes;
         let [block, threads] = MMA;
         let (q, keys, values) = (
@@ -167,7 +167,22 @@ impl<D: Device> Softmax<'_, D> {
         args.extend(results);
         args.push(Arg::Float(self.scale));
         let shared = (block + MMA_RING * MMA_KEYS) * d * Dtype::Bf16.bytes();
-        gpu.launch(kernel, [queries.div_ceil(block) as u32, heads as u32, 1], threads as u32, shared as u32, &args)
+        gpu.launch(
+            kernel,
+            [queries.div_ceil(block) as u32, heads as u32, 1],
+            threads as u32,
+            shared as u32,
+            &args,
+            work,
+        )
+    }
+
+    /// Each query with each key, and what becomes of it with each value.
+    fn work(&self, out: &Tensor<D>, lse: &Tensor<D>) -> Work {
+        let [queries, heads, d] = self.sizes;
+        let keys = self.keys.iter().map(|keys| keys.dims()[0]).sum();
+        let parts = [self.q, out, lse].into_iter().chain(self.keys).chain(self.values).chain(self.bias);
+        moving(&parts.collect::<Vec<_>>()).products(2, [queries, keys, heads * d])
     }
 
     /// The arguments that every kernel has behind the operands.

@@ -2,11 +2,11 @@
 //!
 //! Where two tensors are of different types, both count as f32, and so does the result.
 
-use crate::engine::Result;
-use crate::engine::cuda::device::{Arg, Device, Dtype};
-use crate::engine::cuda::gpu::{Gpu, dims, expect, int, shape_error};
+use crate::engine::cuda::device::{Arg, Device, Dtype, Work};
+use crate::engine::cuda::gpu::{Gpu, dims, expect, int, moving, shape_error};
 use crate::engine::cuda::kernels::{self, Typed};
 use crate::engine::cuda::tensor::Tensor;
+use crate::engine::{Draw, Result};
 
 /// Values of a vector, which a thread moves at once.
 pub(super) fn per_vector(dtype: Dtype) -> usize {
@@ -39,14 +39,16 @@ fn pairs<D: Device>(op: &'static str, gpu: &Gpu<D>, kernel: Typed, a: &Tensor<D>
     let [a, b] = alike(gpu, a, b)?;
     let out = gpu.empty(op, a.dims(), a.dtype())?;
     let args = [a.pointer(), b.pointer(), out.pointer(), Arg::Long(a.len() as i64)];
-    gpu.over_values(kernel.of(a.dtype()), a.len().div_ceil(per_vector(a.dtype())), &args)?;
+    let work = moving(&[&a, &b, &out]);
+    gpu.over_values(kernel.of(a.dtype()), a.len().div_ceil(per_vector(a.dtype())), &args, work)?;
     Ok(out)
 }
 
 pub fn silu<D: Device>(gpu: &Gpu<D>, x: &Tensor<D>) -> Result<Tensor<D>> {
     let out = gpu.empty("silu", x.dims(), x.dtype())?;
     let args = [x.pointer(), out.pointer(), Arg::Long(x.len() as i64)];
-    gpu.over_values(kernels::silu.of(x.dtype()), x.len().div_ceil(per_vector(x.dtype())), &args)?;
+    let work = moving(&[x, &out]);
+    gpu.over_values(kernels::silu.of(x.dtype()), x.len().div_ceil(per_vector(x.dtype())), &args, work)?;
     Ok(out)
 }
 
@@ -61,7 +63,7 @@ pub fn swiglu<D: Device>(gpu: &Gpu<D>, x: &Tensor<D>, out: &Tensor<D>) -> Result
     expect(OP, "gated values", out, &[rows, width])?;
     let steps = width.div_ceil(per_vector(x.dtype()));
     let args = [x.pointer(), out.pointer(), Arg::Long(rows as i64), int(OP, width)?, int(OP, steps)?];
-    gpu.over_values(kernels::swiglu.of(x.dtype()), rows * steps, &args)
+    gpu.over_values(kernels::swiglu.of(x.dtype()), rows * steps, &args, moving(&[x, out]))
 }
 
 /// In f32 whatever the inputs are: those of bf16 are widened.
@@ -89,7 +91,18 @@ pub fn euler_step<D: Device>(
         Arg::Float(dsigma),
         Arg::Long(z.len() as i64),
     ];
-    gpu.over_values(kernels::euler_step, z.len().div_ceil(per_vector(Dtype::F32)), &args)?;
+    let read: Vec<_> = [&z, &cond, &out].into_iter().chain(&uncond).collect();
+    gpu.over_values(kernels::euler_step, z.len().div_ceil(per_vector(Dtype::F32)), &args, moving(&read))?;
+    Ok(out)
+}
+
+/// In f32.
+pub fn draw<D: Device>(gpu: &Gpu<D>, draw: Draw, shape: &[usize]) -> Result<Tensor<D>> {
+    let out = gpu.empty("draw", shape, Dtype::F32)?;
+    let Draw { key, first, mean, spread } = draw;
+    let [count, key, first] = [out.len() as u64, key, first].map(|number| Arg::Long(number.cast_signed()));
+    let args = [out.pointer(), count, key, first, Arg::Float(mean), Arg::Float(spread)];
+    gpu.over_values(kernels::draw, out.len(), &args, moving(&[&out]))?;
     Ok(out)
 }
 
@@ -184,7 +197,8 @@ fn copy_runs<D: Device>(
         Arg::Long(length as i64),
         Arg::Long(steps as i64),
     ];
-    gpu.over_values(kernels::copy_runs.of(from.dtype()), runs * steps, &args)
+    let work = Work::moving(2 * runs * length * size);
+    gpu.over_values(kernels::copy_runs.of(from.dtype()), runs * steps, &args, work)
 }
 
 /// In the tensor's own type.
@@ -228,7 +242,7 @@ pub fn patchify<D: Device>(gpu: &Gpu<D>, latent: &Tensor<D>) -> Result<Tensor<D>
     let (rows, columns) = (h / 2, w / 2);
     let out = gpu.empty(OP, &[t * rows * columns, c * 4], Dtype::F32)?;
     let args = [latent.pointer(), out.pointer(), channels(OP, c)?, int(OP, t)?, int(OP, rows)?, int(OP, columns)?];
-    gpu.over_values(kernels::patchify, out.len(), &args)?;
+    gpu.over_values(kernels::patchify, out.len(), &args, moving(&[&latent, &out]))?;
     Ok(out)
 }
 
@@ -243,7 +257,7 @@ pub fn unpatchify<D: Device>(gpu: &Gpu<D>, patches: &Tensor<D>, grid: [usize; 3]
     let c = width / 4;
     let out = gpu.empty(OP, &[c, t, 2 * rows, 2 * columns], Dtype::F32)?;
     let args = [patches.pointer(), out.pointer(), channels(OP, c)?, int(OP, t)?, int(OP, rows)?, int(OP, columns)?];
-    gpu.over_values(kernels::unpatchify.of(patches.dtype()), out.len(), &args)?;
+    gpu.over_values(kernels::unpatchify.of(patches.dtype()), out.len(), &args, moving(&[patches, &out]))?;
     Ok(out)
 }
 

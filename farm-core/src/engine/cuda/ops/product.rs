@@ -2,8 +2,8 @@
 
 use super::pointwise::swiglu;
 use super::weights::{ConvWeight, Matrix, TAPS};
-use crate::engine::cuda::device::{Arg, Device, Dtype, Matmul};
-use crate::engine::cuda::gpu::{Gpu, dims, expect, int, shape_error};
+use crate::engine::cuda::device::{Arg, Device, Dtype, Matmul, Work};
+use crate::engine::cuda::gpu::{Gpu, dims, expect, int, moving, shape_error};
 use crate::engine::cuda::kernels::{self, Typed};
 use crate::engine::cuda::tensor::Tensor;
 use crate::engine::{ConvCache, EngineError, Result};
@@ -83,27 +83,55 @@ fn product<D: Device>(
     bias: Option<&Tensor<D>>,
     out: &Tensor<D>,
 ) -> Result<()> {
+    let matmul = matmul(op, x, weight, bias, out)?;
+    if out.is_empty() || matmul.inner > 0 && gpu.device.matmul(&matmul)? {
+        return Ok(());
+    }
+    own_product(op, gpu, x, weight, bias, out)
+}
+
+/// The product as a vendor's library gets it.
+pub fn matmul<D: Device>(
+    op: &'static str,
+    x: &Tensor<D>,
+    weight: &Matrix<D>,
+    bias: Option<&Tensor<D>>,
+    out: &Tensor<D>,
+) -> Result<Matmul> {
     let (_, [rows, inner, columns]) = sizes(op, x, weight)?;
-    if out.is_empty() {
-        return Ok(());
-    }
-    let (bias, dtype) = (bias.map(Tensor::address), x.dtype());
-    let (x_at, weight_at, out_at) = (x.address(), weight.0.address(), out.address());
-    let matmul = Matmul { x: x_at, weight: weight_at, bias, out: out_at, rows, columns, inner, dtype };
-    if inner > 0 && gpu.device.matmul(&matmul)? {
-        return Ok(());
-    }
+    Ok(Matmul {
+        x: x.address(),
+        weight: weight.0.address(),
+        bias: bias.map(Tensor::address),
+        out: out.address(),
+        rows,
+        columns,
+        inner,
+        dtype: x.dtype(),
+    })
+}
+
+/// The product by this program's own kernel, of values that there are.
+pub fn own_product<D: Device>(
+    op: &'static str,
+    gpu: &Gpu<D>,
+    x: &Tensor<D>,
+    weight: &Matrix<D>,
+    bias: Option<&Tensor<D>>,
+    out: &Tensor<D>,
+) -> Result<()> {
+    let matmul @ Matmul { rows, columns, inner, .. } = matmul(op, x, weight, bias, out)?;
     let args = [
         x.pointer(),
         weight.0.pointer(),
-        Arg::Pointer(bias.unwrap_or(0)),
+        bias.map_or(Arg::Pointer(0), Tensor::pointer),
         out.pointer(),
         int(op, rows)?,
         int(op, columns)?,
         int(op, inner)?,
     ];
     let forms = [kernels::product, kernels::product_scalar];
-    tiled(op, gpu, forms, [rows, columns], &[x, &weight.0], inner, &args)
+    tiled(op, gpu, forms, [rows, columns, inner], &[x, &weight.0], &args, matmul.work())
 }
 
 /// Starts the form of a kernel that fits its inputs, of one type and in rows, or taps, of `width` values each.
@@ -111,10 +139,10 @@ fn tiled<D: Device>(
     op: &'static str,
     gpu: &Gpu<D>,
     [vectors, scalar]: [Typed; 2],
-    [rows, columns]: [usize; 2],
+    [rows, columns, width]: [usize; 3],
     inputs: &[&Tensor<D>],
-    width: usize,
     args: &[Arg],
+    work: Work,
 ) -> Result<()> {
     let tiles = rows.div_ceil(TILE) * columns.div_ceil(TILE);
     let Ok(blocks @ 0..0x8000_0000) = u32::try_from(tiles) else {
@@ -124,7 +152,7 @@ fn tiled<D: Device>(
     let aligned = |x: &&Tensor<D>| x.address().is_multiple_of(16) && (width * x.dtype().bytes()).is_multiple_of(16);
     let form = if inputs.iter().all(aligned) { vectors } else { scalar };
     let dtype = inputs[0].dtype();
-    gpu.launch(form.of(dtype), [blocks, 1, 1], threads(dtype), 0, args)
+    gpu.launch(form.of(dtype), [blocks, 1, 1], threads(dtype), 0, args, work)
 }
 
 /// In the weight's type, to which x and the cache are converted. The next chunk's cache is a copy: it does not keep x
@@ -168,7 +196,10 @@ pub fn causal_conv3d<D: Device>(
         int(OP, width)?,
     ];
     let forms = [kernels::convolution, kernels::convolution_scalar];
-    tiled(OP, gpu, forms, [pixels, columns], &[&x, past, &weight.taps], channels, &args)?;
+    let read = moving(&[&x, &weight.taps, &weight.bias, &out]);
+    let cached = cache.as_ref().map_or(0, |cache| moving(&[cache]).bytes);
+    let work = Work { bytes: read.bytes + cached, ..read.products(1, [pixels, columns, TAPS * channels]) };
+    tiled(OP, gpu, forms, [pixels, columns, channels], &[&x, past, &weight.taps], &args, work)?;
 
     let next = gpu.empty(OP, &of_cache, dtype)?;
     for i in 0..2 {

@@ -6,8 +6,8 @@
 use std::ops::Range;
 
 use super::pointwise::{alike, per_vector};
-use crate::engine::cuda::device::{Arg, Device, Dtype};
-use crate::engine::cuda::gpu::{BLOCK, Gpu, dims, expect, int, shape_error};
+use crate::engine::cuda::device::{Arg, Device, Dtype, Work};
+use crate::engine::cuda::gpu::{BLOCK, Gpu, dims, expect, int, moving, shape_error};
 use crate::engine::cuda::kernels::{self, Kernel};
 use crate::engine::cuda::tensor::Tensor;
 use crate::engine::{AttentionOut, EngineError, Qkv, Result, RopeTable};
@@ -29,6 +29,7 @@ fn over_rows<D: Device>(
     dtype: Dtype,
     [rows, width]: [usize; 2],
     args: &[Arg],
+    work: Work,
 ) -> Result<()> {
     let threads = width.div_ceil(HELD * per_vector(dtype)).next_multiple_of(32);
     if threads > MOST_THREADS {
@@ -38,7 +39,7 @@ fn over_rows<D: Device>(
     if rows * width == 0 {
         return Ok(());
     }
-    gpu.launch(kernel, [blocks(op, rows)?, 1, 1], threads as u32, 0, args)
+    gpu.launch(kernel, [blocks(op, rows)?, 1, 1], threads as u32, 0, args, work)
 }
 
 /// As many as a grid may have.
@@ -75,7 +76,8 @@ fn scaled_rms<D: Device>(
     let weight = gpu.cast(weight, Dtype::F32)?;
     let out = gpu.empty(op, x.dims(), x.dtype())?;
     let args = [x.pointer(), weight.pointer(), out.pointer(), int(op, width)?, Arg::Float(base), Arg::Float(eps)];
-    over_rows(op, gpu, kernels::rms_norm.of(x.dtype()), x.dtype(), [rows, width], &args)?;
+    let work = moving(&[x, &weight, &out]);
+    over_rows(op, gpu, kernels::rms_norm.of(x.dtype()), x.dtype(), [rows, width], &args, work)?;
     Ok(out)
 }
 
@@ -93,10 +95,11 @@ pub fn gated_residual<D: Device>(
     let [x, branch] = alike(gpu, x, branch)?;
     let tanh = gpu.empty(OP, &[width], Dtype::F32)?;
     let args = [gate.pointer(), tanh.pointer(), Arg::Long(width as i64)];
-    gpu.over_values(kernels::tanh.of(gate.dtype()), width, &args)?;
+    gpu.over_values(kernels::tanh.of(gate.dtype()), width, &args, moving(&[gate, &tanh]))?;
     let out = gpu.empty(OP, x.dims(), x.dtype())?;
     let args = [x.pointer(), branch.pointer(), tanh.pointer(), out.pointer(), int(OP, width)?, Arg::Float(EPS)];
-    over_rows(OP, gpu, kernels::gated_residual.of(x.dtype()), x.dtype(), [rows, width], &args)?;
+    let work = moving(&[&x, &branch, &tanh, &out]);
+    over_rows(OP, gpu, kernels::gated_residual.of(x.dtype()), x.dtype(), [rows, width], &args, work)?;
     Ok(out)
 }
 
@@ -113,7 +116,8 @@ pub fn modulated_layer_norm<D: Device>(
     let (shift, scale) = (gpu.cast(shift, Dtype::F32)?, gpu.cast(scale, Dtype::F32)?);
     let out = gpu.empty(OP, x.dims(), x.dtype())?;
     let args = [x.pointer(), shift.pointer(), scale.pointer(), out.pointer(), int(OP, width)?, Arg::Float(EPS)];
-    over_rows(OP, gpu, kernels::layer_norm.of(x.dtype()), x.dtype(), [rows, width], &args)?;
+    let work = moving(&[x, &shift, &scale, &out]);
+    over_rows(OP, gpu, kernels::layer_norm.of(x.dtype()), x.dtype(), [rows, width], &args, work)?;
     Ok(out)
 }
 
@@ -147,7 +151,8 @@ pub fn rope_table<D: Device>(
             int(OP, columns)?,
             int(OP, heads * half)?,
         ];
-        gpu.launch(kernels::rope_table, [blocks(OP, tokens.len())?, 1, 1], BLOCK, 0, &args)?;
+        let work = moving(&[&frequencies, &cos, &sin]);
+        gpu.launch(kernels::rope_table, [blocks(OP, tokens.len())?, 1, 1], BLOCK, 0, &args, work)?;
     }
     Ok(RopeTable { cos, sin })
 }
@@ -205,7 +210,9 @@ pub fn split_qkv<D: Device>(
         int(OP, lanes)?,
         Arg::Float(QK_EPS),
     ];
-    gpu.over_values(kernels::split_qkv.of(dtype), rows * heads * lanes, &args)?;
+    let read: Vec<_> =
+        [packed, &q_norm, &k_norm, &qkv.q, &qkv.k, &qkv.v].into_iter().chain(tables.iter().flatten()).collect();
+    gpu.over_values(kernels::split_qkv.of(dtype), rows * heads * lanes, &args, moving(&read))?;
     Ok(qkv)
 }
 
@@ -241,7 +248,8 @@ pub fn merge_attention<D: Device>(
         int(OP, d)?,
         int(OP, steps)?,
     ];
-    gpu.over_values(kernels::merge_attention, rows * heads * steps, &args)?;
+    let work = moving(&[&a_out, &a_lse, &b_out, &b_lse, &out, &lse]);
+    gpu.over_values(kernels::merge_attention, rows * heads * steps, &args, work)?;
     Ok(AttentionOut { out, lse })
 }
 

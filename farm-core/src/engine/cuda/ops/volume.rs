@@ -2,8 +2,8 @@
 
 use std::ops::Range;
 
-use crate::engine::cuda::device::{Arg, Buffer, Device, Dtype};
-use crate::engine::cuda::gpu::{Gpu, dims, int, shape_error};
+use crate::engine::cuda::device::{Arg, Buffer, Device, Dtype, Work};
+use crate::engine::cuda::gpu::{Gpu, dims, int, moving, shape_error};
 use crate::engine::cuda::kernels::{self, Typed};
 use crate::engine::cuda::tensor::Tensor;
 use crate::engine::{EngineError, Result};
@@ -28,7 +28,8 @@ pub fn denormalize_latent<D: Device>(gpu: &Gpu<D>, latent: &Tensor<D>, mean: &[f
     let out = gpu.empty(OP, &[frames, height, width, channels], gpu.dtype())?;
     let pixels = Arg::Long((frames * height * width) as i64);
     let args = [latent.pointer(), scales.pointer(), out.pointer(), pixels, int(OP, channels)?];
-    gpu.over_values(kernels::denormalize_latent.of(out.dtype()), out.len(), &args)?;
+    let work = moving(&[&latent, &scales, &out]);
+    gpu.over_values(kernels::denormalize_latent.of(out.dtype()), out.len(), &args, work)?;
     Ok(out)
 }
 
@@ -78,7 +79,8 @@ fn moments<D: Device>(
         int(op, parts.run)?,
     ];
     int(op, height * width)?;
-    gpu.launch(kernels::group_sums.of(x.dtype()), parts.grid, THREADS as u32, 0, &args)?;
+    let work = Work::moving(frames * pixels * channels * x.dtype().bytes() + sums.bytes());
+    gpu.launch(kernels::group_sums.of(x.dtype()), parts.grid, THREADS as u32, 0, &args, work)?;
     let moments = Buffer::new(&gpu.device, 16 * frames * groups)?;
     let args = [
         Arg::Pointer(sums.address()),
@@ -88,7 +90,8 @@ fn moments<D: Device>(
         int(op, channels)?,
         int(op, groups)?,
     ];
-    gpu.launch(kernels::group_moments, [blocks(op, frames * groups)?, 1, 1], THREADS as u32, 0, &args)?;
+    let work = Work::moving(sums.bytes() + moments.bytes());
+    gpu.launch(kernels::group_moments, [blocks(op, frames * groups)?, 1, 1], THREADS as u32, 0, &args, work)?;
     Ok(moments)
 }
 
@@ -121,14 +124,16 @@ pub fn group_norm_silu<D: Device>(
             let values = Arg::Long((height * width * (channels / groups)) as i64);
             let count = frames * groups;
             let args = [Arg::Pointer(moments.address()), out.pointer(), values, Arg::Long(count as i64)];
-            gpu.over_values(kernels::group_totals, count, &args)?;
+            let work = Work::moving(moments.bytes() + out.len() * out.dtype().bytes());
+            gpu.over_values(kernels::group_totals, count, &args, work)?;
             out
         }
     };
     let scales = gpu.empty(OP, &[frames, channels, 2], Dtype::F32)?;
     let count = Arg::Long((frames * channels) as i64);
     let args = [totals.pointer(), weight.pointer(), scales.pointer(), count, int(OP, channels)?, int(OP, groups)?];
-    gpu.over_values(kernels::group_scales, frames * channels, &args)?;
+    let work = moving(&[&totals, &weight, &scales]);
+    gpu.over_values(kernels::group_scales, frames * channels, &args, work)?;
 
     let out = gpu.empty(OP, x.dims(), x.dtype())?;
     let parts = Parts::new(OP, [frames, height * width, channels], x.dtype())?;
@@ -141,7 +146,8 @@ pub fn group_norm_silu<D: Device>(
         int(OP, channels)?,
         int(OP, parts.run)?,
     ];
-    gpu.launch(kernels::group_norm_silu.of(x.dtype()), parts.grid, THREADS as u32, 0, &args)?;
+    let work = moving(&[x, &scales, &bias, &out]);
+    gpu.launch(kernels::group_norm_silu.of(x.dtype()), parts.grid, THREADS as u32, 0, &args, work)?;
     Ok(out)
 }
 
@@ -214,7 +220,9 @@ pub fn depth_to_space_time<D: Device>(
         int(OP, pixels)?,
     ];
     let grid = [blocks(OP, count.div_ceil(pixels))?, blocks(OP, channels.div_ceil(of))?, 1];
-    gpu.launch(kernels::depth_to_space_time.of(x.dtype()), grid, THREADS as u32, 0, &args)?;
+    // What is dropped is not read.
+    let work = moving(&[&out, &out]);
+    gpu.launch(kernels::depth_to_space_time.of(x.dtype()), grid, THREADS as u32, 0, &args, work)?;
     Ok(out)
 }
 
@@ -242,7 +250,8 @@ fn to_integers<D: Device>(
     if !bytes.is_empty() {
         let out = Buffer::new(&gpu.device, bytes.len())?;
         let args = [x.pointer(), Arg::Pointer(out.address()), Arg::Long(x.len() as i64)];
-        gpu.over_values(kernel.of(x.dtype()), x.len(), &args)?;
+        let work = Work::moving(x.len() * x.dtype().bytes() + out.bytes());
+        gpu.over_values(kernel.of(x.dtype()), x.len(), &args, work)?;
         gpu.device.copy_out(out.address(), &mut bytes)?;
     }
     Ok(bytes)

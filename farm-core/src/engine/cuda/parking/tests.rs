@@ -5,6 +5,7 @@ use std::sync::Mutex;
 use super::*;
 use crate::engine::cuda::device::{Arg, Launch, Matmul};
 use crate::engine::cuda::emulation::Emulation;
+use crate::engine::cuda::gpu::moving;
 use crate::engine::cuda::kernels;
 use crate::engine::streaming::{Streaming, walk};
 use crate::precision::Precision;
@@ -71,8 +72,13 @@ impl<D: Device> Network<D> {
                 let x = x.borrow().part(0, weight.dims());
                 let [add, silu] = [kernels::add, kernels::silu].map(|kernel| kernel.of(Dtype::F32));
                 let count = Arg::Long(weight.len() as i64);
-                gpu.over_values(add, weight.len(), &[x.pointer(), weight.pointer(), x.pointer(), count])?;
-                gpu.over_values(silu, weight.len(), &[x.pointer(), x.pointer(), count])?;
+                gpu.over_values(
+                    add,
+                    weight.len(),
+                    &[x.pointer(), weight.pointer(), x.pointer(), count],
+                    moving(&[&x, weight, &x]),
+                )?;
+                gpu.over_values(silu, weight.len(), &[x.pointer(), x.pointer(), count], moving(&[&x, &x]))?;
             }
             Ok::<(), EngineError>(())
         })

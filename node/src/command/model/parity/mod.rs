@@ -125,7 +125,7 @@ impl<E: Engine> Stages<'_, E> {
         let Some(&[samples, length]) = self.goldens.shape("t5.ids") else { bail!("t5.ids is not [rows, tokens]") };
         ensure!(self.goldens.shape("t5.mask") == Some(&[samples, length]), "t5.mask has another shape than t5.ids");
         let (ids, valid) = (self.goldens.numbers("t5.ids")?, self.goldens.valid_tokens("t5.mask")?);
-        let encoder = T5Encoder::load(self.engine, part)?;
+        let encoder = T5Encoder::load(self.engine, part.clone(), part.config())?;
         for (sample, &tokens) in valid.iter().enumerate().filter(|(_, tokens)| **tokens > 0) {
             let mut taps = Taps::new("t5.", |_| true);
             let ids = &ids[sample * length..][..tokens];

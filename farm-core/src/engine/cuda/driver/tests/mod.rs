@@ -8,7 +8,7 @@ use std::process::Command;
 use super::libraries::{Kind, Opened, Place, open_in};
 use super::*;
 use crate::engine::cuda::cache;
-use crate::engine::cuda::device::{Arg, Buffer, Dtype, TensorMap};
+use crate::engine::cuda::device::{Arg, Buffer, Dtype, TensorMap, Work};
 use crate::engine::cuda::kernels;
 use crate::engine::cuda::tensor::Tensor;
 
@@ -180,7 +180,14 @@ fn a_launch_has_its_arguments_and_asks_for_its_shared_memory() {
     device.copy_in(tensors[1].address(), &floats([10.0, 20.0, 30.0])).unwrap();
     let mut args: Vec<Arg> = tensors.iter().map(|tensor| Arg::Pointer(tensor.address())).collect();
     args.push(Arg::Long(3));
-    let launch = Launch { kernel: kernels::add.of(Dtype::F32), grid: [3, 2, 1], block: 64, shared: 0, args: &args };
+    let launch = Launch {
+        kernel: kernels::add.of(Dtype::F32),
+        grid: [3, 2, 1],
+        block: 64,
+        shared: 0,
+        args: &args,
+        work: Work::moving(36),
+    };
     device.launch(&launch).unwrap();
     assert!(fake.report().ends_with("add_f32 3 2 1 64 0"), "{}", fake.report());
     let mut got = vec![0; 12];
@@ -201,8 +208,8 @@ fn a_launch_has_its_arguments_and_asks_for_its_shared_memory() {
 fn gpus_reach_each_others_memory_where_the_machine_lets_them() {
     let fake = Fake::several(3);
     let gpus = CudaDevice::several(fake.driver, 3).unwrap();
-    let between = |a: usize, b: usize| gpus[a].between(&gpus[b]).unwrap();
-    assert_eq!([between(0, 1), between(1, 2), between(2, 0)], [Between::NvLink, Between::Bus, Between::Host]);
+    let link = |a: usize, b: usize| gpus[a].link_to(&gpus[b]).unwrap();
+    assert_eq!([link(0, 1), link(1, 2), link(2, 0)], [PeerLink::NvLink, PeerLink::Bus, PeerLink::Host]);
     for (reader, owner) in (0..3).flat_map(|reader| (0..3).map(move |owner| (reader, owner))) {
         assert_eq!(fake.reaches(reader, owner), (reader - owner).abs() == 1, "{reader} from {owner}");
     }
@@ -286,7 +293,14 @@ fn a_launch_has_what_the_driver_makes_of_a_tensor_map() {
     let launch = |map| {
         let args = [Arg::Map(map), Arg::Int(7)];
         let kernel = kernels::attention_hopper_128.of(Dtype::Bf16);
-        device.launch(&Launch { kernel, grid: [3, 2, 1], block: 384, shared: 200 << 10, args: &args })
+        device.launch(&Launch {
+            kernel,
+            grid: [3, 2, 1],
+            block: 384,
+            shared: 200 << 10,
+            args: &args,
+            work: Work::moving(64),
+        })
     };
     launch(map).unwrap();
     let made = format!("{}: 128 24 3000, 256 6144, 64 1 176; 7", memory.address());
@@ -329,16 +343,17 @@ fn any_thread_may_use_a_device() {
 }
 
 #[test]
-fn a_timer_measures_what_was_started_after_it() {
+fn two_ticks_have_the_time_of_what_was_started_between_them() {
     let fake = Fake::new();
     let device = Arc::new(fake.device());
     let memory = Buffer::new(&device, 100).unwrap();
     device.copy(memory.address(), memory.address() + 50, 50).unwrap();
-    let timer = device.timer().unwrap();
+    let start = device.tick().unwrap();
     for _ in 0..3 {
         device.copy(memory.address(), memory.address() + 50, 50).unwrap();
     }
-    assert_eq!(timer.stop().unwrap(), Duration::from_millis(3));
+    let end = device.tick().unwrap();
+    assert_eq!(device.between(&start, &end).unwrap(), Duration::from_millis(3));
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! Attention by the kernel of Hopper's own instructions.
 
 use super::{SEGMENTS, Softmax, aligned, all_aligned};
-use crate::engine::cuda::device::{Arg, Device, Dtype, TensorMap};
+use crate::engine::cuda::device::{Arg, Device, Dtype, TensorMap, Work};
 use crate::engine::cuda::gpu::{Gpu, int};
 use crate::engine::cuda::kernels::{self, Source};
 use crate::engine::cuda::tensor::Tensor;
@@ -72,10 +72,10 @@ fn fault<D: Device>(gpu: &Gpu<D>) -> Result<Option<String>> {
     let run = |hopper: bool| {
         let out = gpu.empty(OP, &[queries, heads * d], Dtype::Bf16)?;
         let lse = gpu.empty(OP, &[queries, heads], Dtype::F32)?;
-        let results = softmax.results(&out, &lse)?;
+        let (results, work) = (softmax.results(&out, &lse)?, softmax.work(&out, &lse));
         match hopper {
-            true => softmax.on_hopper(gpu, results)?,
-            false => softmax.run_on_tensor_cores(gpu, kernels::attention_mma_128.of(Dtype::Bf16), results)?,
+            true => softmax.on_hopper(gpu, results, work)?,
+            false => softmax.run_on_tensor_cores(gpu, kernels::attention_mma_128.of(Dtype::Bf16), results, work)?,
         }
         Ok([gpu.download(&out)?, gpu.download(&lse)?])
     };
@@ -96,7 +96,7 @@ fn fault<D: Device>(gpu: &Gpu<D>) -> Result<Option<String>> {
 
 impl<D: Device> Softmax<'_, D> {
     /// bf16 with heads of [`CHANNELS`], no bias.
-    pub(super) fn on_hopper(&self, gpu: &Gpu<D>, results: [Arg; 4]) -> Result<()> {
+    pub(super) fn on_hopper(&self, gpu: &Gpu<D>, results: [Arg; 4], work: Work) -> Result<()> {
         let [queries, heads, d] = self.sizes;
         let (q, keys, values) = (
             aligned(gpu, self.op, self.q)?,
@@ -125,6 +125,6 @@ impl<D: Device> Softmax<'_, D> {
         args.push(Arg::Float(self.scale));
         let tiles = (QUERIES + 2 * STAGES * KEYS) * d * Dtype::Bf16.bytes();
         let grid = [queries.div_ceil(QUERIES) as u32, heads as u32, 1];
-        gpu.launch(kernels::attention_hopper_128.of(self.to), grid, THREADS, (tiles + BESIDE_TILES) as u32, &args)
+        gpu.launch(kernels::attention_hopper_128.of(self.to), grid, THREADS, (tiles + BESIDE_TILES) as u32, &args, work)
     }
 }
