@@ -74,7 +74,7 @@ impl fmt::Display for Devices {
 }
 
 /// The threads of a command's devices.
-#[derive(clap::Args, Clone, Copy)]
+#[derive(clap::Args, Clone, Copy, Default)]
 // Flattened into other commands' arguments, of which this is a part, not a group.
 #[group(skip)]
 pub struct ThreadArgs {

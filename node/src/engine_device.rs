@@ -99,7 +99,16 @@ impl EngineDevice {
         let mut watcher = Watcher { work, leads, warnings: Vec::new() };
         let pipeline = self.pipeline(&work.model)?;
         let denoised = pipeline.denoise(&self.engine, &work.group, &work.spec, &work.start, &mut watcher);
-        let pipeline::Denoised { values, text_seconds, denoise_seconds, .. } = denoised.map_err(render_error)?;
+        let denoised = denoised.map_err(|error| match error {
+            ModelError::Engine(EngineError::OutOfMemory { .. }) => {
+                let topology = work.group.topology();
+                let remedy = self.shelf.remedy(&work.model, &self.place.0, &work.spec, topology);
+                let remedy = remedy.map_or_else(String::new, |remedy| format!("; {remedy}"));
+                RenderError::failed(FailureKind::OutOfMemory, format!("{error}{remedy}"))
+            }
+            error => render_error(error),
+        });
+        let pipeline::Denoised { values, text_seconds, denoise_seconds, .. } = denoised?;
         Ok(match leads {
             true => Denoised { latent: values, text_seconds, denoise_seconds, warnings: watcher.warnings },
             false => Denoised::default(),

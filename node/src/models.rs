@@ -15,7 +15,7 @@ use farm_core::wire::to_scheduler::ModelInfo;
 use crate::attempt::Offered;
 use crate::devices::Compute;
 use crate::engine::DeviceEngine;
-use crate::fit::fit;
+use crate::fit::{fit, remedy};
 
 pub struct ModelShelf {
     models: BTreeMap<String, Shelved>,
@@ -48,6 +48,8 @@ impl Copies {
 
 struct Shelved {
     copies: Copies,
+    /// Bytes of memory to plan with if an allocation fails; none if there is no plan.
+    less: Option<f64>,
     info: ModelInfo,
     shape: ModelShape,
     vae: VaeConfig,
@@ -80,6 +82,12 @@ impl ModelShelf {
         self.models.iter().map(|(name, shelved)| (name.clone(), offered(shelved))).collect()
     }
 
+    /// How a clip would fit for which there was no memory; none if there was no plan either.
+    pub fn remedy(&self, name: &str, compute: &Compute, spec: &RenderSpec, topology: Topology) -> Option<String> {
+        let shelved = self.models.get(name)?;
+        Some(remedy(shelved.less?, compute, shelved.copies.first().checkpoint(), spec, topology))
+    }
+
     /// For device `device` of `compute`, with which this was opened.
     pub fn pipeline(&self, name: &str, compute: &Compute, device: usize) -> Option<&Pipeline<DeviceEngine>> {
         Some(self.models.get(name)?.copies.of(compute, device))
@@ -98,12 +106,13 @@ fn shelve(compute: &Compute, name: &str, dir: &Path) -> anyhow::Result<Shelved> 
     // For a clip of its own sizes; larger ones say that they do not fit.
     let usual: RenderRequest = serde_json::from_str(r#"{"prompt": "a clip"}"#)?;
     let usual = RenderSpec::resolve(&usual, checkpoint.generation_defaults(), 0)?;
-    let residency = fit(compute, &checkpoint, &usual, Topology::SOLO)?.map_or(Residency::Kept, |fit| {
+    let fit = fit(compute, &checkpoint, &usual, Topology::SOLO)?;
+    let (residency, less) = fit.map_or((Residency::Kept, None), |fit| {
         tracing::info!(model = name, "\n{}", fit.table);
-        fit.residency
+        (fit.residency, Some(fit.less))
     });
     let vae = checkpoint.vae().context("it has no vae decoder")?.config().clone();
     let copies = Copies::open(compute, checkpoint, residency)?;
     tracing::info!(model = name, %hash, dir = %dir.display(), "model loaded");
-    Ok(Shelved { info: ModelInfo { name: name.to_owned(), hash, defaults_json, shape_json }, copies, shape, vae })
+    Ok(Shelved { info: ModelInfo { name: name.to_owned(), hash, defaults_json, shape_json }, copies, less, shape, vae })
 }

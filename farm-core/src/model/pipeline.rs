@@ -185,6 +185,10 @@ impl<E: Engine> Pipeline<E> {
         Ok(pipeline)
     }
 
+    pub fn checkpoint(&self) -> &Checkpoint {
+        &self.checkpoint
+    }
+
     /// Sizes of the decoder.
     pub fn vae_config(&self) -> Result<&VaeConfig, ModelError> {
         Ok(self.checkpoint.vae().ok_or_else(|| missing("vae decoder"))?.config())

@@ -114,7 +114,7 @@ fn without(kind: Kind) -> &'static str {
         Kind::Nvrtc => "no kernel can be compiled, so no GPU can be used",
         Kind::CublasLt => "matrix products are slower",
         Kind::Cudnn => "nothing is lost, it is not used yet",
-        Kind::Nccl => "GPUs cannot share a clip",
+        Kind::Nccl => "nothing is lost, it is not used yet",
     }
 }
 

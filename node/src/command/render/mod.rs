@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, bail};
+use farm_core::engine::EngineError;
 use farm_core::job::spec::{GuidanceScale, RenderRequest, RenderSpec};
 use farm_core::job::state::Progress;
 use farm_core::model::ModelError;
@@ -33,7 +34,7 @@ use crate::decode::shape;
 use crate::devices::{ThreadArgs, parse_bytes};
 use crate::encode::FrameSink;
 use crate::engine::DeviceEngine;
-use crate::fit::{Fit, fit};
+use crate::fit::{Fit, fit, remedy};
 use crate::models::Copies;
 
 #[derive(clap::Args)]
@@ -119,6 +120,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     if let Some(fit) = &fit {
         eprintln!("{}", fit.table);
     }
+    let less = fit.as_ref().map(|fit| fit.less);
     let residency = match &fit {
         _ if sharded => Residency::Sharded,
         // One clip has no more use for a network that it is done with.
@@ -200,6 +202,10 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     match outcome {
         // 130, as a shell says of a program that Ctrl-C ended.
         Err(ModelError::Stopped) => return Ok(ExitCode::from(130)),
+        Err(error @ ModelError::Engine(EngineError::OutOfMemory { .. })) => match less {
+            Some(less) => bail!("{error}; {}", remedy(less, &compute, pipeline.checkpoint(), &spec, topology)),
+            None => return Err(error.into()),
+        },
         outcome => outcome?,
     }
     if let Some(saved) = saved {

@@ -21,6 +21,9 @@ use crate::parallel::topology::Topology;
 use crate::precision::Precision;
 use crate::tiles::plan::{PIXELS, Tiling};
 
+/// Of what has failed, the part that is planned with next.
+const AFTER_FAILURE: f64 = 0.9;
+
 /// A checkpoint's networks.
 #[derive(Clone, Copy, Debug)]
 pub struct Networks<'a> {
@@ -125,6 +128,12 @@ impl Plan {
     /// Bytes of the stage that takes most.
     pub fn peak(&self) -> u64 {
         self.stages.iter().map(StagePlan::bytes).max().unwrap_or(0)
+    }
+
+    /// Memory to plan with if an allocation has failed although this had room: another program has taken it, or a stage takes
+    /// more than was counted.
+    pub fn less(&self) -> f64 {
+        AFTER_FAILURE * self.peak() as f64 / USABLE_MEMORY
     }
 }
 

@@ -102,6 +102,21 @@ fn a_frame_too_large_to_decode_is_cut_into_tiles() {
 }
 
 #[test]
+fn a_plan_after_a_failure_takes_a_tenth_less_until_nothing_fits() {
+    let mut last = planned(LARGE, Precision::Bf16, 24.0).unwrap();
+    let misfit = loop {
+        match planned(LARGE, Precision::Bf16, last.less() / 1e9) {
+            Ok(next) => {
+                assert!(next.peak() * 10 <= last.peak() * 9);
+                last = next;
+            }
+            Err(misfit) => break misfit,
+        }
+    };
+    assert!(!misfit.remedies.is_empty(), "{misfit}");
+}
+
+#[test]
 fn a_plan_is_read_as_it_is_written() {
     let plan = planned(LARGE, Precision::Bf16, 16.0).unwrap();
     let json = serde_json::to_value(&plan).unwrap();
