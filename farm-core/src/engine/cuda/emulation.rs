@@ -55,7 +55,7 @@ impl Emulation {
         let owned = memory.range(..=address).next_back();
         match owned.is_some_and(|(_, (start, len))| address as usize + bytes <= start + len - PAGE) {
             true => Ok(()),
-            false => Err(failed(format!("{bytes} bytes at {address:#x} are not in this device's memory"))),
+            false => Err(failed(format!("what is at {address:#x} is not in this device's memory"))),
         }
     }
 
