@@ -1,4 +1,5 @@
-//! Ranks as threads of one process. Nothing is copied: a message is a handle on the sender's tensor.
+//! Ranks as threads of one process. Nothing is copied: a message is a handle on the sender's tensor. Where devices have memories
+//! of their own, [`super::ported`] stands before it.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
